@@ -1,0 +1,46 @@
+"""Approximate inverses of large symmetric operators, on any array library."""
+
+from lowrank_inverse.certificate import Certificate, certify
+from lowrank_inverse.cg import cg
+from lowrank_inverse.neumann import neumann
+from lowrank_inverse.nystrom import NystromApproximation, nystrom
+from lowrank_inverse.operators import (
+    FunctionOperator,
+    aslinearoperator,
+    columns,
+    diagonal,
+    shifted,
+)
+from lowrank_inverse.solution import Reason, Solution
+from lowrank_inverse.solve import as_solve, solve
+from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
+from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse, woodbury_inverse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "Certificate",
+    "Exact",
+    "FunctionOperator",
+    "Identity",
+    "Neumann",
+    "Nystrom",
+    "NystromApproximation",
+    "NystromCG",
+    "Reason",
+    "Solution",
+    "as_solve",
+    "aslinearoperator",
+    "certify",
+    "cg",
+    "chunked_inverse",
+    "columns",
+    "diagonal",
+    "neumann",
+    "nystrom",
+    "shifted",
+    "solve",
+    "streamed_inverse",
+    "woodbury_inverse",
+]

@@ -1,0 +1,270 @@
+"""What the array API standard leaves open: checks at the door, host values, wide sums."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from typing import Any
+
+import numpy as np
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_array_api_obj,
+    is_cupy_array,
+    is_jax_array,
+    is_torch_array,
+)
+
+from lowrank_inverse._typing import Array
+
+MIN_ROWS = 8192
+MAX_BLOCKS = 32
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of a supported library (SciPy sparse matrices are not)."""
+    return bool(is_array_api_obj(x))
+
+
+def is_traced(x: Any) -> bool:
+    """Whether the values of `x` are unknown because a jax transformation is tracing."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
+
+
+def concrete(x: Any) -> Any:
+    """Return a 0-d array as a Python number; anything else, and a traced array, as it is."""
+    if is_traced(x) or not is_array(x) or x.ndim != 0:
+        return x
+    xp = array_namespace(x)
+    if xp.isdtype(x.dtype, "bool"):
+        return bool(x)
+    if xp.isdtype(x.dtype, "integral"):
+        return int(x)
+    return float(x) if xp.isdtype(x.dtype, "real floating") else x
+
+
+def describe(x: Any) -> str:
+    """Kind, dtype and shape of `x`, for error messages."""
+    kind = f"{type(x).__module__.split('.')[0]}.{type(x).__name__}"
+    if not is_array(x):
+        return kind
+    return f"{kind} of dtype {x.dtype} and shape {tuple(x.shape)}"
+
+
+def namespace(**arrays: Any) -> Any:
+    """Return the array namespace that all named arrays share; None values are left out."""
+    given = {name: x for name, x in arrays.items() if x is not None}
+    for name, x in given.items():
+        if not is_array(x):
+            raise TypeError(
+                f"`{name}` must be an array of NumPy, CuPy, PyTorch or JAX; got {describe(x)}. "
+                "Convert it, for example with numpy.asarray."
+            )
+    try:
+        return array_namespace(*given.values())
+    except TypeError:
+        kinds = ", ".join(f"`{name}` is {describe(x)}" for name, x in given.items())
+        raise TypeError(
+            f"all arrays must come from one library: {kinds}. Convert them to one library first."
+        ) from None
+
+
+def check_floating(name: str, x: Array) -> None:
+    """Raise unless `x` is a real floating array."""
+    xp = namespace(**{name: x})
+    if not xp.isdtype(x.dtype, "real floating"):
+        raise TypeError(
+            f"`{name}` must have a real floating dtype; got {describe(x)}. "
+            "Convert it to float32 or float64."
+        )
+
+
+def check_block(name: str, x: Array, n: int) -> None:
+    """Raise unless `x` is a real floating array of shape (n,) or (n, m)."""
+    check_floating(name, x)
+    if x.ndim not in (1, 2) or x.shape[0] != n:
+        raise ValueError(
+            f"`{name}` must have {n} rows to match the operator of shape ({n}, {n}), as (n,) or "
+            f"(n, m); got shape {tuple(x.shape)}."
+        )
+
+
+def check_finite(name: str, x: Array) -> None:
+    """Raise if `x` holds NaN or Inf. Unknown, hence unchecked, while jax traces."""
+    if is_traced(x):
+        return
+    xp = array_namespace(x)
+    if not bool(xp.all(xp.isfinite(x))):
+        raise ValueError(
+            f"`{name}` must be finite; it holds NaN or Inf. Look for an overflow or a division "
+            "by zero where it is computed."
+        )
+
+
+def check_scalar(name: str, x: Any, *, positive: bool = False) -> None:
+    """Raise unless `x` is a finite real number >= 0 (> 0 if `positive`). Traced: unchecked."""
+    if is_traced(x):
+        return
+    value = concrete(x)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a real number; got {describe(x)}.")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        remedy = (
+            " The inverse of a low-rank matrix exists only with a positive damping."
+            if positive
+            else ""
+        )
+        raise ValueError(
+            f"`{name}` must be finite and {'> 0' if positive else '>= 0'}; got {value}.{remedy}"
+        )
+
+
+def check_count(name: str, x: Any, *, most: int | None = None) -> int:
+    """Return `x` as an int if it is a whole number from 1 to `most`."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        raise TypeError(f"`{name}` must be a whole number; got {describe(x)}.")
+    if x < 1 or (most is not None and x > most):
+        bounds = f"from 1 to {most}" if most is not None else "at least 1"
+        raise ValueError(f"`{name}` must be {bounds}; got {x}.")
+    return int(x)
+
+
+def check_indices(indices: Any, n: int) -> np.ndarray:
+    """Return `indices` as host integers if they are distinct and within 0 … n - 1."""
+    if is_traced(indices):
+        raise TypeError("`indices` must be known while tracing; pass host integers.")
+    host = to_host(indices)
+    if host.ndim != 1 or host.size == 0 or not np.issubdtype(host.dtype, np.integer):
+        raise TypeError(
+            "`indices` must be a non-empty one-dimensional sequence of integers; "
+            f"got dtype {host.dtype} and shape {host.shape}."
+        )
+    if host.min() < 0 or host.max() >= n:
+        raise ValueError(
+            f"`indices` must lie in 0 … {n - 1}; got values from {host.min()} to {host.max()}."
+        )
+    if np.unique(host).size != host.size:
+        raise ValueError("`indices` must be distinct; some are repeated. Pass each column once.")
+    return host.astype(np.int64)
+
+
+def to_host(x: Any) -> np.ndarray:
+    """Return `x` as a NumPy array."""
+    if is_torch_array(x):
+        x = x.detach().cpu()
+    return x.get() if is_cupy_array(x) else np.asarray(x)
+
+
+def like(values: Any, x: Array, dtype: Any = None) -> Array:
+    """Return host `values` as an array in the namespace and on the device of `x`."""
+    xp = array_namespace(x)
+    where = None if is_traced(x) else device(x)
+    return xp.asarray(values, dtype=x.dtype if dtype is None else dtype, device=where)
+
+
+def take(x: Array, indices: np.ndarray, axis: int = 0) -> Array:
+    """Gather rows or columns of `x` at host `indices`."""
+    xp = array_namespace(x)
+    return xp.take(x, like(indices, x, xp.int64 if not is_jax_array(x) else xp.int32), axis=axis)
+
+
+def scatter(values: Array, indices: np.ndarray, n: int) -> Array:
+    """Return E_K values: zeros with `n` rows, and `values` in the rows `indices`."""
+    xp = array_namespace(values)
+    out = xp.zeros((n, *values.shape[1:]), dtype=values.dtype, device=like_device(values))
+    if is_jax_array(values):
+        return out.at[indices].set(values)
+    for row, index in enumerate(indices.tolist()):  # the standard has no integer-array assignment
+        out[index, ...] = values[row, ...]
+    return out
+
+
+def like_device(x: Array) -> Any:
+    """Device of `x`, or None where a traced array has none."""
+    return None if is_traced(x) else device(x)
+
+
+def astype(x: Array, dtype: Any) -> Array:
+    """Convert `x`, without a copy where it already has `dtype`."""
+    return array_namespace(x).astype(x, dtype, copy=False)
+
+
+def eps(x: Array) -> float:
+    """Machine epsilon of the dtype of `x`."""
+    return float(array_namespace(x).finfo(x.dtype).eps)
+
+
+def wide_dtype(x: Array) -> Any:
+    """float64 where the library and device of `x` have it, else the dtype of `x`."""
+    xp = array_namespace(x)
+    if is_jax_array(x):
+        return xp.float64 if sys.modules["jax"].config.jax_enable_x64 else x.dtype
+    if str(like_device(x)).startswith("mps"):
+        return x.dtype
+    return xp.float64
+
+
+def is_narrow(x: Array) -> bool:
+    """Whether no dtype wider than that of `x` is at hand, and it is less than float64."""
+    return bool(wide_dtype(x) == x.dtype and array_namespace(x).finfo(x.dtype).bits < 64)
+
+
+def scalar_like(x: Any, array: Array) -> Any:
+    """Return a number as it is, and a 0-d array in the dtype of `array`."""
+    return astype(x, array.dtype) if is_array(x) else x
+
+
+def row_blocks(x: Array) -> list[slice]:
+    """Slices of rows, few enough for a GPU and small enough for a CPU's cache."""
+    n = x.shape[0]
+    rows = max(MIN_ROWS, -(-n // MAX_BLOCKS))
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def dot(u: Array, v: Array) -> Array:
+    """Inner products of vectors, or of matching columns of blocks."""
+    # xp.vecdot is several times slower than this in torch.
+    return u @ v if u.ndim == 1 else array_namespace(u).sum(u * v, axis=0)
+
+
+def column_scale(x: Array) -> Array:
+    """Largest absolute entry of each column, 1 for a zero column."""
+    xp = array_namespace(x)
+    largest = xp.max(xp.abs(x), axis=0)
+    return xp.where(largest > 0, largest, xp.ones_like(largest))
+
+
+def column_norm(x: Array) -> Array:
+    """Euclidean norm of each column, safe from overflow and underflow."""
+    scale = column_scale(x)
+    x = x / scale
+    return scale * array_namespace(x).sqrt(dot(x, x))
+
+
+def tall_dot(X: Array, Y: Array) -> Array:
+    """Return ``X.T @ Y`` for tall `X` and `Y`, summed in the widest dtype at hand."""
+    wide = wide_dtype(X)
+    if X.dtype == wide:
+        return X.T @ Y
+    blocks = row_blocks(X)
+    total = astype(X[blocks[0], ...], wide).T @ astype(Y[blocks[0], ...], wide)
+    for rows in blocks[1:]:
+        total = total + astype(X[rows, ...], wide).T @ astype(Y[rows, ...], wide)
+    return total
+
+
+def tall_times(X: Array, small: Array) -> Array:
+    """Return ``X @ small`` for tall `X` and a small wide matrix, in the dtype of `X`."""
+    if X.dtype == small.dtype:
+        return X @ small
+    xp = array_namespace(X)
+    parts = [astype(astype(X[rows, ...], small.dtype) @ small, X.dtype) for rows in row_blocks(X)]
+    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+
+
+def symmetric_part(x: Array) -> Array:
+    """Return ``(x + x.T) / 2``."""
+    return (x + x.T) / 2

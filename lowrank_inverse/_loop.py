@@ -1,0 +1,27 @@
+"""A while loop that runs in Python, or as one compiled loop where jax traces."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lowrank_inverse._array import is_traced
+
+State = TypeVar("State", bound=tuple[Any, ...])
+
+
+def while_loop(cond: Callable[[State], Any], body: Callable[[State], State], state: State) -> State:
+    """Repeat ``state = body(state)`` while ``cond(state)``, as ``jax.lax.while_loop`` does.
+
+    A Python loop for concrete arrays: compiling a loop at each eager call would cost more than
+    the solve. From where a part of the state is traced, ``jax.lax.while_loop`` itself.
+    """
+    while True:
+        unfinished = cond(state)
+        if is_traced(unfinished) or any(is_traced(leaf) for leaf in state):
+            result: State = sys.modules["jax"].lax.while_loop(cond, body, state)
+            return result
+        if not bool(unfinished):
+            return state
+        state = body(state)

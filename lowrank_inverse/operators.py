@@ -1,0 +1,373 @@
+"""Symmetric linear operators: dense, sparse, or known by their products alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._array import (
+    astype,
+    check_block,
+    check_count,
+    check_floating,
+    check_indices,
+    check_scalar,
+    describe,
+    eps,
+    is_array,
+    is_traced,
+    like,
+    scatter,
+    take,
+)
+from lowrank_inverse._typing import Array
+
+NUM_SYMMETRY_ROWS = 16
+
+
+class ProductOnly:
+    """An operator of shape (n, n) whose products check what they are given."""
+
+    shape: tuple[int, int]
+    dtype: Any
+    like: Array
+    """An empty array whose library, dtype and device the products have."""
+
+    def _multiply(self, block: Array) -> Array:
+        raise NotImplementedError
+
+    def __matmul__(self, block: Array) -> Array:
+        """Return the product with `block`, shape (n,) or (n, m)."""
+        check_block("block", block, self.shape[0])
+        if array_namespace(block) is not array_namespace(self.like):
+            raise TypeError(
+                f"the operator and the block must come from one library: the operator has "
+                f"{describe(self.like)}, the block is {describe(block)}. Convert one of them."
+            )
+        if block.dtype != self.dtype:
+            raise TypeError(
+                f"the operator has dtype {self.dtype} and the block {block.dtype}. Convert one of "
+                "them: nothing is promoted silently."
+            )
+        return self._multiply(block)
+
+
+class Operator(ProductOnly):
+    """A symmetric operator with products, columns and, where it can, a diagonal."""
+
+    def columns(self, indices: Any) -> Array:
+        """Return the columns at `indices`, shape (n, k), by k products with unit vectors."""
+        indices = check_indices(indices, self.shape[0])
+        unit = like(np.eye(indices.size), self.like)
+        return self @ scatter(unit, indices, self.shape[0])
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        raise TypeError(
+            f"{type(self).__name__} has no diagonal. Sample columns uniformly, pass `indices`, or "
+            "give `diagonal=` to FunctionOperator."
+        )
+
+
+class DenseOperator(Operator):
+    """A symmetric matrix held as an array of shape (n, n)."""
+
+    def __init__(self, matrix: Array) -> None:
+        check_floating("A", matrix)
+        _check_square(matrix)
+        _check_symmetric(matrix)
+        self.matrix = matrix
+        self.shape, self.dtype = (matrix.shape[0], matrix.shape[0]), matrix.dtype
+        self.like = matrix[:0, 0]
+
+    def _multiply(self, block: Array) -> Array:
+        return self.matrix @ block
+
+    def columns(self, indices: Any) -> Array:
+        """Return the columns at `indices`, shape (n, k)."""
+        return take(self.matrix, check_indices(indices, self.shape[0]), axis=1)
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        return array_namespace(self.matrix).linalg.diagonal(self.matrix)
+
+
+class FunctionOperator(Operator):
+    """A symmetric operator given by functions.
+
+    Parameters
+    ----------
+    matvec : callable
+        Takes a vector of shape (n,) and returns its product, shape (n,).
+    n : int
+        Number of rows.
+    dtype : dtype, optional
+        Of the products: a NumPy or a PyTorch dtype, which also says the library.
+        Default: that of `like`, or NumPy's float64.
+    like : array, optional
+        An array of the library, dtype and device of the products. Needed for JAX and CuPy, and
+        for PyTorch on an accelerator.
+    matmat : callable, optional
+        Takes a block of shape (n, m). Default: `matvec` on one column after the other.
+    columns : callable, optional
+        Takes distinct host indices of length k and returns columns, shape (n, k).
+        Default: products with unit vectors.
+    diagonal : callable, optional
+        Takes nothing and returns the diagonal, shape (n,).
+
+    Raises
+    ------
+    TypeError
+        If `matvec` is not callable or its products have another dtype or library.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank_inverse as li
+    >>> A = li.FunctionOperator(lambda v: 2.0 * v, 3)
+    >>> print(A @ np.ones(3))
+    [2. 2. 2.]
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[Array], Array],
+        n: int,
+        *,
+        dtype: Any = None,
+        like: Array | None = None,
+        matmat: Callable[[Array], Array] | None = None,
+        columns: Callable[[np.ndarray], Array] | None = None,
+        diagonal: Callable[[], Array] | None = None,
+    ) -> None:
+        if not callable(matvec):
+            raise TypeError(f"`matvec` must be callable; got {describe(matvec)}.")
+        n = check_count("n", n)
+        self.like = _prototype(dtype, like)
+        self.shape, self.dtype = (n, n), self.like.dtype
+        self._matvec, self._matmat = matvec, matmat
+        self._columns, self._diagonal = columns, diagonal
+
+    def _multiply(self, block: Array) -> Array:
+        if block.ndim == 1:
+            return self._checked(self._matvec(block), block.shape)
+        if self._matmat is not None:
+            return self._checked(self._matmat(block), block.shape)
+        products = [
+            self._checked(self._matvec(block[:, j]), block.shape[:1]) for j in range(block.shape[1])
+        ]
+        return array_namespace(block).stack(products, axis=1)
+
+    def _checked(self, product: Any, shape: tuple[int, ...]) -> Array:
+        if not is_array(product) or product.dtype != self.dtype or tuple(product.shape) != shape:
+            raise TypeError(
+                f"`matvec` must return dtype {self.dtype} and shape {tuple(shape)}; got "
+                f"{describe(product)}. Give FunctionOperator the right `dtype` or `like`."
+            )
+        return product
+
+    def columns(self, indices: Any) -> Array:
+        """Return the columns at `indices`, shape (n, k)."""
+        if self._columns is None:
+            return super().columns(indices)
+        indices = check_indices(indices, self.shape[0])
+        return self._checked(self._columns(indices), (self.shape[0], indices.size))
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        return self._diagonal() if self._diagonal is not None else super().diagonal()
+
+
+def aslinearoperator(A: Any) -> Any:
+    """Return `A` as an operator with ``@``, ``.columns(indices)`` and ``.diagonal()``.
+
+    Parameters
+    ----------
+    A : array, SciPy sparse matrix or LinearOperator, or any operator, shape (n, n)
+        Symmetric. Whatever has ``.shape``, ``.dtype`` and ``@`` qualifies; columns that it does
+        not supply itself are taken by products with unit vectors.
+
+    Returns
+    -------
+    Operator
+        `A` itself if it has all three already.
+
+    Raises
+    ------
+    TypeError
+        If `A` is no operator, or not of a real floating dtype.
+    ValueError
+        If `A` is not square, or visibly not symmetric (16 rows of a dense array, all of a
+        sparse matrix; other operators are not checked).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank_inverse as li
+    >>> A = li.aslinearoperator(np.diag([1.0, 2.0, 3.0]))
+    >>> print(A.diagonal(), A.columns([1])[:, 0])
+    [1. 2. 3.] [0. 2. 0.]
+    """
+    if isinstance(A, Operator):
+        return A
+    if is_array(A):
+        return DenseOperator(A)
+    if not hasattr(A, "shape") or not hasattr(type(A), "__matmul__"):
+        raise TypeError(
+            f"`A` must be an array or have .shape and @; got {describe(A)}. Wrap a function in "
+            "FunctionOperator(matvec, n)."
+        )
+    _check_square(A)
+    sparse = sys.modules.get("scipy.sparse")
+    if sparse is not None and sparse.issparse(A):
+        return _from_sparse(A)
+    own_columns, own_diagonal = getattr(A, "columns", None), getattr(A, "diagonal", None)
+    if callable(own_columns) and callable(own_diagonal):
+        return A
+    dtype, prototype = getattr(A, "dtype", None), getattr(A, "like", None)
+    if prototype is None and hasattr(A, "device") and dtype is not None:
+        prototype = _prototype(dtype, None, A.device)
+    return FunctionOperator(
+        lambda v: A @ v,
+        int(A.shape[0]),
+        dtype=dtype,
+        like=prototype,
+        matmat=lambda block: A @ block,
+        columns=own_columns if callable(own_columns) else None,
+        diagonal=own_diagonal if callable(own_diagonal) else None,
+    )
+
+
+def shifted(A: Any, damping: Any) -> Operator:
+    """Return ``A + damping * I`` as an operator.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+    damping : float or 0-d array
+        Added to the diagonal; 0 or more.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank_inverse as li
+    >>> print(li.shifted(np.eye(2), 0.5) @ np.ones(2))
+    [1.5 1.5]
+    """
+    check_scalar("damping", damping)
+    A = aslinearoperator(A)
+    n = int(A.shape[0])
+
+    def shifted_columns(indices: np.ndarray) -> Array:
+        C = A.columns(indices)
+        return C + damping * scatter(like(np.eye(indices.size), C), indices, n)
+
+    return FunctionOperator(
+        lambda v: A @ v + damping * v,
+        n,
+        dtype=A.dtype,
+        like=getattr(A, "like", None),
+        matmat=lambda block: A @ block + damping * block,
+        columns=shifted_columns,
+        diagonal=lambda: A.diagonal() + damping,
+    )
+
+
+def columns(A: Any, indices: Any, *, chunk_size: int | None = None) -> Array:
+    """Return the columns ``A[:, indices]``.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+    indices : sequence of k distinct ints
+    chunk_size : int, optional
+        Columns asked for at a time. Default: all at once.
+
+    Returns
+    -------
+    array, shape (n, k)
+
+    Notes
+    -----
+    ``k`` products with `A` where it cannot read its columns.
+    """
+    A = aslinearoperator(A)
+    indices = check_indices(indices, int(A.shape[0]))
+    chunks = list(index_chunks(indices, chunk_size))
+    if len(chunks) == 1:
+        return A.columns(indices)
+    parts = [A.columns(chunk) for chunk in chunks]
+    return array_namespace(parts[0]).concat(parts, axis=1)
+
+
+def diagonal(A: Any) -> Array:
+    """Return the diagonal of `A`, shape (n,).
+
+    Raises
+    ------
+    TypeError
+        If `A` supplies none: it is never bought with n products behind the caller's back.
+    """
+    return aslinearoperator(A).diagonal()
+
+
+def index_chunks(indices: np.ndarray, chunk_size: int | None) -> list[np.ndarray]:
+    """Split `indices` into chunks of at most `chunk_size`."""
+    size = indices.size if chunk_size is None else check_count("chunk_size", chunk_size)
+    return [indices[start : start + size] for start in range(0, indices.size, size)]
+
+
+def _prototype(dtype: Any, like: Array | None, device: Any = None) -> Array:
+    """Return an empty array of the library, dtype and device meant."""
+    if like is not None:
+        empty = like[:0] if like.ndim == 1 else like.reshape(-1)[:0]
+        return empty if dtype is None else astype(empty, dtype)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return torch.zeros(0, dtype=dtype, device=device)
+    return np.zeros(0, dtype=np.float64 if dtype is None else dtype)
+
+
+def _from_sparse(A: Any) -> FunctionOperator:
+    if not np.issubdtype(A.dtype, np.floating):
+        raise TypeError(f"`A` must have a real floating dtype; got {A.dtype}. Use A.astype(float).")
+    A = A.tocsc()
+    difference = abs(A - A.T)
+    scale = abs(A).max() if A.nnz else 0.0
+    if difference.nnz and difference.max() > np.finfo(A.dtype).eps ** 0.5 * scale:
+        raise ValueError("`A` must be symmetric; A - A.T is not zero. Use (A + A.T) / 2.")
+    return FunctionOperator(
+        lambda block: A @ block,
+        A.shape[0],
+        dtype=A.dtype,
+        matmat=lambda block: A @ block,
+        columns=lambda indices: A[:, indices].toarray(),
+        diagonal=A.diagonal,
+    )
+
+
+def _check_square(A: Any) -> None:
+    shape = tuple(A.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"`A` must be square, of shape (n, n) with n >= 1; got shape {shape}.")
+
+
+def _check_symmetric(A: Array) -> None:
+    """Compare some rows of a concrete dense array with its columns: cheap, catches most slips."""
+    if is_traced(A):
+        return
+    xp = array_namespace(A)
+    n = A.shape[0]
+    rows = np.unique(np.linspace(0, n - 1, NUM_SYMMETRY_ROWS).astype(np.int64))
+    across, down = take(A, rows, axis=0), take(A, rows, axis=1).T
+    difference = float(xp.max(xp.abs(across - down)))
+    # NaN passes here: it is reported where the values are used.
+    if difference > eps(A) ** 0.5 * float(xp.max(xp.abs(across))):
+        raise ValueError(
+            f"`A` must be symmetric; A and A.T differ by {difference:.2g}. Use (A + A.T) / 2 if "
+            "the difference is rounding, or solve A.T @ A if A is not symmetric."
+        )

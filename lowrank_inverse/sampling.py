@@ -1,0 +1,82 @@
+"""Which columns to take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lowrank_inverse._array import check_count, check_finite, is_traced, to_host
+from lowrank_inverse._typing import RNG
+from lowrank_inverse.operators import diagonal
+
+SAMPLINGS = ("uniform", "diagonal", "diagonal_squared")
+
+
+def check_sampling(sampling: str) -> None:
+    """Raise unless `sampling` is one of the known rules."""
+    if sampling not in SAMPLINGS:
+        raise ValueError(
+            f"`sampling` must be one of {', '.join(map(repr, SAMPLINGS))}; got {sampling!r}. "
+            "For columns of your own choice pass `indices`."
+        )
+
+
+def sample_columns(A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = None) -> np.ndarray:
+    """Draw distinct column indices of `A`.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+    rank : int
+        How many, from 1 to n.
+    sampling : {"uniform", "diagonal", "diagonal_squared"}
+        With equal probability, or proportional to ``|A[i, i]|`` or ``A[i, i] ** 2`` (Remark 1
+        of [1]_, after [2]_), without replacement. Columns whose weight is zero are drawn,
+        uniformly, only when the others are used up.
+    rng : int or numpy.random.Generator, optional
+        Seed. One seed gives the same columns on every backend.
+
+    Returns
+    -------
+    numpy.ndarray of int64, shape (rank,)
+
+    References
+    ----------
+    .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
+       Differentiation. AISTATS 2023.
+    .. [2] P. Drineas, M. W. Mahoney. On the Nyström Method for Approximating a Gram Matrix for
+       Improved Kernel-Based Learning. JMLR 6, 2005.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank_inverse.sampling import sample_columns
+    >>> print(sample_columns(np.diag([0.0, 1.0, 0.0, 2.0]), 2, sampling="diagonal", rng=0))
+    [3 1]
+    """
+    check_sampling(sampling)
+    n = int(A.shape[0])
+    rank = check_count("rank", rank, most=n)
+    generator = np.random.default_rng(rng)
+    if sampling == "uniform":
+        return generator.choice(n, rank, replace=False).astype(np.int64)
+    d = diagonal(A)
+    if is_traced(d):
+        raise TypeError(
+            f"sampling={sampling!r} needs the values of the diagonal, which are unknown while jax "
+            "traces. Choose the columns outside and pass `indices`."
+        )
+    check_finite("diagonal of A", d)
+    host = to_host(d).astype(np.float64)
+    largest = np.max(np.abs(host))
+    weights = np.abs(host) / (largest if largest > 0 else 1.0)  # squares must not overflow
+    return _weighted(weights if sampling == "diagonal" else weights**2, rank, generator)
+
+
+def _weighted(weights: np.ndarray, rank: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw without replacement: the smallest arrival times of Poisson processes with `weights`."""
+    positive, zero = np.flatnonzero(weights > 0), np.flatnonzero(weights == 0)
+    times = generator.exponential(size=positive.size) / weights[positive]
+    chosen = positive[np.argsort(times)[:rank]]
+    return np.concatenate([chosen, generator.permutation(zero)[: rank - chosen.size]])

@@ -1,0 +1,123 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._array import (
+    check_block,
+    check_finite,
+    check_scalar,
+    column_norm,
+    describe,
+    is_traced,
+    namespace,
+    to_host,
+)
+from lowrank_inverse._typing import Array
+
+
+class Reason(enum.IntEnum):
+    """Why a solve ended."""
+
+    CONVERGED = 0
+    """The true residual met the tolerance."""
+    MAX_STEPS = 1
+    """All steps or terms were used."""
+    NEGATIVE_CURVATURE = 2
+    """A direction p with ``p.T (A + damping I) p <= 0`` was met: not positive definite."""
+    STAGNATED = 3
+    """The true residual ceased to fall: the tolerance is out of reach in this precision."""
+    DIVERGED = 4
+    """The step size of a Neumann series is too large to converge."""
+    NONFINITE = 5
+    """A product returned NaN or Inf."""
+    INDEFINITE_PRECONDITIONER = 6
+    """A residual r with ``r.T M r <= 0`` was met: the preconditioner M is no good."""
+    DIRECT = 7
+    """A direct method did all it does; its residual is above the tolerance."""
+
+
+class Solution(NamedTuple):
+    """The result of a solve: `residual_norm` to `reason` hold one entry per column of a block.
+
+    Attributes
+    ----------
+    value : array, shape (n,) or (n, m)
+    residual_norm : array, shape () or (m,)
+        Euclidean norm of ``b - (A + damping I) value``, computed from `value` itself.
+    num_steps : array of int, shape () or (m,)
+    num_products : int
+        Products of A with one vector, all told: a product with m columns counts m.
+    converged : array of bool, shape () or (m,)
+    reason : array of int, shape () or (m,)
+        Codes of :class:`Reason`.
+    error_bound : array or None, shape () or (m,)
+        Bound of the Euclidean error where asked for; see :func:`lowrank_inverse.certify`.
+    """
+
+    value: Array
+    residual_norm: Array
+    num_steps: Array
+    num_products: Any
+    converged: Array
+    reason: Array
+    error_bound: Array | None = None
+
+    @property
+    def message(self) -> str:
+        """The reasons in words, for example ``"converged"`` or ``"2 converged, 1 max_steps"``."""
+        if is_traced(self.reason):
+            return "unknown while tracing"
+        codes = to_host(self.reason)
+        names = [Reason(int(code)).name.lower() for code in codes.reshape(-1)]
+        if codes.ndim == 0:
+            return names[0]
+        return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+
+def check_system(A: Any, b: Array, damping: Any, x0: Array | None = None) -> None:
+    """Raise unless `b` and `x0` are finite blocks that fit `A`, and `damping` is >= 0."""
+    n = int(A.shape[0])
+    check_block("b", b, n)
+    check_finite("b", b)
+    check_scalar("damping", damping)
+    dtype = getattr(A, "dtype", None)
+    if dtype is not None and b.dtype != dtype:
+        raise TypeError(
+            f"`b` has dtype {b.dtype} and `A` has {dtype}. Convert one of them: nothing is "
+            "promoted silently."
+        )
+    if x0 is None:
+        return
+    namespace(b=b, x0=x0)
+    if tuple(x0.shape) != tuple(b.shape) or x0.dtype != b.dtype:
+        raise ValueError(
+            f"`x0` must match `b` of dtype {b.dtype} and shape {tuple(b.shape)}; "
+            f"got {describe(x0)}."
+        )
+    check_finite("x0", x0)
+
+
+def tolerance(b: Array, scale: Array, rtol: float, atol: float) -> Array:
+    """Return ``max(rtol * norm(b), atol)`` for a `b` that was divided by `scale`."""
+    check_scalar("rtol", rtol)
+    check_scalar("atol", atol)
+    relative, absolute = rtol * column_norm(b), atol / scale
+    return array_namespace(b).where(relative > absolute, relative, absolute)
+
+
+def ended(reason: Array, *reasons: Reason) -> Array:
+    """Whether each column ended for one of `reasons`."""
+    result = reason == int(reasons[0])
+    for other in reasons[1:]:
+        result = result | (reason == int(other))
+    return result
+
+
+def code(template: Array, reason: int) -> Array:
+    """Return `reason` for every column, in the shape and dtype of `template`."""
+    return array_namespace(template).full_like(template, int(reason))

@@ -1,0 +1,413 @@
+"""Settings of the solvers: frozen, and turned into an inverse by ``.prepare(A)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._array import (
+    astype,
+    check_count,
+    check_finite,
+    check_scalar,
+    column_norm,
+    column_scale,
+    concrete,
+    dot,
+    eps,
+    is_traced,
+    scalar_like,
+    symmetric_part,
+    wide_dtype,
+)
+from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.cg import cg
+from lowrank_inverse.neumann import neumann
+from lowrank_inverse.nystrom import NystromApproximation, choose_indices, nystrom
+from lowrank_inverse.operators import ProductOnly, aslinearoperator, columns
+from lowrank_inverse.sampling import check_sampling
+from lowrank_inverse.solution import Reason, Solution, check_system, code, tolerance
+from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
+
+DEFAULT_RTOL = 1e-5
+PRECONDITIONER_PIVOT_RTOL = 1e-2
+STORAGES = ("stored", "chunked", "streamed")
+
+
+class PreparedInverse(ProductOnly):
+    """An approximate inverse of ``A + damping * I``: what ``settings.prepare(A)`` returns.
+
+    ``inverse @ b`` applies it; ``inverse.solve(b)`` applies it and says how well it did.
+
+    Attributes
+    ----------
+    num_products : int
+        Products with A that the preparation cost.
+    rank : int or None
+        Columns or eigenvalues kept, where there are any.
+    negative_curvature : bool or None
+        Whether the preparation met negative curvature; None if it did not look.
+    nystrom_inverse : operator or None
+        ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        run: Callable[[Array], Solution],
+        *,
+        apply: Callable[[Array], Array] | None = None,
+        num_products: Any = 0,
+        rank: Any = None,
+        negative_curvature: Any = None,
+        nystrom_inverse: Any = None,
+    ) -> None:
+        self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
+        self._run, self._apply = run, apply
+        self.num_products, self.rank = num_products, rank
+        self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
+
+    def __matmul__(self, block: Array) -> Array:
+        """Return the product with `block`, shape (n,) or (n, m)."""
+        return self._apply(block) if self._apply is not None else self._run(block).value
+
+    def solve(self, b: Array) -> Solution:
+        """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone."""
+        return self._run(b)
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """Nyström approximation and Woodbury's identity: the method of [1]_.
+
+    Parameters
+    ----------
+    rank : int
+        Columns to sample, one product each.
+    damping : float
+        Positive. Small dampings need many columns; see :func:`lowrank_inverse.certify`.
+    sampling : {"uniform", "diagonal", "diagonal_squared"}
+        Which columns; see :func:`lowrank_inverse.sampling.sample_columns`.
+    storage : {"stored", "chunked", "streamed"}
+        Hold all columns; or a chunk of them, computed again where needed
+        (:func:`lowrank_inverse.chunked_inverse`); or none
+        (:func:`lowrank_inverse.streamed_inverse`).
+    chunk_size : int, optional
+        Columns computed at a time. Default: all if stored, else 1.
+    refine : int
+        Steps of preconditioned conjugate gradients after the plain answer, a product each.
+    indices : sequence of ints, optional
+        The columns to take, in place of `rank` and `sampling`.
+
+    References
+    ----------
+    .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
+       Differentiation. AISTATS 2023.
+    """
+
+    rank: int = 20
+    damping: Any = 1e-2
+    sampling: str = "uniform"
+    storage: str = "stored"
+    chunk_size: int | None = None
+    refine: int = 0
+    indices: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_columns(self)
+        check_scalar("damping", self.damping, positive=True)
+        if self.storage not in STORAGES:
+            raise ValueError(
+                f"`storage` must be one of {', '.join(map(repr, STORAGES))}; got {self.storage!r}."
+            )
+        if self.chunk_size is not None:
+            check_count("chunk_size", self.chunk_size)
+        if self.refine != 0:
+            check_count("refine", self.refine)
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``; `state` is not used."""
+        A = aslinearoperator(A)
+        indices = _indices(self, A, rng)
+        inverse: Any
+        if self.storage == "stored":
+            approx = nystrom(A, indices=indices, chunk_size=self.chunk_size)
+            inverse, setup, per_vector = approx.inverse(self.damping), approx.num_products, 0
+        else:
+            build = chunked_inverse if self.storage == "chunked" else streamed_inverse
+            inverse = approx = build(A, indices, self.damping, chunk_size=self.chunk_size or 1)
+            setup, per_vector = inverse.num_products, inverse.products_per_vector
+
+        def run(b: Array) -> Solution:
+            check_system(A, b, self.damping)
+            if self.refine == 0:
+                return _direct(A, self.damping, b, inverse @ b, per_vector)
+            # From zero: the first step is the plain answer with the best length.
+            steps = self.refine + 1
+            solution = cg(A, b, damping=self.damping, preconditioner=inverse, max_steps=steps)
+            applied = (steps + 1) * per_vector * _width(b)
+            return solution._replace(num_products=solution.num_products + applied)
+
+        return PreparedInverse(
+            A,
+            run,
+            apply=None if self.refine else inverse.__matmul__,
+            num_products=setup,
+            rank=approx.rank,
+            negative_curvature=approx.num_negative > 0,
+            nystrom_inverse=inverse,
+        )
+
+
+@dataclass(frozen=True)
+class NystromCG:
+    """Conjugate gradients, preconditioned by a Nyström approximation.
+
+    Parameters
+    ----------
+    rank, sampling, indices
+        As in :class:`Nystrom`.
+    damping : float
+        0 or more.
+    rtol, max_steps
+        As in :func:`lowrank_inverse.cg`.
+
+    Notes
+    -----
+    The preconditioner is ``(H_k + (damping + g_min) I)^{-1}`` with g_min the smallest nonzero
+    eigenvalue of H_k, close to that of [1]_. Where the columns show negative curvature,
+    eigenvalues of W up to 1e-2 of the largest are dropped.
+
+    References
+    ----------
+    .. [1] Z. Frangella, J. A. Tropp, M. Udell. Randomized Nyström Preconditioning. SIAM J.
+       Matrix Anal. Appl. 44, 2023.
+    """
+
+    rank: int = 20
+    damping: Any = 0.0
+    sampling: str = "uniform"
+    rtol: float = 1e-5
+    max_steps: int | None = None
+    indices: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_columns(self)
+        _check_iteration(self)
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given."""
+        A = aslinearoperator(A)
+        indices = _indices(self, A, rng)
+        approx = nystrom(A, indices=indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL)
+        preconditioner = approx.inverse(self.damping + _smallest_eigenvalue(approx))
+
+        def run(b: Array) -> Solution:
+            return cg(
+                A,
+                b,
+                damping=self.damping,
+                x0=None if state is None else state.value,
+                preconditioner=preconditioner,
+                rtol=self.rtol,
+                max_steps=self.max_steps,
+            )
+
+        return PreparedInverse(
+            A,
+            run,
+            num_products=approx.num_products,
+            rank=approx.rank,
+            negative_curvature=approx.num_negative > 0,
+            nystrom_inverse=approx.inverse(self.damping) if _is_positive(self.damping) else None,
+        )
+
+
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients; parameters as in :func:`lowrank_inverse.cg`."""
+
+    damping: Any = 0.0
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_iteration(self)
+        check_scalar("atol", self.atol)
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given."""
+        A = aslinearoperator(A)
+
+        def run(b: Array) -> Solution:
+            return cg(
+                A,
+                b,
+                damping=self.damping,
+                x0=None if state is None else state.value,
+                rtol=self.rtol,
+                atol=self.atol,
+                max_steps=self.max_steps,
+            )
+
+        return PreparedInverse(A, run)
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """Truncated Neumann series; parameters as in :func:`lowrank_inverse.neumann`."""
+
+    damping: Any = 0.0
+    num_terms: int = 10
+    step_size: Any = None
+
+    def __post_init__(self) -> None:
+        check_scalar("damping", self.damping)
+        check_count("num_terms", self.num_terms)
+        if self.step_size is not None:
+            check_scalar("step_size", self.step_size, positive=True)
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``; `state` is not used."""
+        A = aslinearoperator(A)
+
+        def run(b: Array) -> Solution:
+            return neumann(
+                A,
+                b,
+                damping=self.damping,
+                num_terms=self.num_terms,
+                step_size=self.step_size,
+            )
+
+        return PreparedInverse(A, run)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The dense (pseudo-)inverse from all n columns: for small n, and to compare with.
+
+    Eigenvalues of ``A + damping * I`` whose size is within ``n * eps`` of the largest count as 0.
+    """
+
+    damping: Any = 0.0
+
+    def __post_init__(self) -> None:
+        check_scalar("damping", self.damping)
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``; `state` is not used."""
+        A = aslinearoperator(A)
+        n = int(A.shape[0])
+        H = columns(A, np.arange(n))
+        check_finite("columns of A", H)
+        xp = array_namespace(H)
+        w, V = xp.linalg.eigh(symmetric_part(astype(H, wide_dtype(H))))
+        w = w + self.damping
+        noise = n * eps(H) * xp.max(xp.abs(w))
+        keep = xp.abs(w) > noise
+        reciprocal = xp.where(keep, 1 / xp.where(keep, w, xp.ones_like(w)), xp.zeros_like(w))
+
+        def apply(b: Array) -> Array:
+            rotated = V.T @ astype(b, V.dtype)
+            scaled = rotated * (reciprocal if b.ndim == 1 else reciprocal[:, None])
+            return astype(V @ scaled, b.dtype)
+
+        def run(b: Array) -> Solution:
+            check_system(A, b, self.damping)
+            return _direct(A, self.damping, b, apply(b), 0)
+
+        return PreparedInverse(
+            A,
+            run,
+            apply=apply,
+            num_products=n,
+            rank=concrete(xp.sum(astype(keep, xp.int32), dtype=xp.int32)),
+            negative_curvature=concrete(xp.any(w < -noise)),
+        )
+
+
+@dataclass(frozen=True)
+class Identity:
+    """``scale * I`` in place of the inverse: the baseline that costs nothing."""
+
+    scale: Any = 1.0
+
+    def __post_init__(self) -> None:
+        check_scalar("scale", self.scale, positive=True)
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return ``scale * I``; `rng` and `state` are not used."""
+        A = aslinearoperator(A)
+
+        def run(b: Array) -> Solution:
+            check_system(A, b, 0.0)
+            return _direct(A, 0.0, b, self.scale * b, 0)
+
+        return PreparedInverse(A, run, apply=lambda b: self.scale * b)
+
+
+def _direct(A: Any, damping: Any, b: Array, x: Array, products_per_vector: int) -> Solution:
+    """Say how good the `x` of a direct method is, at the cost of one product a column."""
+    xp = array_namespace(b)
+    product = A @ x + scalar_like(damping, b) * x
+    norm = column_norm(b - product)
+    steps = astype(xp.zeros_like(norm), xp.int32)
+    reason = xp.where(
+        dot(x / column_scale(x), product) < 0,
+        code(steps, Reason.NEGATIVE_CURVATURE),
+        code(steps, Reason.DIRECT),
+    )
+    met = norm <= tolerance(b, xp.ones_like(norm), DEFAULT_RTOL, 0.0)
+    reason = xp.where(met, code(steps, Reason.CONVERGED), reason)
+    reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
+    return Solution(
+        value=x,
+        residual_norm=norm,
+        num_steps=steps,
+        num_products=(1 + products_per_vector) * _width(b),
+        converged=met,
+        reason=reason,
+    )
+
+
+def _check_columns(settings: Any) -> None:
+    check_count("rank", settings.rank)
+    check_sampling(settings.sampling)
+    if settings.indices is not None:
+        indices = tuple(int(i) for i in settings.indices)
+        object.__setattr__(settings, "indices", indices)
+
+
+def _check_iteration(settings: Any) -> None:
+    check_scalar("damping", settings.damping)
+    check_scalar("rtol", settings.rtol)
+    if settings.max_steps is not None:
+        check_count("max_steps", settings.max_steps)
+
+
+def _indices(settings: Any, A: Any, rng: RNG) -> np.ndarray:
+    if settings.indices is not None:
+        return choose_indices(A, None, settings.indices, settings.sampling, rng)
+    return choose_indices(A, settings.rank, None, settings.sampling, rng)
+
+
+def _smallest_eigenvalue(approx: NystromApproximation) -> Array:
+    """The smallest nonzero eigenvalue of H_k, 1 for the zero matrix."""
+    g = approx.eigenvalues
+    xp = array_namespace(g)
+    kept = g > eps(approx.columns) * g[0]
+    return xp.where(xp.any(kept), xp.min(xp.where(kept, g, g[0])), xp.ones_like(g[0]))
+
+
+def _is_positive(damping: Any) -> bool:
+    return is_traced(damping) or bool(damping > 0)
+
+
+def _width(b: Array) -> int:
+    return 1 if b.ndim == 1 else int(b.shape[1])
