@@ -1,0 +1,1 @@
+"""Experiments and timings; run them with ``python -m benchmarks NAME``."""

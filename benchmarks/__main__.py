@@ -1,0 +1,26 @@
+"""Run an experiment by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "hypercleaning": ("benchmarks.hypercleaning", "data hyper-cleaning on handwritten digits"),
+    "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Hand the arguments after the name to the experiment of that name."""
+    if arguments and arguments[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[arguments[0]][0])
+        return int(module.main(arguments[1:]) or 0)
+    print("usage: python -m benchmarks NAME [options]   (NAME --help for its options)\n")
+    for name, (_, summary) in COMMANDS.items():
+        print(f"  {name:<16} {summary}")
+    return 0 if arguments in ([], ["--help"], ["-h"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
