@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "hypercleaning": ("benchmarks.hypercleaning", "data hyper-cleaning on handwritten digits"),
+    "accuracy": ("benchmarks.accuracy", "float32 accuracy of each form of the damped inverse"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
 }
 

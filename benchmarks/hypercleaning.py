@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lowrank_inverse as li
 import numpy as np
 import torch
-from lowrank_inverse_torch import hypergradient
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+import lowrank_inverse as li
 from benchmarks._report import machine, table, write_json
+from lowrank_inverse_torch import hypergradient
 
 NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES = 1000, 300, 10
 CORRUPTED = 0.5
@@ -211,7 +211,9 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--steps must be at least 1; got {options.steps}")
     problem = load_problem(options.seed)
     runs: dict[str, Run] = {}
-    with tqdm(total=len(SOLVERS) * options.steps, unit="step", desc="hyper-cleaning", mininterval=0.5) as progress:
+    with tqdm(
+        total=len(SOLVERS) * options.steps, unit="step", desc="hyper-cleaning", mininterval=0.5
+    ) as progress:
         for name, solver in SOLVERS.items():
             progress.set_postfix_str(name)
             runs[name] = clean(problem, solver, options.steps, options.seed, progress)

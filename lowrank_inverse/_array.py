@@ -126,10 +126,11 @@ def check_count(name: str, x: Any, *, most: int | None = None) -> int:
     """Return `x` as an int if it is a whole number from 1 to `most`."""
     if isinstance(x, bool) or not isinstance(x, numbers.Integral):
         raise TypeError(f"`{name}` must be a whole number; got {describe(x)}.")
-    if x < 1 or (most is not None and x > most):
+    count = int(x)
+    if count < 1 or (most is not None and count > most):
         bounds = f"from 1 to {most}" if most is not None else "at least 1"
-        raise ValueError(f"`{name}` must be {bounds}; got {x}.")
-    return int(x)
+        raise ValueError(f"`{name}` must be {bounds}; got {count}.")
+    return count
 
 
 def check_indices(indices: Any, n: int) -> np.ndarray:

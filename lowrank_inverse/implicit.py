@@ -11,9 +11,10 @@ from array_api_compat import array_namespace
 from lowrank_inverse._array import check_finite, check_scalar, column_norm, is_traced, take
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator, shifted
+from lowrank_inverse.prepared import PreparedInverse
 from lowrank_inverse.solution import Reason, Solution
 from lowrank_inverse.solve import as_settings
-from lowrank_inverse.solvers import Nystrom, NystromCG, PreparedInverse
+from lowrank_inverse.solvers import Nystrom, NystromCG
 
 
 class HypergradientInfo(NamedTuple):

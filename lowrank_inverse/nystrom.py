@@ -23,8 +23,9 @@ from lowrank_inverse._array import (
     tall_times,
     wide_dtype,
 )
+from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.operators import ProductOnly, aslinearoperator, columns
+from lowrank_inverse.operators import aslinearoperator, columns
 from lowrank_inverse.sampling import sample_columns
 
 INDEFINITE_PIVOT_RTOL = 1e-4
@@ -73,7 +74,7 @@ class NystromApproximation(ProductOnly):
         pivot_rtol: float | None = None,
         indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
     ) -> None:
-        n, k = C.shape
+        n = C.shape[0]
         self.columns, self.indices, self.num_products = C, indices, indices.size
         self.shape, self.dtype, self.like = (n, n), C.dtype, C[:0, 0]
         self.core = symmetric_part(take(C, indices))

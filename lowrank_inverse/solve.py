@@ -9,8 +9,8 @@ from lowrank_inverse._array import check_scalar, describe
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.certificate import certify as certify_solution
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator
+from lowrank_inverse.prepared import PreparedInverse, block_width, direct_solution
 from lowrank_inverse.solution import Solution, check_system
-from lowrank_inverse.solvers import PreparedInverse, _direct, _width
 
 
 class CallableSolver:
@@ -31,7 +31,7 @@ class CallableSolver:
 
             def matvec(v: Array) -> Array:
                 nonlocal calls
-                calls += _width(v)
+                calls += block_width(v)
                 return A @ v
 
             x = self.function(matvec, b)
@@ -40,7 +40,7 @@ class CallableSolver:
                     f"`solver` must return an array of the shape of b, {tuple(b.shape)}; "
                     f"got {describe(x)}."
                 )
-            solution = _direct(A, 0.0, b, x, 0)
+            solution = direct_solution(A, 0.0, b, x, 0)
             return solution._replace(num_products=solution.num_products + calls)
 
         return PreparedInverse(A, run)
@@ -116,7 +116,7 @@ def solve(
     )
     per_vector = 1 + getattr(inverse.nystrom_inverse, "products_per_vector", 0)
     return solution._replace(
-        num_products=num_products + per_vector * _width(b), error_bound=bounds.error_bound
+        num_products=num_products + per_vector * block_width(b), error_bound=bounds.error_bound
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,9 @@ from lowrank_inverse._array import (
     check_count,
     check_finite,
     check_scalar,
-    column_norm,
-    column_scale,
     concrete,
-    dot,
     eps,
     is_traced,
-    scalar_like,
     symmetric_part,
     wide_dtype,
 )
@@ -28,56 +23,14 @@ from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import NystromApproximation, choose_indices, nystrom
-from lowrank_inverse.operators import ProductOnly, aslinearoperator, columns
+from lowrank_inverse.operators import aslinearoperator, columns
+from lowrank_inverse.prepared import PreparedInverse, block_width, direct_solution
 from lowrank_inverse.sampling import check_sampling
-from lowrank_inverse.solution import Reason, Solution, check_system, code, tolerance
+from lowrank_inverse.solution import Solution, check_system
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
-DEFAULT_RTOL = 1e-5
 PRECONDITIONER_PIVOT_RTOL = 1e-2
 STORAGES = ("stored", "chunked", "streamed")
-
-
-class PreparedInverse(ProductOnly):
-    """An approximate inverse of ``A + damping * I``: what ``settings.prepare(A)`` returns.
-
-    ``inverse @ b`` applies it; ``inverse.solve(b)`` applies it and says how well it did.
-
-    Attributes
-    ----------
-    num_products : int
-        Products with A that the preparation cost.
-    rank : int or None
-        Columns or eigenvalues kept, where there are any.
-    negative_curvature : bool or None
-        Whether the preparation met negative curvature; None if it did not look.
-    nystrom_inverse : operator or None
-        ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
-    """
-
-    def __init__(
-        self,
-        A: Any,
-        run: Callable[[Array], Solution],
-        *,
-        apply: Callable[[Array], Array] | None = None,
-        num_products: Any = 0,
-        rank: Any = None,
-        negative_curvature: Any = None,
-        nystrom_inverse: Any = None,
-    ) -> None:
-        self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
-        self._run, self._apply = run, apply
-        self.num_products, self.rank = num_products, rank
-        self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
-
-    def __matmul__(self, block: Array) -> Array:
-        """Return the product with `block`, shape (n,) or (n, m)."""
-        return self._apply(block) if self._apply is not None else self._run(block).value
-
-    def solve(self, b: Array) -> Solution:
-        """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone."""
-        return self._run(b)
 
 
 @dataclass(frozen=True)
@@ -135,30 +88,30 @@ class Nystrom:
         indices = _indices(self, A, rng)
         inverse: Any
         if self.storage == "stored":
-            approx = nystrom(A, indices=indices, chunk_size=self.chunk_size)
-            inverse, setup, per_vector = approx.inverse(self.damping), approx.num_products, 0
+            source: Any = nystrom(A, indices=indices, chunk_size=self.chunk_size)
+            inverse, per_vector = source.inverse(self.damping), 0
         else:
             build = chunked_inverse if self.storage == "chunked" else streamed_inverse
-            inverse = approx = build(A, indices, self.damping, chunk_size=self.chunk_size or 1)
-            setup, per_vector = inverse.num_products, inverse.products_per_vector
+            inverse = source = build(A, indices, self.damping, chunk_size=self.chunk_size or 1)
+            per_vector = inverse.products_per_vector
 
         def run(b: Array) -> Solution:
             check_system(A, b, self.damping)
             if self.refine == 0:
-                return _direct(A, self.damping, b, inverse @ b, per_vector)
+                return direct_solution(A, self.damping, b, inverse @ b, per_vector)
             # From zero: the first step is the plain answer with the best length.
             steps = self.refine + 1
             solution = cg(A, b, damping=self.damping, preconditioner=inverse, max_steps=steps)
-            applied = (steps + 1) * per_vector * _width(b)
+            applied = (steps + 1) * per_vector * block_width(b)
             return solution._replace(num_products=solution.num_products + applied)
 
         return PreparedInverse(
             A,
             run,
             apply=None if self.refine else inverse.__matmul__,
-            num_products=setup,
-            rank=approx.rank,
-            negative_curvature=approx.num_negative > 0,
+            num_products=source.num_products,
+            rank=source.rank,
+            negative_curvature=source.num_negative > 0,
             nystrom_inverse=inverse,
         )
 
@@ -178,7 +131,7 @@ class NystromCG:
 
     Notes
     -----
-    The preconditioner is ``(H_k + (damping + g_min) I)^{-1}`` with g_min the smallest nonzero
+    The preconditioner is ``(H_k + max(damping, g_min) I)^{-1}`` with g_min the smallest nonzero
     eigenvalue of H_k, close to that of [1]_. Where the columns show negative curvature,
     eigenvalues of W up to 1e-2 of the largest are dropped.
 
@@ -204,7 +157,7 @@ class NystromCG:
         A = aslinearoperator(A)
         indices = _indices(self, A, rng)
         approx = nystrom(A, indices=indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL)
-        preconditioner = approx.inverse(self.damping + _smallest_eigenvalue(approx))
+        preconditioner = approx.inverse(_preconditioner_damping(approx, self.damping))
 
         def run(b: Array) -> Solution:
             return cg(
@@ -320,7 +273,7 @@ class Exact:
 
         def run(b: Array) -> Solution:
             check_system(A, b, self.damping)
-            return _direct(A, self.damping, b, apply(b), 0)
+            return direct_solution(A, self.damping, b, apply(b), 0)
 
         return PreparedInverse(
             A,
@@ -347,33 +300,9 @@ class Identity:
 
         def run(b: Array) -> Solution:
             check_system(A, b, 0.0)
-            return _direct(A, 0.0, b, self.scale * b, 0)
+            return direct_solution(A, 0.0, b, self.scale * b, 0)
 
         return PreparedInverse(A, run, apply=lambda b: self.scale * b)
-
-
-def _direct(A: Any, damping: Any, b: Array, x: Array, products_per_vector: int) -> Solution:
-    """Say how good the `x` of a direct method is, at the cost of one product a column."""
-    xp = array_namespace(b)
-    product = A @ x + scalar_like(damping, b) * x
-    norm = column_norm(b - product)
-    steps = astype(xp.zeros_like(norm), xp.int32)
-    reason = xp.where(
-        dot(x / column_scale(x), product) < 0,
-        code(steps, Reason.NEGATIVE_CURVATURE),
-        code(steps, Reason.DIRECT),
-    )
-    met = norm <= tolerance(b, xp.ones_like(norm), DEFAULT_RTOL, 0.0)
-    reason = xp.where(met, code(steps, Reason.CONVERGED), reason)
-    reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
-    return Solution(
-        value=x,
-        residual_norm=norm,
-        num_steps=steps,
-        num_products=(1 + products_per_vector) * _width(b),
-        converged=met,
-        reason=reason,
-    )
 
 
 def _check_columns(settings: Any) -> None:
@@ -397,17 +326,14 @@ def _indices(settings: Any, A: Any, rng: RNG) -> np.ndarray:
     return choose_indices(A, settings.rank, None, settings.sampling, rng)
 
 
-def _smallest_eigenvalue(approx: NystromApproximation) -> Array:
-    """The smallest nonzero eigenvalue of H_k, 1 for the zero matrix."""
+def _preconditioner_damping(approx: NystromApproximation, damping: Any) -> Array:
+    """Return the larger of `damping` and the smallest nonzero eigenvalue of H_k (1 if H_k is 0)."""
     g = approx.eigenvalues
     xp = array_namespace(g)
     kept = g > eps(approx.columns) * g[0]
-    return xp.where(xp.any(kept), xp.min(xp.where(kept, g, g[0])), xp.ones_like(g[0]))
+    smallest = xp.where(xp.any(kept), xp.min(xp.where(kept, g, g[0])), xp.ones_like(g[0]))
+    return xp.where(smallest > damping, smallest, damping + 0 * smallest)
 
 
 def _is_positive(damping: Any) -> bool:
     return is_traced(damping) or bool(damping > 0)
-
-
-def _width(b: Array) -> int:
-    return 1 if b.ndim == 1 else int(b.shape[1])

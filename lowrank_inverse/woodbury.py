@@ -23,9 +23,10 @@ from lowrank_inverse._array import (
     tall_times,
     wide_dtype,
 )
+from lowrank_inverse._operator import Operator
 from lowrank_inverse._typing import Array
 from lowrank_inverse.nystrom import NystromApproximation, spectrum, whiten
-from lowrank_inverse.operators import Operator, aslinearoperator, index_chunks
+from lowrank_inverse.operators import aslinearoperator, index_chunks
 
 
 class WoodburyInverse(Operator):

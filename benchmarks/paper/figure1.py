@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import lowrank_inverse as li
 import numpy as np
 from tqdm import tqdm
 
+import lowrank_inverse as li
 from benchmarks._report import machine, table, write_json
 
 SIZE, RANK, DAMPING = 40, 20, 0.1

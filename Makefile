@@ -1,0 +1,67 @@
+# Every target works on a machine that has only python3 (3.10 or newer) and make.
+# The first call creates .venv and installs into it; later calls start at once.
+
+PYTHON ?= python3
+BACKEND ?= torch
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+UNFINISHED := $(VENV)/.unfinished
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format docs install clean
+
+help:
+	@echo "make demo       data hyper-cleaning with every solver side by side; writes ./results"
+	@echo "                (make demo BACKEND=torch is the default)"
+	@echo "make test       the quick tests and the examples in the docstrings"
+	@echo "make test-slow  the tests left out of make test"
+	@echo "make check      ruff, mypy and the documentation build"
+	@echo "make format     let ruff mend and format the sources"
+	@echo "make docs       build the documentation into ./site"
+	@echo "make install    only create .venv (make install PYTHON=python3.12 to choose one)"
+	@echo "make clean      remove .venv and everything that was built"
+
+demo: $(STAMP)
+	$(PY) -m benchmarks hypercleaning --backend $(BACKEND)
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m "slow and not gpu"
+
+check: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m mkdocs build --strict
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: $(STAMP)
+	$(PY) -m mkdocs build --strict
+
+install: $(STAMP)
+
+# An install that was cut short leaves $(UNFINISHED) behind and is begun anew;
+# an environment that is whole is only brought up to date.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -e $(UNFINISHED) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		echo "Creating $(VENV)"; \
+		$(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@touch $(UNFINISHED)
+	@echo "Installing the package and its tools into $(VENV); the first time takes minutes"
+	@$(PY) -m pip install -qq -c constraints.txt -e ".[all,dev]"
+	@mv $(UNFINISHED) $(STAMP)
+
+clean:
+	rm -rf $(VENV) site dist build results .pytest_cache .mypy_cache .ruff_cache .hypothesis

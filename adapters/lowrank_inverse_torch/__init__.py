@@ -1,0 +1,25 @@
+"""Hessians, hypergradients and their inverses for PyTorch."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'lowrank_inverse_torch needs PyTorch. Install it with: pip install "lowrank-inverse[torch]"'
+    ) from error
+
+from lowrank_inverse_torch.curvature import (
+    GaussNewtonOperator,
+    HessianOperator,
+    hessian_columns,
+    hvp,
+)
+from lowrank_inverse_torch.hypergradient import Hypergradient, hypergradient
+
+__all__ = [
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "Hypergradient",
+    "hessian_columns",
+    "hvp",
+    "hypergradient",
+]

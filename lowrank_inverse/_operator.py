@@ -1,0 +1,127 @@
+"""Base classes of operators: checked products, columns by products, and dense matrices."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._array import (
+    astype,
+    check_block,
+    check_floating,
+    check_indices,
+    describe,
+    eps,
+    is_traced,
+    like,
+    scatter,
+    take,
+)
+from lowrank_inverse._typing import Array
+
+NUM_SYMMETRY_ROWS = 16
+
+
+class ProductOnly:
+    """An operator of shape (n, n) whose products check what they are given."""
+
+    shape: tuple[int, int]
+    dtype: Any
+    like: Array
+    """An empty array whose library, dtype and device the products have."""
+
+    def _multiply(self, block: Array) -> Array:
+        raise NotImplementedError
+
+    def __matmul__(self, block: Array) -> Array:
+        """Return the product with `block`, shape (n,) or (n, m)."""
+        check_block("block", block, self.shape[0])
+        if array_namespace(block) is not array_namespace(self.like):
+            raise TypeError(
+                f"the operator and the block must come from one library: the operator has "
+                f"{describe(self.like)}, the block is {describe(block)}. Convert one of them."
+            )
+        if block.dtype != self.dtype:
+            raise TypeError(
+                f"the operator has dtype {self.dtype} and the block {block.dtype}. Convert one of "
+                "them: nothing is promoted silently."
+            )
+        return self._multiply(block)
+
+
+class Operator(ProductOnly):
+    """A symmetric operator with products, columns and, where it can, a diagonal."""
+
+    def columns(self, indices: Any) -> Array:
+        """Return the columns at `indices`, shape (n, k), by k products with unit vectors."""
+        indices = check_indices(indices, self.shape[0])
+        unit = like(np.eye(indices.size), self.like)
+        return self @ scatter(unit, indices, self.shape[0])
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        raise TypeError(
+            f"{type(self).__name__} has no diagonal. Sample columns uniformly, pass `indices`, or "
+            "give `diagonal=` to FunctionOperator."
+        )
+
+
+class DenseOperator(Operator):
+    """A symmetric matrix held as an array of shape (n, n)."""
+
+    def __init__(self, matrix: Array) -> None:
+        check_floating("A", matrix)
+        check_square(matrix)
+        _check_symmetric(matrix)
+        self.matrix = matrix
+        self.shape, self.dtype = (matrix.shape[0], matrix.shape[0]), matrix.dtype
+        self.like = matrix[:0, 0]
+
+    def _multiply(self, block: Array) -> Array:
+        return self.matrix @ block
+
+    def columns(self, indices: Any) -> Array:
+        """Return the columns at `indices`, shape (n, k)."""
+        return take(self.matrix, check_indices(indices, self.shape[0]), axis=1)
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        return array_namespace(self.matrix).linalg.diagonal(self.matrix)
+
+
+def prototype(dtype: Any, like: Array | None, device: Any = None) -> Array:
+    """Return an empty array of the library, dtype and device meant."""
+    if like is not None:
+        empty = like[:0] if like.ndim == 1 else like.reshape(-1)[:0]
+        return empty if dtype is None else astype(empty, dtype)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return torch.zeros(0, dtype=dtype, device=device)
+    return np.zeros(0, dtype=np.float64 if dtype is None else dtype)
+
+
+def check_square(A: Any) -> None:
+    """Raise unless `A` has shape (n, n)."""
+    shape = tuple(A.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"`A` must be square, of shape (n, n) with n >= 1; got shape {shape}.")
+
+
+def _check_symmetric(A: Array) -> None:
+    """Compare some rows of a concrete dense array with its columns: cheap, catches most slips."""
+    if is_traced(A):
+        return
+    xp = array_namespace(A)
+    n = A.shape[0]
+    rows = np.unique(np.linspace(0, n - 1, NUM_SYMMETRY_ROWS).astype(np.int64))
+    across, down = take(A, rows, axis=0), take(A, rows, axis=1).T
+    difference = float(xp.max(xp.abs(across - down)))
+    # NaN passes here: it is reported where the values are used.
+    if difference > eps(A) ** 0.5 * float(xp.max(xp.abs(across))):
+        raise ValueError(
+            f"`A` must be symmetric; A and A.T differ by {difference:.2g}. Use (A + A.T) / 2 if "
+            "the difference is rounding, or solve A.T @ A if A is not symmetric."
+        )

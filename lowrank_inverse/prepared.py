@@ -1,0 +1,86 @@
+"""What a solver's settings become for one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._array import astype, column_norm, column_scale, dot, scalar_like
+from lowrank_inverse._operator import ProductOnly
+from lowrank_inverse._typing import Array
+from lowrank_inverse.solution import Reason, Solution, code, tolerance
+
+DEFAULT_RTOL = 1e-5
+
+
+class PreparedInverse(ProductOnly):
+    """An approximate inverse of ``A + damping * I``: what ``settings.prepare(A)`` returns.
+
+    ``inverse @ b`` applies it; ``inverse.solve(b)`` applies it and says how well it did.
+
+    Attributes
+    ----------
+    num_products : int
+        Products with A that the preparation cost.
+    rank : int or None
+        Columns or eigenvalues kept, where there are any.
+    negative_curvature : bool or None
+        Whether the preparation met negative curvature; None if it did not look.
+    nystrom_inverse : operator or None
+        ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        run: Callable[[Array], Solution],
+        *,
+        apply: Callable[[Array], Array] | None = None,
+        num_products: Any = 0,
+        rank: Any = None,
+        negative_curvature: Any = None,
+        nystrom_inverse: Any = None,
+    ) -> None:
+        self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
+        self._run, self._apply = run, apply
+        self.num_products, self.rank = num_products, rank
+        self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
+
+    def __matmul__(self, block: Array) -> Array:
+        """Return the product with `block`, shape (n,) or (n, m)."""
+        return self._apply(block) if self._apply is not None else self._run(block).value
+
+    def solve(self, b: Array) -> Solution:
+        """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone."""
+        return self._run(b)
+
+
+def direct_solution(A: Any, damping: Any, b: Array, x: Array, products_per_vector: int) -> Solution:
+    """Say how good the `x` of a direct method is, at the cost of one product a column."""
+    xp = array_namespace(b)
+    product = A @ x + scalar_like(damping, b) * x
+    norm = column_norm(b - product)
+    steps = astype(xp.zeros_like(norm), xp.int32)
+    reason = xp.where(
+        dot(x / column_scale(x), product) < 0,
+        code(steps, Reason.NEGATIVE_CURVATURE),
+        code(steps, Reason.DIRECT),
+    )
+    met = norm <= tolerance(b, xp.ones_like(norm), DEFAULT_RTOL, 0.0)
+    reason = xp.where(met, code(steps, Reason.CONVERGED), reason)
+    reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
+    return Solution(
+        value=x,
+        residual_norm=norm,
+        num_steps=steps,
+        num_products=(1 + products_per_vector) * block_width(b),
+        converged=met,
+        reason=reason,
+    )
+
+
+def block_width(b: Array) -> int:
+    """Count the columns of `b`, 1 for a vector."""
+    return 1 if b.ndim == 1 else int(b.shape[1])
