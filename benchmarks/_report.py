@@ -10,10 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lowrank_inverse import __version__
+
+HARDWARE = ("processor", "cores", "versions")
+
 
 def machine(*packages: str, **settings: Any) -> dict[str, Any]:
     """Describe the machine, the versions of `packages`, and the settings of the run."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "lowrank-inverse": __version__}
     for package in packages:
         try:
             versions[package] = version(package)
@@ -42,10 +46,17 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write_json(path: Path, results: Any) -> None:
-    """Write results as JSON, and make the folder where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def publish(folder: Path, name: str, text: str, about: dict[str, Any], **results: Any) -> None:
+    """Print a text and write it beside its figures, as NAME.txt and NAME.json."""
+    where = [about["processor"], f"{about['cores']} cores"]
+    where += [f"{package} {number}" for package, number in about["versions"].items()]
+    where += [f"{key} {value}" for key, value in about.items() if key not in HARDWARE]
+    text = f"{text}\n\n{', '.join(where)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+    figures = json.dumps({"machine": about, **results}, indent=1)
+    (folder / f"{name}.json").write_text(figures + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nWritten to {folder}: {name}.txt, {name}.json")
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lowrank_inverse as li
-from benchmarks._report import machine, table, write_json
+from benchmarks._report import machine, publish, table
 
 SIZE, RANK = 1500, 50
 ROW_CASES = (("network", 1e-1), ("network", 1e-2), ("network", 1e-3), ("i⁻²", 1e-4), ("exp", 1e-4))
@@ -85,13 +85,11 @@ def main(arguments: list[str]) -> int:
         }
         for form in FORMS
     ]
-    print(f"\n{table(rows)}\n\nMedian over {options.seeds} seeds; n = {SIZE}, k = {RANK}.")
-    written = options.output / "accuracy.json"
     cases = [
         {"spectrum": name, "damping": damping, "errors": by_seed}
         for (name, damping), by_seed in found.items()
     ]
-    about = machine("numpy", "lowrank-inverse", seeds=list(range(options.seeds)))
-    write_json(written, {"machine": about, "cases": cases})
-    print(f"Written: {written}")
+    about = machine("numpy", seeds=f"0…{options.seeds - 1}")
+    text = f"{table(rows)}\n\nMedian over {options.seeds} seeds; n = {SIZE}, k = {RANK}."
+    publish(options.output, "accuracy", text, about, cases=cases)
     return 0

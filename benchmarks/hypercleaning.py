@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import lowrank_inverse as li
-from benchmarks._report import machine, table, write_json
+from benchmarks._report import machine, publish, table
 from lowrank_inverse_torch import hypergradient
 
 NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES = 1000, 300, 10
@@ -231,14 +231,14 @@ def main(arguments: list[str]) -> int:
         for name, run in runs.items()
     ]
     start = next(iter(runs.values())).losses[0]
-    print(f"\nValidation loss before cleaning: {start:.4f}\n\n{table(rows)}\n")
-    print("Error and cosine: of the first hypergradient, against the exact one; ms: each.")
-    about = machine(
-        "torch", "numpy", "lowrank-inverse", threads=torch.get_num_threads(), seed=options.seed
+    text = (
+        f"{table(rows)}\n\nValidation loss before cleaning: {start:.4f}; "
+        f"after {options.steps} outer steps: as above.\nError and cosine: of the first "
+        "hypergradient, against the exact one; ms: each."
     )
-    written = options.output / "hypercleaning.json"
-    write_json(written, {"machine": about, "runs": {name: vars(r) for name, r in runs.items()}})
-    picture = written.with_suffix(".png")
-    draw(runs, problem.corrupted, picture)
-    print(f"Written: {written}, {picture}")
+    about = machine("torch", "numpy", threads=torch.get_num_threads(), seed=options.seed)
+    results = {name: vars(run) for name, run in runs.items()}
+    publish(options.output, "hypercleaning", text, about, runs=results)
+    draw(runs, problem.corrupted, options.output / "hypercleaning.png")
+    print(f"Picture: {options.output / 'hypercleaning.png'}")
     return 0

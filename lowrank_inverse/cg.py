@@ -32,6 +32,7 @@ class _Sweep(NamedTuple):
     r: Array
     p: Array
     rz: Array
+    best_x: Array
     smallest: Array
     since_smallest: Array
     num_steps: Array
@@ -86,9 +87,10 @@ def cg(
     -------
     Solution
         With the residual computed anew from the solution, not carried along. A column that
-        ends before the tolerance says why in `reason`; where it stagnated, met negative
-        curvature or a product that is not finite, `value` is the iterate with the smallest
-        true residual.
+        ends before the tolerance says why in `reason`. `value` is the last iterate; at negative
+        curvature that with the smallest residual after the first step; where the column
+        stagnated, or met a product that is not finite or an indefinite preconditioner, that with
+        the smallest true residual confirmed.
 
     Raises
     ------
@@ -100,7 +102,7 @@ def cg(
     One product a step and column, one more to confirm, and one to start from `x0`. When the
     recursion claims a tolerance that the true residual does not confirm, it starts again from
     the true residual until that ceases to fall. Every column is scaled to a largest entry of 1,
-    so the scales of `A` and `b` change nothing but the scale of the answer. Memory: 7 blocks of
+    so the scales of `A` and `b` change nothing but the scale of the answer. Memory: 8 blocks of
     the size of `b`.
 
     References
@@ -146,7 +148,8 @@ def cg(
 
     def sweep(state: _Progress) -> _Progress:
         swept = _sweep(A, damping, precondition, state, target, max_steps)
-        r = residual(swept.x)
+        x = xp.where(swept.flag == RUNNING, swept.x, swept.best_x)
+        r = residual(x)
         norm = column_norm(r)
         active = state.reason == RUNNING
         fell = norm < STAGNATION_FACTOR * state.norm
@@ -158,10 +161,10 @@ def cg(
         reason = xp.where(norm <= target, code(reason, Reason.CONVERGED), reason)
         better = active & (norm < state.best_norm)
         return _Progress(
-            xp.where(active, swept.x, state.x),
+            xp.where(active, x, state.x),
             xp.where(active, r, state.r),
             xp.where(active, norm, state.norm),
-            xp.where(better, swept.x, state.best_x),
+            xp.where(better, x, state.best_x),
             xp.where(better, norm, state.best_norm),
             swept.num_steps,
             xp.where(active, reason, state.reason),
@@ -175,8 +178,10 @@ def cg(
     start = _Progress(x, r, norm, x, norm, steps, reason, 0 if x0 is None else 1)
     end = while_loop(unfinished, sweep, start)
 
-    keep = ended(end.reason, Reason.CONVERGED, Reason.MAX_STEPS)
-    keep = keep & xp.isfinite(end.norm)
+    # At negative curvature the answer is that of truncated Newton methods, a step of the recursion,
+    # even where its residual is above that of the start.
+    ordinary = (Reason.CONVERGED, Reason.MAX_STEPS, Reason.NEGATIVE_CURVATURE)
+    keep = ended(end.reason, *ordinary) & xp.isfinite(end.norm)
     return Solution(
         value=xp.where(keep, end.x, end.best_x) * scale,
         residual_norm=xp.where(keep, end.norm, end.best_norm) * scale,
@@ -246,6 +251,7 @@ def _sweep(
             r,
             xp.where(useful, z + beta * state.p, state.p),
             xp.where(ok, rz, state.rz),
+            xp.where(smaller, x, state.best_x),
             xp.where(smaller, norm, state.smallest),
             xp.where(smaller, 0 * state.since_smallest, state.since_smallest + 1),
             state.num_steps + astype(ok, xp.int32),
@@ -265,7 +271,8 @@ def _sweep(
         start.r,
         z,
         rz,
-        start.norm,
+        start.x,
+        xp.full_like(start.norm, float("inf")),  # any step is better than none
         0 * start.num_steps,
         start.num_steps,
         flag,

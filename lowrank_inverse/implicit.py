@@ -29,7 +29,8 @@ class HypergradientInfo(NamedTuple):
     inner_grad_norm : float
         Of the inner problem, ridge included: the formula assumes 0.
     negative_curvature : bool
-        Whether the solver met negative curvature: the inner problem is not at a minimum.
+        Whether the solver met negative curvature of Hessian plus ridge plus damping: the inner
+        problem is not at a minimum.
     hparams_without_path : tuple of str
         Hyperparameters on which neither loss depends; their gradient is zero.
     rank : int or None

@@ -50,6 +50,8 @@ class NystromApproximation(ProductOnly):
     num_dropped, num_negative : int
         Columns without a use (zero, repeated or below the tolerance), and among them the
         directions of clearly negative curvature. 0-d arrays while jax traces.
+    core_eigenvalues : array, shape (k,)
+        Of W, smallest first. One below -damping proves ``H + damping * I`` indefinite.
     num_products : int
         Products with `H` that the columns cost.
 
@@ -83,6 +85,7 @@ class NystromApproximation(ProductOnly):
         )
         self.whitening, self.num_negative = whitening.matrix, whitening.num_negative
         self.num_dropped = whitening.num_dropped
+        self.core_eigenvalues = whitening.core_eigenvalues
         self.eigenvalues, self.rotation = spectrum(_whitened_gram(C, self.whitening))
         self._map = self.whitening @ self.rotation
         self._basis = C @ self._map if is_narrow(C) else None
@@ -215,6 +218,7 @@ class Whitening(NamedTuple):
     matrix: Array
     num_dropped: Any
     num_negative: Any
+    core_eigenvalues: Array
 
 
 def whiten(
@@ -241,7 +245,18 @@ def whiten(
         V * scale,
         concrete(xp.sum(astype(~keep, xp.int32), dtype=xp.int32)),
         concrete(xp.sum(astype(negative, xp.int32), dtype=xp.int32)),
+        w,
     )
+
+
+def is_indefinite(core_eigenvalues: Array, damping: Any, unit: float) -> Any:
+    """Whether the core proves ``A + damping * I`` indefinite, beyond rounding by `unit`.
+
+    The eigenvalues of a principal submatrix lie between those of the matrix (Cauchy).
+    """
+    xp = array_namespace(core_eigenvalues)
+    noise = unit * core_eigenvalues.shape[0] * xp.max(xp.abs(core_eigenvalues))
+    return concrete(xp.min(core_eigenvalues) + damping < -noise)
 
 
 def spectrum(gram: Array) -> tuple[Array, Array]:

@@ -27,7 +27,7 @@ class PreparedInverse(ProductOnly):
     rank : int or None
         Columns or eigenvalues kept, where there are any.
     negative_curvature : bool or None
-        Whether the preparation met negative curvature; None if it did not look.
+        Whether the preparation proved ``A + damping * I`` indefinite; None if it did not look.
     nystrom_inverse : operator or None
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
     """

@@ -22,7 +22,7 @@ from lowrank_inverse._array import (
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.neumann import neumann
-from lowrank_inverse.nystrom import NystromApproximation, choose_indices, nystrom
+from lowrank_inverse.nystrom import NystromApproximation, choose_indices, is_indefinite, nystrom
 from lowrank_inverse.operators import aslinearoperator, columns
 from lowrank_inverse.prepared import PreparedInverse, block_width, direct_solution
 from lowrank_inverse.sampling import check_sampling
@@ -94,6 +94,7 @@ class Nystrom:
             build = chunked_inverse if self.storage == "chunked" else streamed_inverse
             inverse = source = build(A, indices, self.damping, chunk_size=self.chunk_size or 1)
             per_vector = inverse.products_per_vector
+        unit = eps(inverse.like)
 
         def run(b: Array) -> Solution:
             check_system(A, b, self.damping)
@@ -111,7 +112,7 @@ class Nystrom:
             apply=None if self.refine else inverse.__matmul__,
             num_products=source.num_products,
             rank=source.rank,
-            negative_curvature=source.num_negative > 0,
+            negative_curvature=is_indefinite(source.core_eigenvalues, self.damping, unit),
             nystrom_inverse=inverse,
         )
 
@@ -175,7 +176,9 @@ class NystromCG:
             run,
             num_products=approx.num_products,
             rank=approx.rank,
-            negative_curvature=approx.num_negative > 0,
+            negative_curvature=is_indefinite(
+                approx.core_eigenvalues, self.damping, eps(approx.columns)
+            ),
             nystrom_inverse=approx.inverse(self.damping) if _is_positive(self.damping) else None,
         )
 

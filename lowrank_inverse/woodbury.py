@@ -90,6 +90,7 @@ class RecomputedInverse(Operator):
         wide = wide_dtype(core)
         whitening = whiten(symmetric_part(astype(core, wide)), eps(core))
         self.num_dropped, self.num_negative = whitening.num_dropped, whitening.num_negative
+        self.core_eigenvalues = whitening.core_eigenvalues
         T = whitening.matrix
         self.eigenvalues, rotation = spectrum(T.T @ astype(gram, wide) @ T)
         self._map = T @ rotation

@@ -17,6 +17,10 @@ _CUTS = {
     "CheckpointFunctionBackward": "A checkpoint with use_reentrant=True hides its parameters.",
     "torch::autograd::Error": "A function marked @once_differentiable hides its arguments.",
 }
+_NO_GRAPH = (
+    "A gradient came without graph: the backward of a custom Function detaches it. Write that "
+    "backward with differentiable operations, or leave it out of the loss."
+)
 
 
 class Graph(Protocol):
@@ -57,6 +61,8 @@ class GradientGraph:
     ------
     ValueError
         The loss depends on none of the tensors.
+    RuntimeError
+        Part of its graph cannot be differentiated twice.
 
     Notes
     -----
@@ -69,11 +75,7 @@ class GradientGraph:
     ) -> None:
         self.tensors = tuple(tensors)
         self.loss = loss.detach()
-        # The seed requires grad for the sake of a custom Function marked @once_differentiable that
-        # comes right before the loss: it would return constants otherwise, and its curvature
-        # would be zero without a word.
-        seed = torch.ones_like(self.loss, requires_grad=True)
-        self.grads = _grad_with_graph(loss, self.tensors, seed, name, by)
+        self.grads = _grad_with_graph(loss, self.tensors, _seed(loss), name, by)
 
     def gradient(self) -> Values:
         """Return the gradient, detached; None where the loss does not depend on the tensor."""
@@ -120,7 +122,7 @@ class GaussNewtonGraph:
             raise TypeError(f"`outputs` must be real and floating-point; got {outputs.dtype}.")
         self.tensors = tuple(tensors)
         self._outputs = outputs
-        self._seed = torch.zeros_like(outputs, requires_grad=True)
+        self._seed = _seed(outputs)
         self._pullback = _grad_with_graph(outputs, self.tensors, self._seed, "outputs", "params")
         at = outputs.detach().requires_grad_()
         self._loss = GradientGraph(evaluate_loss(lambda: loss(at)), [at], by="outputs")
@@ -137,6 +139,12 @@ class GaussNewtonGraph:
         return _pull_back([self._outputs], curved, self.tensors, batched)
 
 
+def _seed(value: Tensor) -> Tensor:
+    # A seed that requires grad gives every gradient a graph, for a linear loss too. One that comes
+    # without was cut off, and its curvature would be zero without a word: see refuse_cut_graphs.
+    return torch.ones_like(value, requires_grad=True)
+
+
 def _grad_with_graph(
     value: Tensor, tensors: Sequence[Tensor], seed: Tensor, name: str, by: str
 ) -> tuple[Tensor | None, ...]:
@@ -144,7 +152,7 @@ def _grad_with_graph(
     if value.requires_grad:
         with explained():
             grads = autograd.grad(value, tensors, seed, create_graph=True, allow_unused=True)
-            _refuse_cut_graphs([value, *grads])
+            refuse_cut_graphs([value, *grads])
     if all(grad is None for grad in grads):
         raise ValueError(
             f"`{name}` must depend on `{by}`; it depends on none of the tensors there. "
@@ -179,9 +187,14 @@ def _pull_back(
     return list(grads)
 
 
-def _refuse_cut_graphs(tensors: Sequence[Tensor | None]) -> None:
+def refuse_cut_graphs(tensors: Sequence[Tensor | None]) -> None:
     """Raise where part of a graph is hidden: autograd.grad would take it for constant."""
-    stack: list[Any] = [None if tensor is None else tensor.grad_fn for tensor in tensors]
+    stack: list[Any] = []
+    for tensor in tensors:
+        if tensor is not None:
+            stack.append(tensor.grad_fn)
+            if not tensor.requires_grad and tensor.count_nonzero() > 0:
+                raise RuntimeError(_NO_GRAPH)
     seen: set[Any] = set()
     while stack:
         node = stack.pop()

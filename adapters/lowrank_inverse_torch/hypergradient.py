@@ -10,6 +10,7 @@ from torch import Tensor, autograd, nn
 
 from lowrank_inverse.implicit import HypergradientInfo, hypergradient_info, implicit_gradient
 from lowrank_inverse.solution import Solution
+from lowrank_inverse_torch._graph import refuse_cut_graphs
 from lowrank_inverse_torch._guard import evaluate_loss, explained, untouched
 from lowrank_inverse_torch.curvature import HessianOperator, Loss, Modules
 from lowrank_inverse_torch.params import Parameters, as_parameters
@@ -184,6 +185,7 @@ def _outer_gradients(
         for loss in losses:
             value = evaluate_loss(loss, name="outer_loss")
             if value.requires_grad:
+                refuse_cut_graphs([value])
                 keep = isinstance(loss, Tensor)  # the user's own graph
                 totals = _sums(
                     totals, autograd.grad(value, tensors, retain_graph=keep, allow_unused=True)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lowrank_inverse as li
-from benchmarks._report import machine, table, write_json
+from benchmarks._report import machine, publish, table
 
 SIZE, RANK, DAMPING = 40, 20, 0.1
 SAMPLED = (5, 10, 20)
@@ -106,10 +106,9 @@ def main(arguments: list[str]) -> int:
         }
         for name in approximations(0)
     ]
-    print(f"\n{table(rows)}\n\nMean and deviation over {options.seeds} matrices.")
-    written = options.output / "figure1.json"
-    about = machine("numpy", "lowrank-inverse", seeds=list(range(options.seeds)))
-    write_json(written, {"machine": about, "relative_errors": found})
-    draw(written.with_suffix(".png"), seed=0)
-    print(f"Written: {written}, {written.with_suffix('.png')}")
+    about = machine("numpy", seeds=f"0…{options.seeds - 1}")
+    text = f"{table(rows)}\n\nMean and deviation over {options.seeds} matrices."
+    publish(options.output, "figure1", text, about, relative_errors=found)
+    draw(options.output / "figure1.png", seed=0)
+    print(f"Picture: {options.output / 'figure1.png'}")
     return 0
