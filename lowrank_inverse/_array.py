@@ -133,10 +133,18 @@ def check_count(name: str, x: Any, *, most: int | None = None) -> int:
     return count
 
 
-def check_indices(indices: Any, n: int) -> np.ndarray:
-    """Return `indices` as host integers if they are distinct and within 0 … n - 1."""
+def check_indices(indices: Any, n: int) -> Any:
+    """Return `indices` as host integers if they are distinct and within 0 … n - 1.
+
+    Traced ones are returned as they are: their values are unknown, and so unchecked.
+    """
     if is_traced(indices):
-        raise TypeError("`indices` must be known while tracing; pass host integers.")
+        xp = array_namespace(indices)
+        if indices.ndim != 1 or not xp.isdtype(indices.dtype, "integral"):
+            raise TypeError(
+                f"`indices` must be integers of shape (k,); got {describe(indices)}."
+            )
+        return indices
     host = to_host(indices)
     if host.ndim != 1 or host.size == 0 or not np.issubdtype(host.dtype, np.integer):
         raise TypeError(

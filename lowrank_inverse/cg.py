@@ -192,10 +192,10 @@ def cg(
     )
 
 
-def _scaled(preconditioner: Any, r: Array) -> Callable[[Array], Array]:
-    """Return the preconditioner, divided by its effect on `r`, or the identity."""
+def _scaled(preconditioner: Any, r: Array) -> Callable[[Array], Array] | None:
+    """Return the preconditioner, divided by its effect on `r`."""
     if preconditioner is None:
-        return lambda r: r
+        return None
     scale = column_scale(preconditioner @ r)
     return lambda r: (preconditioner @ r) / scale
 
@@ -227,9 +227,10 @@ def _sweep(
         )
         x = xp.where(ok, state.x + alpha * state.p, state.x)
         r = xp.where(ok, state.r - alpha * Ap, state.r)
-        norm = column_norm(r)
-        z = precondition(r)
-        rz = dot(r, z)
+        rr = dot(r, r)  # b is scaled: no overflow, and no underflow above the target
+        norm = xp.sqrt(rr)
+        z = r if precondition is None else precondition(r)
+        rz = rr if precondition is None else dot(r, z)
         useful = ok & (rz > 0)
         beta = xp.where(
             useful, rz / xp.where(useful, state.rz, xp.ones_like(rz)), xp.zeros_like(rz)
@@ -259,7 +260,7 @@ def _sweep(
             state.num_blocks + 1,
         )
 
-    z = precondition(start.r)
+    z = start.r if precondition is None else precondition(start.r)
     rz = dot(start.r, z)
     flag = xp.where(
         running & ~(rz > 0),

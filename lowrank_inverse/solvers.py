@@ -22,8 +22,9 @@ from lowrank_inverse._array import (
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.neumann import neumann
-from lowrank_inverse.nystrom import NystromApproximation, choose_indices, is_indefinite, nystrom
+from lowrank_inverse.nystrom import choose_indices, is_indefinite, nystrom
 from lowrank_inverse.operators import aslinearoperator, columns
+from lowrank_inverse.preconditioner import NystromPreconditioner
 from lowrank_inverse.prepared import PreparedInverse, block_width, direct_solution
 from lowrank_inverse.sampling import check_sampling
 from lowrank_inverse.solution import Solution, check_system
@@ -132,9 +133,8 @@ class NystromCG:
 
     Notes
     -----
-    The preconditioner is ``(H_k + max(damping, g_min) I)^{-1}`` with g_min the smallest nonzero
-    eigenvalue of H_k, close to that of [1]_. Where the columns show negative curvature,
-    eigenvalues of W up to 1e-2 of the largest are dropped.
+    The preconditioner is that of [1]_ with the eigenpairs of the column-sampled H_k. Where the
+    columns show negative curvature, eigenvalues of W up to 1e-2 of the largest are dropped.
 
     References
     ----------
@@ -158,7 +158,7 @@ class NystromCG:
         A = aslinearoperator(A)
         indices = _indices(self, A, rng)
         approx = nystrom(A, indices=indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL)
-        preconditioner = approx.inverse(_preconditioner_damping(approx, self.damping))
+        preconditioner = NystromPreconditioner(approx, self.damping)
 
         def run(b: Array) -> Solution:
             return cg(
@@ -311,7 +311,7 @@ class Identity:
 def _check_columns(settings: Any) -> None:
     check_count("rank", settings.rank)
     check_sampling(settings.sampling)
-    if settings.indices is not None:
+    if settings.indices is not None and not is_traced(settings.indices):
         indices = tuple(int(i) for i in settings.indices)
         object.__setattr__(settings, "indices", indices)
 
@@ -327,15 +327,6 @@ def _indices(settings: Any, A: Any, rng: RNG) -> np.ndarray:
     if settings.indices is not None:
         return choose_indices(A, None, settings.indices, settings.sampling, rng)
     return choose_indices(A, settings.rank, None, settings.sampling, rng)
-
-
-def _preconditioner_damping(approx: NystromApproximation, damping: Any) -> Array:
-    """Return the larger of `damping` and the smallest nonzero eigenvalue of H_k (1 if H_k is 0)."""
-    g = approx.eigenvalues
-    xp = array_namespace(g)
-    kept = g > eps(approx.columns) * g[0]
-    smallest = xp.where(xp.any(kept), xp.min(xp.where(kept, g, g[0])), xp.ones_like(g[0]))
-    return xp.where(smallest > damping, smallest, damping + 0 * smallest)
 
 
 def _is_positive(damping: Any) -> bool:
