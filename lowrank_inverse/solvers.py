@@ -54,8 +54,8 @@ class Nystrom:
         Columns computed at a time. Default: all if stored, else 1.
     refine : int
         Steps of preconditioned conjugate gradients after the plain answer, a product each.
-    indices : sequence of ints, optional
-        The columns to take, in place of `rank` and `sampling`.
+    indices : sequence of ints, shape (k,), optional
+        The columns to take, in place of `rank` and `sampling`; kept as a tuple unless traced.
 
     References
     ----------
@@ -69,7 +69,7 @@ class Nystrom:
     storage: str = "stored"
     chunk_size: int | None = None
     refine: int = 0
-    indices: tuple[int, ...] | None = None
+    indices: Any = None
 
     def __post_init__(self) -> None:
         _check_columns(self)
@@ -147,7 +147,7 @@ class NystromCG:
     sampling: str = "uniform"
     rtol: float = 1e-5
     max_steps: int | None = None
-    indices: tuple[int, ...] | None = None
+    indices: Any = None
 
     def __post_init__(self) -> None:
         _check_columns(self)

@@ -1,16 +1,31 @@
-"""JAX adapter of ``lowrank_inverse``: there is nothing in it yet.
-
-The package is a place kept for curvature operators and hypergradients of JAX functions. JAX arrays
-need no adapter: the functions of ``lowrank_inverse`` take them as they are.
-"""
-
-from __future__ import annotations
+"""Hessians, hypergradients and their inverses for JAX."""
 
 try:
-    import jax  # noqa: F401
+    import jax as _jax  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        'lowrank_inverse_jax needs JAX; install it with: pip install "lowrank-inverse[jax]"'
+        'lowrank_inverse_jax needs JAX. Install it with: pip install "lowrank-inverse[jax]"'
     ) from error
 
-__all__: list[str] = []
+from lowrank_inverse_jax.curvature import (
+    GaussNewtonOperator,
+    HessianOperator,
+    hessian_columns,
+    hvp,
+)
+from lowrank_inverse_jax.hypergradient import Hypergradient, HypergradientInfo, hypergradient
+from lowrank_inverse_jax.implicit import implicit_minimizer
+from lowrank_inverse_jax.plugs import as_lineax, as_solve
+
+__all__ = [
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "Hypergradient",
+    "HypergradientInfo",
+    "as_lineax",
+    "as_solve",
+    "hessian_columns",
+    "hvp",
+    "hypergradient",
+    "implicit_minimizer",
+]

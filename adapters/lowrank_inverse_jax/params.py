@@ -1,0 +1,150 @@
+"""Parameters as one vector: the float leaves of any pytree, flattened and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Parameters", "as_parameters"]
+
+
+class Parameters:
+    """The float arrays among the leaves of a pytree as one vector, and the way back.
+
+    Made by `as_parameters`. Other leaves (integers, functions, None) are carried along and never
+    differentiated.
+
+    Attributes
+    ----------
+    vector : jax.Array, shape (n,)
+        The float leaves one after the other, each in row-major order.
+    names : tuple of str
+        Where each float leaf lies, such as ``"['w']"``.
+    n : int
+        Length of the vector.
+    """
+
+    def __init__(self, tree: Any, *, name: str = "params") -> None:
+        if isinstance(tree, float):  # as jax.grad takes it
+            tree = jnp.asarray(tree)
+        places, structure = jax.tree_util.tree_flatten_with_path(tree)
+        self._structure: Any = structure
+        self._leaves = [leaf for _, leaf in places]
+        self._floats = [i for i, leaf in enumerate(self._leaves) if _is_float(leaf)]
+        self.names = tuple(
+            jax.tree_util.keystr(path) or name
+            for i, (path, _) in enumerate(places)
+            if i in set(self._floats)
+        )
+        arrays = [jnp.asarray(self._leaves[i]) for i in self._floats]
+        if sum(array.size for array in arrays) == 0:
+            raise ValueError(
+                f"`{name}` must hold a floating-point array to differentiate by; of its "
+                f"{len(places)} leaves none is. Pass arrays such as jax.numpy.asarray(0.1)."
+            )
+        for array, place in zip(arrays, self.names, strict=True):
+            if jnp.issubdtype(array.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"`{name}` must be real; {place!r} is {array.dtype}. Hold its real and "
+                    "imaginary parts as two arrays."
+                )
+            if array.dtype != arrays[0].dtype:
+                raise TypeError(
+                    f"`{name}` must have one dtype; {self.names[0]!r} is {arrays[0].dtype} and "
+                    f"{place!r} is {array.dtype}. Convert one of them."
+                )
+        self._shapes = [array.shape for array in arrays]
+        self.dtype = arrays[0].dtype
+        self.vector = jnp.concatenate([array.reshape(-1) for array in arrays])
+        self.n = int(self.vector.size)
+
+    def arrays(self, vector: jax.Array) -> list[jax.Array]:
+        """Split a vector, shape (n,), into arrays of the shapes of the float leaves."""
+        sizes = [int(np.prod(shape, dtype=int)) for shape in self._shapes]
+        parts = jnp.split(vector, np.cumsum(sizes)[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def replace(self, vector: jax.Array) -> Any:
+        """Return the user's structure with its float leaves taken from `vector`."""
+        return self.build(self.arrays(vector))
+
+    def build(self, arrays: Sequence[jax.Array]) -> Any:
+        """Return the user's structure with `arrays` as its float leaves."""
+        leaves = list(self._leaves)
+        for i, array in zip(self._floats, arrays, strict=True):
+            leaves[i] = array
+        return jax.tree_util.tree_unflatten(self._structure, leaves)
+
+    def restore(self, vector: jax.Array) -> Any:
+        """Return values in the user's structure, None in the place of what is no float array."""
+        leaves: list[Any] = [None] * len(self._leaves)
+        for i, array in zip(self._floats, self.arrays(vector), strict=True):
+            leaves[i] = array
+        return jax.tree_util.tree_unflatten(self._structure, leaves)
+
+    def collect(self, tree: Any, *, name: str = "v") -> jax.Array:
+        """Undo `restore`: the vector, shape (n,), of a structure like the user's.
+
+        Raises
+        ------
+        ValueError
+            Another structure or shape.
+        """
+        leaves = jax.tree_util.tree_leaves(tree)
+        structure: Any = jax.tree_util.tree_structure(tree)
+        if structure == self._structure:
+            leaves = [leaves[i] for i in self._floats]
+        elif structure != jax.tree_util.tree_structure(self.restore(self.vector)):
+            raise ValueError(
+                f"`{name}` must have the structure of the parameters, {self._structure}; "
+                f"got {structure}."
+            )
+        for leaf, shape, place in zip(leaves, self._shapes, self.names, strict=True):
+            if jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"`{name}` at {place!r} must have shape {shape}; got {jnp.shape(leaf)}."
+                )
+        return jnp.concatenate([jnp.asarray(leaf, self.dtype).reshape(-1) for leaf in leaves])
+
+
+def as_parameters(params: Any, *, name: str = "params") -> Parameters:
+    """Find the float arrays in `params`.
+
+    Parameters
+    ----------
+    params : pytree
+        Arrays of floats are differentiated by; other leaves are left as they are. A bare Python
+        float counts as an array.
+    name : str
+        What messages call the argument.
+
+    Returns
+    -------
+    parameters : Parameters
+        Their values as a vector, and the way back to the structure of `params`.
+
+    Raises
+    ------
+    ValueError
+        No leaf is an array of floats.
+    TypeError
+        Complex arrays, or arrays of several dtypes.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> params = as_parameters({"w": jnp.ones((2, 3)), "steps": 5})
+    >>> print(params.n, params.names)
+    6 ("['w']",)
+    """
+    return params if isinstance(params, Parameters) else Parameters(params, name=name)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(
+        leaf.dtype, jnp.inexact
+    )
