@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from scipy.optimize import minimize
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import lowrank_inverse as li
 from benchmarks._report import machine, publish, table
-from lowrank_inverse_torch import hypergradient
 
 NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES = 1000, 300, 10
 CORRUPTED = 0.5
 RIDGE = 1e-3
 NUM_PRODUCTS = 20
-OUTER_LEARNING_RATE = 0.2
+LEARNING_RATE = 0.2
 
 SOLVERS: dict[str, Any] = {
     "identity": li.Identity(),
@@ -44,15 +42,15 @@ SOLVERS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Digits with labels of which half are wrong, as tensors."""
+    """Digits, of whose training labels half are wrong."""
 
-    train_x: torch.Tensor
-    train_y: torch.Tensor
+    train_x: np.ndarray
+    train_y: np.ndarray
     corrupted: np.ndarray
-    validation_x: torch.Tensor
-    validation_y: torch.Tensor
-    test_x: torch.Tensor
-    test_y: torch.Tensor
+    validation_x: np.ndarray
+    validation_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
 
 
 @dataclass
@@ -69,60 +67,6 @@ class Run:
     weights: list[float] = field(default_factory=list)
 
 
-class Cleaning:
-    """The bilevel problem: parameters ``theta`` of the model, ``w`` of the weights."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        features = problem.train_x.shape[1]
-        self.theta = torch.zeros(features, NUM_CLASSES, dtype=torch.float64, requires_grad=True)
-        self.w = torch.zeros(NUM_TRAIN, dtype=torch.float64, requires_grad=True)
-
-    def inner_loss(self) -> torch.Tensor:
-        """Weighted training loss, without the ridge."""
-        losses = cross_entropy(
-            self.problem.train_x @ self.theta, self.problem.train_y, reduction="none"
-        )
-        return (torch.sigmoid(self.w) * losses).mean()
-
-    def outer_loss(self) -> torch.Tensor:
-        """Loss on the validation set."""
-        return cross_entropy(self.problem.validation_x @ self.theta, self.problem.validation_y)
-
-    def fit(self) -> None:
-        """Minimise the inner problem from where it stands."""
-        optimizer = torch.optim.LBFGS(
-            [self.theta],
-            max_iter=500,
-            tolerance_grad=1e-7,
-            tolerance_change=0,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = self.inner_loss() + 0.5 * RIDGE * (self.theta**2).sum()
-            loss.backward(inputs=[self.theta])
-            return loss
-
-        optimizer.step(closure)
-
-    def hypergradient(self, solver: Any, seed: int) -> Any:
-        """Differentiate the outer loss by the weights."""
-        return hypergradient(
-            self.inner_loss,
-            self.outer_loss,
-            self.theta,
-            self.w,
-            solver=solver,
-            ridge=RIDGE,
-            rng=seed,
-            accumulate_grad=False,
-            chunk_size=50,
-        )
-
-
 def load_problem(seed: int) -> Problem:
     """Split the digits and replace half of the training labels."""
     rng = np.random.default_rng(seed)
@@ -135,42 +79,74 @@ def load_problem(seed: int) -> Problem:
     noisy = y[:NUM_TRAIN].copy()
     noisy[corrupted] = (noisy[corrupted] + rng.integers(1, NUM_CLASSES, corrupted.sum())) % 10
     stop = NUM_TRAIN + NUM_VALIDATION
-    xs, ys = torch.from_numpy(x), torch.from_numpy(y)
     return Problem(
-        xs[:NUM_TRAIN],
-        torch.from_numpy(noisy),
-        corrupted,
-        xs[NUM_TRAIN:stop],
-        ys[NUM_TRAIN:stop],
-        xs[stop:],
-        ys[stop:],
+        x[:NUM_TRAIN], noisy, corrupted, x[NUM_TRAIN:stop], y[NUM_TRAIN:stop], x[stop:], y[stop:]
     )
 
 
-def clean(problem: Problem, solver: Any, num_steps: int, seed: int, progress: Any) -> Run:
+def load_backend(name: str, problem: Problem) -> Any:
+    """Return the losses and hypergradients of the problem in one framework."""
+    if name == "jax":
+        from benchmarks._cleaning_jax import JaxCleaning
+
+        return JaxCleaning(problem, RIDGE)
+    from benchmarks._cleaning_torch import TorchCleaning
+
+    return TorchCleaning(problem, RIDGE)
+
+
+def fit(cleaning: Any, theta: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Minimise the inner problem, ridge included, from `theta`."""
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = cleaning.inner(flat.reshape(theta.shape), w)
+        return value + 0.5 * RIDGE * flat @ flat, gradient.reshape(-1) + RIDGE * flat
+
+    options = {"maxiter": 1000, "maxcor": 20, "gtol": 1e-5, "ftol": 0.0}
+    found = minimize(objective, theta.reshape(-1), jac=True, method="L-BFGS-B", options=options)
+    return found.x.reshape(theta.shape)
+
+
+class Adam:
+    """The optimizer of the outer problem (Kingma and Ba, 2015), for either framework."""
+
+    def __init__(self, size: int) -> None:
+        self.mean, self.square, self.count = np.zeros(size), np.zeros(size), 0
+
+    def step(self, gradient: np.ndarray) -> np.ndarray:
+        """Return what to subtract."""
+        self.count += 1
+        self.mean += 0.1 * (gradient - self.mean)
+        self.square += 0.001 * (gradient**2 - self.square)
+        mean, square = self.mean / (1 - 0.9**self.count), self.square / (1 - 0.999**self.count)
+        return LEARNING_RATE * mean / (np.sqrt(square) + 1e-8)
+
+
+def clean(
+    cleaning: Any, problem: Problem, solver: Any, num_steps: int, seed: int, progress: Any
+) -> Run:
     """Run the outer loop with one solver."""
-    cleaning, run = Cleaning(problem), Run()
-    optimizer = torch.optim.Adam([cleaning.w], lr=OUTER_LEARNING_RATE)
-    cleaning.fit()
+    run, adam = Run(), Adam(NUM_TRAIN)
+    w = np.zeros(NUM_TRAIN)
+    theta = fit(cleaning, np.zeros((problem.train_x.shape[1], NUM_CLASSES)), w)
+    cleaning.hypergradient(theta, w, solver, seed)  # compilation is not timed
     for step in range(num_steps):
         start = time.perf_counter()
-        out = cleaning.hypergradient(solver, seed + step)
+        gradient, num_products = cleaning.hypergradient(theta, w, solver, seed + step)
         run.seconds += (time.perf_counter() - start) / num_steps
         if step == 0:
-            run.num_products = int(out.info.num_products)
-            exact = cleaning.hypergradient(li.Exact(), seed).grads
-            run.relative_error = float((out.grads - exact).norm() / exact.norm())
-            run.cosine = float(torch.cosine_similarity(out.grads, exact, dim=0))
-        run.losses.append(cleaning.outer_loss().item())
-        cleaning.w.grad = out.grads
-        optimizer.step()
-        cleaning.fit()
+            run.num_products = num_products
+            exact, _ = cleaning.hypergradient(theta, w, li.Exact(), seed)
+            norm = np.linalg.norm(exact)
+            run.relative_error = float(np.linalg.norm(gradient - exact) / norm)
+            run.cosine = float(gradient @ exact / (np.linalg.norm(gradient) * norm))
+        run.losses.append(cleaning.outer(theta))
+        w = w - adam.step(gradient)
+        theta = fit(cleaning, theta, w)
         progress.update()
-    run.losses.append(cleaning.outer_loss().item())
-    with torch.no_grad():
-        predicted = (problem.test_x @ cleaning.theta).argmax(dim=1)
-        run.accuracy = float((predicted == problem.test_y).double().mean())
-        run.weights = torch.sigmoid(cleaning.w).tolist()
+    run.losses.append(cleaning.outer(theta))
+    run.accuracy = float(((problem.test_x @ theta).argmax(axis=1) == problem.test_y).mean())
+    run.weights = (1 / (1 + np.exp(-w))).tolist()
     run.detection = float(roc_auc_score(~problem.corrupted, run.weights))
     return run
 
@@ -202,21 +178,22 @@ def draw(runs: dict[str, Run], corrupted: np.ndarray, path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Run all methods, print the table, write JSON and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks hypercleaning", description=__doc__)
-    parser.add_argument("--backend", choices=["torch"], default="torch")
-    parser.add_argument("--steps", type=int, default=30, help="outer steps (default: 30)")
+    parser.add_argument("--backend", choices=["torch", "jax"], default="torch")
+    parser.add_argument("--steps", type=int, default=20, help="outer steps (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps must be at least 1; got {options.steps}")
     problem = load_problem(options.seed)
+    cleaning = load_backend(options.backend, problem)
     runs: dict[str, Run] = {}
     with tqdm(
         total=len(SOLVERS) * options.steps, unit="step", desc="hyper-cleaning", mininterval=0.5
     ) as progress:
         for name, solver in SOLVERS.items():
             progress.set_postfix_str(name)
-            runs[name] = clean(problem, solver, options.steps, options.seed, progress)
+            runs[name] = clean(cleaning, problem, solver, options.steps, options.seed, progress)
     rows = [
         {
             "inverse": name,
@@ -236,9 +213,11 @@ def main(arguments: list[str]) -> int:
         f"after {options.steps} outer steps: as above.\nError and cosine: of the first "
         "hypergradient, against the exact one; ms: each."
     )
-    about = machine("torch", "numpy", threads=torch.get_num_threads(), seed=options.seed)
+    about = machine(options.backend, "numpy", threads=cleaning.threads, seed=options.seed)
     results = {name: vars(run) for name, run in runs.items()}
-    publish(options.output, "hypercleaning", text, about, runs=results)
-    draw(runs, problem.corrupted, options.output / "hypercleaning.png")
-    print(f"Picture: {options.output / 'hypercleaning.png'}")
+    name = "hypercleaning" if options.backend == "torch" else f"hypercleaning-{options.backend}"
+    publish(options.output, name, text, about, runs=results)
+    picture = options.output / f"{name}.png"
+    draw(runs, problem.corrupted, picture)
+    print(f"Picture: {picture}")
     return 0

@@ -141,9 +141,7 @@ def check_indices(indices: Any, n: int) -> Any:
     if is_traced(indices):
         xp = array_namespace(indices)
         if indices.ndim != 1 or not xp.isdtype(indices.dtype, "integral"):
-            raise TypeError(
-                f"`indices` must be integers of shape (k,); got {describe(indices)}."
-            )
+            raise TypeError(f"`indices` must be integers of shape (k,); got {describe(indices)}.")
         return indices
     host = to_host(indices)
     if host.ndim != 1 or host.size == 0 or not np.issubdtype(host.dtype, np.integer):
@@ -222,8 +220,8 @@ def is_narrow(x: Array) -> bool:
 
 
 def scalar_like(x: Any, array: Array) -> Any:
-    """Return a number as it is, and a 0-d array in the dtype of `array`."""
-    return astype(x, array.dtype) if is_array(x) else x
+    """Return a traced 0-d array in the dtype of `array`, any other number as a Python float."""
+    return astype(x, array.dtype) if is_traced(x) else float(concrete(x))
 
 
 def row_blocks(x: Array) -> list[slice]:

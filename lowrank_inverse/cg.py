@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -99,7 +98,8 @@ def cg(
 
     Notes
     -----
-    One product a step and column, one more to confirm, and one to start from `x0`. When the
+    One product a step and column, one more to confirm, and one to start from `x0`; the
+    preconditioner is applied as often, the start from `x0` apart. When the
     recursion claims a tolerance that the true residual does not confirm, it starts again from
     the true residual until that ceases to fall. Every column is scaled to a largest entry of 1,
     so the scales of `A` and `b` change nothing but the scale of the answer. Memory: 8 blocks of
@@ -141,13 +141,12 @@ def cg(
         x = xp.where(xp.any(b != 0, axis=0), x0 / scale, x)
     r = b if x0 is None else residual(x)
     norm = column_norm(r)
-    precondition = _scaled(preconditioner, r)
 
     def unfinished(state: _Progress) -> Any:
         return xp.any(state.reason == RUNNING)
 
     def sweep(state: _Progress) -> _Progress:
-        swept = _sweep(A, damping, precondition, state, target, max_steps)
+        swept = _sweep(A, damping, preconditioner, state, target, max_steps)
         x = xp.where(swept.flag == RUNNING, swept.x, swept.best_x)
         r = residual(x)
         norm = column_norm(r)
@@ -192,16 +191,8 @@ def cg(
     )
 
 
-def _scaled(preconditioner: Any, r: Array) -> Callable[[Array], Array] | None:
-    """Return the preconditioner, divided by its effect on `r`."""
-    if preconditioner is None:
-        return None
-    scale = column_scale(preconditioner @ r)
-    return lambda r: (preconditioner @ r) / scale
-
-
 def _sweep(
-    A: Any, damping: Any, precondition: Any, start: _Progress, target: Array, max_steps: int
+    A: Any, damping: Any, preconditioner: Any, start: _Progress, target: Array, max_steps: int
 ) -> _Sweep:
     """Run the recursion from the true residual until every column claims to be done."""
     xp = array_namespace(start.x)
@@ -229,8 +220,8 @@ def _sweep(
         r = xp.where(ok, state.r - alpha * Ap, state.r)
         rr = dot(r, r)  # b is scaled: no overflow, and no underflow above the target
         norm = xp.sqrt(rr)
-        z = r if precondition is None else precondition(r)
-        rz = rr if precondition is None else dot(r, z)
+        z = r if preconditioner is None else (preconditioner @ r) / scale
+        rz = rr if preconditioner is None else dot(r, z)
         useful = ok & (rz > 0)
         beta = xp.where(
             useful, rz / xp.where(useful, state.rz, xp.ones_like(rz)), xp.zeros_like(rz)
@@ -260,7 +251,11 @@ def _sweep(
             state.num_blocks + 1,
         )
 
-    z = start.r if precondition is None else precondition(start.r)
+    z, scale = start.r, 1.0
+    if preconditioner is not None:
+        z = preconditioner @ start.r
+        scale = column_scale(z)  # its own scale must not under- or overflow in the recursion
+        z = z / scale
     rz = dot(start.r, z)
     flag = xp.where(
         running & ~(rz > 0),

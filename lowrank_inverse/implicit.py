@@ -10,9 +10,10 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._array import check_finite, check_scalar, column_norm, is_traced, take
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.cg import cg
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator, shifted
-from lowrank_inverse.prepared import PreparedInverse
-from lowrank_inverse.solution import Reason, Solution
+from lowrank_inverse.prepared import DEFAULT_RTOL, PreparedInverse, direct_solution
+from lowrank_inverse.solution import Reason, Solution, start
 from lowrank_inverse.solve import as_settings
 from lowrank_inverse.solvers import Nystrom, NystromCG
 
@@ -124,20 +125,7 @@ def inverse_product(
     _check_ridge(ridge, b)
     if not isinstance(settings, (Nystrom, NystromCG)):
         return _run(settings, _add_diagonal(H, ridge), b, rng, state)
-    D = ridge + settings.damping
-    _check_positive(D)
-    s = D**-0.5
-    if state is not None:
-        state = state._replace(value=state.value / s)
-    scaled, inverse = _run(
-        dataclasses.replace(settings, damping=1.0), _scale(H, s), s * b, rng, state
-    )
-    x = s * scaled.value
-    residual = b - (aslinearoperator(H) @ x + D * x)
-    solution = scaled._replace(
-        value=x, residual_norm=column_norm(residual), num_products=scaled.num_products + 1
-    )
-    return solution, inverse
+    return _solve_scaled(settings, H, b, ridge + settings.damping, rng, state)
 
 
 def hypergradient_info(
@@ -167,6 +155,31 @@ def _run(
     solution = inverse.solve(b)
     total = inverse.num_products + solution.num_products
     return solution._replace(num_products=total), inverse
+
+
+def _solve_scaled(
+    settings: Nystrom | NystromCG,
+    H: Any,
+    b: Array,
+    D: Array,
+    rng: RNG,
+    state: Solution | None,
+) -> tuple[Solution, PreparedInverse]:
+    """Solve ``(H + diag(D)) x = b`` with columns of ``D^{-1/2} H D^{-1/2}`` at damping 1."""
+    _check_positive(D)
+    s = D**-0.5
+    inverse = dataclasses.replace(settings, damping=1.0).prepare(_scale(H, s), rng=rng)
+    system, approximate = _add_diagonal(H, D), _scale(inverse.preconditioner, s)
+    per_vector = getattr(inverse.preconditioner, "products_per_vector", 0)
+    if isinstance(settings, Nystrom) and settings.refine == 0:
+        solution = direct_solution(system, 0.0, b, approximate @ b, per_vector)
+    else:
+        x0 = start(state, b) if isinstance(settings, NystromCG) else None
+        rtol = settings.rtol if isinstance(settings, NystromCG) else DEFAULT_RTOL
+        steps = settings.max_steps if isinstance(settings, NystromCG) else settings.refine + 1
+        solution = cg(system, b, x0=x0, preconditioner=approximate, rtol=rtol, max_steps=steps)
+        solution = solution._replace(num_products=solution.num_products * (1 + per_vector))
+    return solution._replace(num_products=inverse.num_products + solution.num_products), inverse
 
 
 def _has_damping(settings: Any) -> bool:

@@ -16,6 +16,7 @@ from lowrank_inverse._array import (
     describe,
     is_array,
     like,
+    scalar_like,
     scatter,
 )
 from lowrank_inverse._operator import DenseOperator, Operator, check_square, prototype
@@ -190,16 +191,20 @@ def shifted(A: Any, damping: Any) -> Operator:
 
     def shifted_columns(indices: np.ndarray) -> Array:
         C = A.columns(indices)
-        return C + damping * scatter(like(np.eye(indices.size), C), indices, n)
+        return C + scalar_like(damping, C) * scatter(like(np.eye(indices.size), C), indices, n)
+
+    def shifted_diagonal() -> Array:
+        d = A.diagonal()
+        return d + scalar_like(damping, d)
 
     return FunctionOperator(
-        lambda v: A @ v + damping * v,
+        lambda v: A @ v + scalar_like(damping, v) * v,
         n,
         dtype=A.dtype,
         like=getattr(A, "like", None),
-        matmat=lambda block: A @ block + damping * block,
+        matmat=lambda block: A @ block + scalar_like(damping, block) * block,
         columns=shifted_columns,
-        diagonal=lambda: A.diagonal() + damping,
+        diagonal=shifted_diagonal,
     )
 
 

@@ -30,6 +30,8 @@ class PreparedInverse(ProductOnly):
         Whether the preparation proved ``A + damping * I`` indefinite; None if it did not look.
     nystrom_inverse : operator or None
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
+    preconditioner : operator or None
+        What stands for the inverse in conjugate gradients, where there is such a thing.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class PreparedInverse(ProductOnly):
         rank: Any = None,
         negative_curvature: Any = None,
         nystrom_inverse: Any = None,
+        preconditioner: Any = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
         self._run, self._apply = run, apply
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
+        self.preconditioner = preconditioner
 
     def __matmul__(self, block: Array) -> Array:
         """Return the product with `block`, shape (n,) or (n, m)."""

@@ -102,6 +102,25 @@ def check_system(A: Any, b: Array, damping: Any, x0: Array | None = None) -> Non
     check_finite("x0", x0)
 
 
+def start(state: Any, b: Array) -> Array | None:
+    """Return the solution in `state`, where a solve for `b` may start; None for no state."""
+    if state is None:
+        return None
+    if not isinstance(state, Solution):
+        raise TypeError(
+            f"`state` must be the Solution of an earlier solve; got {describe(state)}. A "
+            "hypergradient has it as `.state`."
+        )
+    namespace(b=b, state=state.value)
+    if tuple(state.value.shape) != tuple(b.shape) or state.value.dtype != b.dtype:
+        raise ValueError(
+            f"`state` must come from a system of the same size, dtype {b.dtype} and shape "
+            f"{tuple(b.shape)}; its value is {describe(state.value)}."
+        )
+    check_finite("state", state.value)
+    return state.value
+
+
 def tolerance(b: Array, scale: Array, rtol: float, atol: float) -> Array:
     """Return ``max(rtol * norm(b), atol)`` for a `b` that was divided by `scale`."""
     check_scalar("rtol", rtol)

@@ -25,9 +25,9 @@ from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import choose_indices, is_indefinite, nystrom
 from lowrank_inverse.operators import aslinearoperator, columns
 from lowrank_inverse.preconditioner import NystromPreconditioner
-from lowrank_inverse.prepared import PreparedInverse, block_width, direct_solution
+from lowrank_inverse.prepared import PreparedInverse, direct_solution
 from lowrank_inverse.sampling import check_sampling
-from lowrank_inverse.solution import Solution, check_system
+from lowrank_inverse.solution import Solution, check_system, start
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
@@ -43,7 +43,8 @@ class Nystrom:
     rank : int
         Columns to sample, one product each.
     damping : float
-        Positive. Small dampings need many columns; see :func:`lowrank_inverse.certify`.
+        Positive, unless a ridge makes up for it. Small dampings need many columns; see
+        :func:`lowrank_inverse.certify`.
     sampling : {"uniform", "diagonal", "diagonal_squared"}
         Which columns; see :func:`lowrank_inverse.sampling.sample_columns`.
     storage : {"stored", "chunked", "streamed"}
@@ -53,7 +54,8 @@ class Nystrom:
     chunk_size : int, optional
         Columns computed at a time. Default: all if stored, else 1.
     refine : int
-        Steps of preconditioned conjugate gradients after the plain answer, a product each.
+        Steps of preconditioned conjugate gradients after the plain answer, a product each; it
+        ends earlier at a relative residual of 1e-5.
     indices : sequence of ints, shape (k,), optional
         The columns to take, in place of `rank` and `sampling`; kept as a tuple unless traced.
 
@@ -73,7 +75,7 @@ class Nystrom:
 
     def __post_init__(self) -> None:
         _check_columns(self)
-        check_scalar("damping", self.damping, positive=True)
+        check_scalar("damping", self.damping)
         if self.storage not in STORAGES:
             raise ValueError(
                 f"`storage` must be one of {', '.join(map(repr, STORAGES))}; got {self.storage!r}."
@@ -85,6 +87,7 @@ class Nystrom:
 
     def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``; `state` is not used."""
+        check_scalar("damping", self.damping, positive=True)
         A = aslinearoperator(A)
         indices = _indices(self, A, rng)
         inverse: Any
@@ -104,8 +107,7 @@ class Nystrom:
             # From zero: the first step is the plain answer with the best length.
             steps = self.refine + 1
             solution = cg(A, b, damping=self.damping, preconditioner=inverse, max_steps=steps)
-            applied = (steps + 1) * per_vector * block_width(b)
-            return solution._replace(num_products=solution.num_products + applied)
+            return solution._replace(num_products=solution.num_products * (1 + per_vector))
 
         return PreparedInverse(
             A,
@@ -115,6 +117,7 @@ class Nystrom:
             rank=source.rank,
             negative_curvature=is_indefinite(source.core_eigenvalues, self.damping, unit),
             nystrom_inverse=inverse,
+            preconditioner=inverse,
         )
 
 
@@ -165,7 +168,7 @@ class NystromCG:
                 A,
                 b,
                 damping=self.damping,
-                x0=None if state is None else state.value,
+                x0=start(state, b),
                 preconditioner=preconditioner,
                 rtol=self.rtol,
                 max_steps=self.max_steps,
@@ -180,6 +183,7 @@ class NystromCG:
                 approx.core_eigenvalues, self.damping, eps(approx.columns)
             ),
             nystrom_inverse=approx.inverse(self.damping) if _is_positive(self.damping) else None,
+            preconditioner=preconditioner,
         )
 
 
@@ -205,7 +209,7 @@ class CG:
                 A,
                 b,
                 damping=self.damping,
-                x0=None if state is None else state.value,
+                x0=start(state, b),
                 rtol=self.rtol,
                 atol=self.atol,
                 max_steps=self.max_steps,

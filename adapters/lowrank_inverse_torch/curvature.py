@@ -86,14 +86,15 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         *,
         chunk_size: int = 1,
         module: Modules | None = None,
+        name: str = "loss",
     ) -> None:
         params = as_parameters(params)
         losses: Sequence[Any] = loss if isinstance(loss, (list, tuple)) else [loss]
         if not losses:
-            raise ValueError("`loss` must hold at least one closure; got an empty list.")
+            raise ValueError(f"`{name}` must hold at least one closure; got an empty list.")
 
         def builder(loss: Loss) -> Callable[[], GradientGraph]:
-            return lambda: GradientGraph(evaluate_loss(loss), params.tensors)
+            return lambda: GradientGraph(evaluate_loss(loss, name=name), params.tensors, name=name)
 
         super().__init__([builder(one) for one in losses], params, chunk_size, module)
 

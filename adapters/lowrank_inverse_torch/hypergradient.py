@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -129,7 +130,9 @@ def hypergradient(
     params, hparams = as_parameters(params), as_parameters(hparams, name="hparams")
     _check_distinct(params, hparams)
     modules = [*params.modules, *hparams.modules, *_modules(module)]
-    H = HessianOperator(inner_loss, params, chunk_size=chunk_size, module=modules)
+    H = HessianOperator(
+        inner_loss, params, chunk_size=chunk_size, module=modules, name="inner_loss"
+    )
     outer_grad, direct = _outer_gradients(outer_loss, params, hparams, modules)
     with torch.enable_grad():
         ridges = None if ridge is None else _ridges(ridge, params)
@@ -186,10 +189,9 @@ def _outer_gradients(
             value = evaluate_loss(loss, name="outer_loss")
             if value.requires_grad:
                 refuse_cut_graphs([value])
-                keep = isinstance(loss, Tensor)  # the user's own graph
-                totals = _sums(
-                    totals, autograd.grad(value, tensors, retain_graph=keep, allow_unused=True)
-                )
+                # Retained, for closures may share what was computed outside of them.
+                grads = autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+                totals = _sums(totals, grads)
     means = [None if total is None else total / len(losses) for total in totals]
     by_params, by_hparams = means[: len(params.tensors)], means[len(params.tensors) :]
     if all(grad is None for grad in by_params):
@@ -203,7 +205,7 @@ def _outer_gradients(
 def _ridges(ridge: Any, params: Parameters) -> Tensor | Sequence[Tensor | None]:
     """Return a number, a flat vector, or one tensor for each of the parameters."""
     if not isinstance(ridge, Tensor):
-        if isinstance(ridge, (int, float)):
+        if isinstance(ridge, numbers.Real):
             return torch.as_tensor(float(ridge), dtype=params.dtype, device=params.device)
         return params.collect(ridge, name="ridge")
     if ridge.ndim == 0:
@@ -260,7 +262,10 @@ def _sums(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list
 def _accumulate(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     for tensor, grad in zip(tensors, grads, strict=True):
         if grad is not None and tensor.is_leaf:
-            tensor.grad = grad.clone() if tensor.grad is None else tensor.grad + grad
+            if tensor.grad is None:
+                tensor.grad = grad.clone()
+            else:
+                tensor.grad.detach().add_(grad)
 
 
 def _restore(hparams: Parameters, grads: Sequence[Tensor | None]) -> Any:
