@@ -18,7 +18,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 help:
 	@echo "make demo       data hyper-cleaning with every solver side by side; writes ./results"
-	@echo "                (make demo BACKEND=torch is the default)"
+	@echo "                (make demo BACKEND=jax for JAX)"
 	@echo "make test       the quick tests and the examples in the docstrings"
 	@echo "make test-slow  the tests left out of make test"
 	@echo "make check      ruff, mypy and the documentation build"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 from array_api_compat import (
@@ -18,6 +20,8 @@ from array_api_compat import (
 )
 
 from lowrank_inverse._typing import Array
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MIN_ROWS = 8192
 MAX_BLOCKS = 32
@@ -52,6 +56,17 @@ def describe(x: Any) -> str:
     if not is_array(x):
         return kind
     return f"{kind} of dtype {x.dtype} and shape {tuple(x.shape)}"
+
+
+def quietly(function: F) -> F:
+    """Silence NumPy's floating-point warnings: what goes wrong is a field of the result."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def namespace(**arrays: Any) -> Any:
@@ -94,17 +109,16 @@ def check_block(name: str, x: Array, n: int) -> None:
 
 def check_finite(name: str, x: Array) -> None:
     """Raise if `x` holds NaN or Inf. Unknown, hence unchecked, while jax traces."""
-    if is_traced(x):
-        return
     xp = array_namespace(x)
-    if not bool(xp.all(xp.isfinite(x))):
+    finite = xp.all(xp.isfinite(x))
+    if not is_traced(finite) and not bool(finite):
         raise ValueError(
             f"`{name}` must be finite; it holds NaN or Inf. Look for an overflow or a division "
             "by zero where it is computed."
         )
 
 
-def check_scalar(name: str, x: Any, *, positive: bool = False) -> None:
+def check_scalar(name: str, x: Any, *, positive: bool = False, remedy: str = "") -> None:
     """Raise unless `x` is a finite real number >= 0 (> 0 if `positive`). Traced: unchecked."""
     if is_traced(x):
         return
@@ -112,14 +126,16 @@ def check_scalar(name: str, x: Any, *, positive: bool = False) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a real number; got {describe(x)}.")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        remedy = (
-            " The inverse of a low-rank matrix exists only with a positive damping."
-            if positive
-            else ""
-        )
         raise ValueError(
-            f"`{name}` must be finite and {'> 0' if positive else '>= 0'}; got {value}.{remedy}"
+            f"`{name}` must be finite and {'> 0' if positive else '>= 0'}; got {value}."
+            f"{remedy if positive else ''}"
         )
+
+
+def check_damping(damping: Any) -> None:
+    """Raise unless `damping` is positive, as the inverse of a low-rank matrix needs it."""
+    remedy = " The inverse of a low-rank matrix exists only with a positive damping."
+    check_scalar("damping", damping, positive=True, remedy=remedy)
 
 
 def check_count(name: str, x: Any, *, most: int | None = None) -> int:
@@ -238,10 +254,10 @@ def dot(u: Array, v: Array) -> Array:
 
 
 def column_scale(x: Array) -> Array:
-    """Largest absolute entry of each column, 1 for a zero column."""
+    """Largest absolute entry of each column, 1 where that is zero or not finite."""
     xp = array_namespace(x)
     largest = xp.max(xp.abs(x), axis=0)
-    return xp.where(largest > 0, largest, xp.ones_like(largest))
+    return xp.where((largest > 0) & xp.isfinite(largest), largest, xp.ones_like(largest))
 
 
 def column_norm(x: Array) -> Array:

@@ -13,10 +13,12 @@ from lowrank_inverse._array import (
     check_block,
     check_floating,
     check_indices,
+    column_norm,
     describe,
     eps,
     is_traced,
     like,
+    quietly,
     scatter,
     take,
 )
@@ -38,18 +40,21 @@ class ProductOnly:
 
     def __matmul__(self, block: Array) -> Array:
         """Return the product with `block`, shape (n,) or (n, m)."""
-        check_block("block", block, self.shape[0])
-        if array_namespace(block) is not array_namespace(self.like):
+        self._check(block)
+        return self._multiply(block)
+
+    def _check(self, block: Array, name: str = "block") -> None:
+        check_block(name, block, self.shape[0])
+        if self.like is not None and array_namespace(block) is not array_namespace(self.like):
             raise TypeError(
-                f"the operator and the block must come from one library: the operator has "
-                f"{describe(self.like)}, the block is {describe(block)}. Convert one of them."
+                f"the operator and `{name}` must come from one library: the operator has "
+                f"{describe(self.like)}, `{name}` is {describe(block)}. Convert one of them."
             )
-        if block.dtype != self.dtype:
+        if self.dtype is not None and block.dtype != self.dtype:
             raise TypeError(
-                f"the operator has dtype {self.dtype} and the block {block.dtype}. Convert one of "
+                f"the operator has dtype {self.dtype} and `{name}` {block.dtype}. Convert one of "
                 "them: nothing is promoted silently."
             )
-        return self._multiply(block)
 
 
 class Operator(ProductOnly):
@@ -83,6 +88,10 @@ class DenseOperator(Operator):
     def _multiply(self, block: Array) -> Array:
         return self.matrix @ block
 
+    def frobenius_norm(self) -> Array:
+        """Return the root of the sum of the squared entries, as a 0-d array."""
+        return column_norm(array_namespace(self.matrix).reshape(self.matrix, (-1,)))
+
     def columns(self, indices: Any) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         return take(self.matrix, check_indices(indices, self.shape[0]), axis=1)
@@ -94,13 +103,16 @@ class DenseOperator(Operator):
 
 def prototype(dtype: Any, like: Array | None, device: Any = None) -> Array:
     """Return an empty array of the library, dtype and device meant."""
-    if like is not None:
-        empty = like[:0] if like.ndim == 1 else like.reshape(-1)[:0]
-        return empty if dtype is None else astype(empty, dtype)
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(dtype, torch.dtype):
-        return torch.zeros(0, dtype=dtype, device=device)
-    return np.zeros(0, dtype=np.float64 if dtype is None else dtype)
+    if like is not None:
+        empty = array_namespace(like).reshape(like, (-1,))[:0]
+        empty = empty if dtype is None else astype(empty, dtype)
+    elif torch is not None and isinstance(dtype, torch.dtype):
+        empty = torch.zeros(0, dtype=dtype, device=device)
+    else:
+        empty = np.zeros(0, dtype=np.float64 if dtype is None else dtype)
+    check_floating("products of the operator", empty)
+    return empty
 
 
 def check_square(A: Any) -> None:
@@ -110,18 +122,18 @@ def check_square(A: Any) -> None:
         raise ValueError(f"`A` must be square, of shape (n, n) with n >= 1; got shape {shape}.")
 
 
+@quietly
 def _check_symmetric(A: Array) -> None:
     """Compare some rows of a concrete dense array with its columns: cheap, catches most slips."""
-    if is_traced(A):
-        return
     xp = array_namespace(A)
     n = A.shape[0]
     rows = np.unique(np.linspace(0, n - 1, NUM_SYMMETRY_ROWS).astype(np.int64))
     across, down = take(A, rows, axis=0), take(A, rows, axis=1).T
-    difference = float(xp.max(xp.abs(across - down)))
-    # NaN passes here: it is reported where the values are used.
-    if difference > eps(A) ** 0.5 * float(xp.max(xp.abs(across))):
+    difference = xp.max(xp.abs(across - down))
+    # NaN passes here: it is reported where the values are used. Traced values are unknown.
+    asymmetric = difference > eps(A) ** 0.5 * xp.max(xp.abs(across))
+    if not is_traced(asymmetric) and bool(asymmetric):
         raise ValueError(
-            f"`A` must be symmetric; A and A.T differ by {difference:.2g}. Use (A + A.T) / 2 if "
-            "the difference is rounding, or solve A.T @ A if A is not symmetric."
+            f"`A` must be symmetric; A and A.T differ by {float(difference):.2g}. Use (A + A.T) "
+            "/ 2 if the difference is rounding, or solve A.T @ A if A is not symmetric."
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lowrank_inverse._array import check_scalar, column_norm, column_scale, dot, eps, scalar_like
+from lowrank_inverse._operator import DenseOperator
 from lowrank_inverse._typing import Array
 from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.solution import check_system
@@ -55,7 +56,8 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     With ``r = b - (A + damping I) x`` and ``0 <= H_k <= A``: ``norm(e) <= norm(r) / damping``,
     ``e.T (A + damping I) e <= r.T N r``, and so ``norm(e) <= sqrt(r.T N r / damping)``; the
     smaller one is returned. Without `inverse`, ``N = I / damping``. The residual is enlarged by
-    its own rounding. One product, and one with `inverse`, for each column.
+    the rounding of a product with `A`, from the Frobenius norm of a dense `A` and the largest
+    eigenvalue of ``H_k`` otherwise. One product, and one with `inverse`, for each column.
 
     Examples
     --------
@@ -67,14 +69,15 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     0.2
     """
     A = aslinearoperator(A)
-    check_system(A, b, damping, x)
+    check_system(A, b, damping, x, name="x")
     check_scalar("damping", damping, positive=True)
     xp = array_namespace(b)
     damping = scalar_like(damping, b)
     Ax = A @ x
     r = b - (Ax + damping * x)
     unit = ROUNDING_UNITS * eps(b)
-    slack = unit * (column_norm(b) + column_norm(Ax) + damping * column_norm(x))
+    size = column_norm(b) + column_norm(Ax) + damping * column_norm(x)
+    slack = unit * (size + _norm_bound(A, inverse) * column_norm(x))
     norm = column_norm(r) + slack
     error = norm / damping
     if inverse is None:
@@ -88,3 +91,11 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     energy = scale * xp.sqrt(quadratic) + slack / damping**0.5
     tighter = energy / damping**0.5
     return Certificate(column_norm(r), xp.where(tighter < error, tighter, error), energy)
+
+
+def _norm_bound(A: Any, inverse: Any) -> Any:
+    """Return what is known of the norm of `A` without a further product."""
+    if isinstance(A, DenseOperator):
+        return A.frobenius_norm()
+    eigenvalues = getattr(getattr(inverse, "approx", inverse), "eigenvalues", None)
+    return 0.0 if eigenvalues is None else scalar_like(eigenvalues[0], A.like)

@@ -12,7 +12,14 @@ from lowrank_inverse._array import check_finite, check_scalar, column_norm, is_t
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator, shifted
-from lowrank_inverse.prepared import DEFAULT_RTOL, PreparedInverse, direct_solution
+from lowrank_inverse.prepared import (
+    DEFAULT_RTOL,
+    PreparedInverse,
+    apply_cost,
+    block_width,
+    direct_solution,
+    with_apply_cost,
+)
 from lowrank_inverse.solution import Reason, Solution, start
 from lowrank_inverse.solve import as_settings
 from lowrank_inverse.solvers import Nystrom, NystromCG
@@ -170,15 +177,15 @@ def _solve_scaled(
     s = D**-0.5
     inverse = dataclasses.replace(settings, damping=1.0).prepare(_scale(H, s), rng=rng)
     system, approximate = _add_diagonal(H, D), _scale(inverse.preconditioner, s)
-    per_vector = getattr(inverse.preconditioner, "products_per_vector", 0)
     if isinstance(settings, Nystrom) and settings.refine == 0:
-        solution = direct_solution(system, 0.0, b, approximate @ b, per_vector)
+        cost = apply_cost(inverse.preconditioner, block_width(b))
+        solution = direct_solution(system, 0.0, b, approximate @ b, cost)
     else:
         x0 = start(state, b) if isinstance(settings, NystromCG) else None
         rtol = settings.rtol if isinstance(settings, NystromCG) else DEFAULT_RTOL
         steps = settings.max_steps if isinstance(settings, NystromCG) else settings.refine + 1
         solution = cg(system, b, x0=x0, preconditioner=approximate, rtol=rtol, max_steps=steps)
-        solution = solution._replace(num_products=solution.num_products * (1 + per_vector))
+        solution = with_apply_cost(solution, inverse.preconditioner, b)
     return solution._replace(num_products=inverse.num_products + solution.num_products), inverse
 
 

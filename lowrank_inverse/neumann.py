@@ -16,6 +16,7 @@ from lowrank_inverse._array import (
     dot,
     eps,
     like,
+    quietly,
     scalar_like,
 )
 from lowrank_inverse._loop import while_loop
@@ -32,9 +33,11 @@ class _State(NamedTuple):
     r: Array
     num_steps: Array
     reason: Array
+    overflowed: Array
     num_blocks: Any
 
 
+@quietly
 def neumann(
     A: Any,
     b: Array,
@@ -102,12 +105,12 @@ def neumann(
         step_size = scalar_like(step_size, b)
     scale = column_scale(b)
     b = b / scale
-    target = tolerance(b, scale, rtol, 0.0)
+    target = tolerance(b, rtol)
 
     floor = eps(b) ** 0.5 * column_norm(b)  # below it rounding could be taken for divergence
 
     def going(state: _State) -> Array:
-        done = ended(state.reason, Reason.CONVERGED, Reason.NONFINITE)
+        done = ended(state.reason, Reason.CONVERGED, Reason.NONFINITE) | state.overflowed
         return ~done & (state.num_steps < num_terms)
 
     def term(state: _State) -> _State:
@@ -116,9 +119,10 @@ def neumann(
         r = xp.where(active, b - (A @ x + damping * x), state.r)
         norm, last = column_norm(r), column_norm(state.r)
         change = state.r - r  # step_size * B r, of the last r
-        clear = active & (last > floor)
+        finite = xp.isfinite(norm)
+        clear = active & finite & (last > floor)
         reason = xp.where(
-            clear & (dot(state.r, change) < 0),
+            clear & (dot(state.r / last, change / last) < 0),
             code(state.reason, Reason.NEGATIVE_CURVATURE),
             state.reason,
         )
@@ -126,17 +130,23 @@ def neumann(
             clear & (column_norm(change) >= 2 * last), code(reason, Reason.DIVERGED), reason
         )
         reason = xp.where(active & (norm <= target), code(reason, Reason.CONVERGED), reason)
-        reason = xp.where(active & ~xp.isfinite(norm), code(reason, Reason.NONFINITE), reason)
+        unexplained = ~finite & (reason == RUNNING)
+        reason = xp.where(active & unexplained, code(reason, Reason.NONFINITE), reason)
         return _State(
-            x, r, state.num_steps + astype(active, xp.int32), reason, state.num_blocks + 1
+            xp.where(finite, x, state.x),
+            xp.where(finite, r, state.r),
+            state.num_steps + astype(active & finite, xp.int32),
+            reason,
+            state.overflowed | ~finite,
+            state.num_blocks + 1,
         )
 
     norm = column_norm(b)
     steps = astype(xp.zeros_like(norm), xp.int32)
     reason = xp.where(norm > 0, code(steps, RUNNING), code(steps, Reason.CONVERGED))
-    end = while_loop(
-        lambda state: xp.any(going(state)), term, _State(xp.zeros_like(b), b, steps, reason, 0)
-    )
+    reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
+    first = _State(xp.zeros_like(b), b, steps, reason, ~xp.isfinite(norm), 0)
+    end = while_loop(lambda state: xp.any(going(state)), term, first)
     reason = xp.where(end.reason == RUNNING, code(steps, Reason.MAX_STEPS), end.reason)
     return Solution(
         value=end.x * scale,

@@ -10,12 +10,14 @@ from array_api_compat import array_namespace
 from lowrank_inverse._array import (
     astype,
     check_count,
+    check_damping,
     check_finite,
     check_indices,
     check_scalar,
     concrete,
     eps,
     is_narrow,
+    quietly,
     row_blocks,
     symmetric_part,
     take,
@@ -53,15 +55,15 @@ class NystromApproximation(ProductOnly):
     core_eigenvalues : array, shape (k,)
         Of W, smallest first. One below -damping proves ``H + damping * I`` indefinite.
     num_products : int
-        Products with `H` that the columns cost.
+        Products with `H` that the columns cost; those read from an array count too.
 
     Notes
     -----
     ``W = V diag(w) V.T`` gives ``T = V diag(w)^(-1/2)`` on the eigenvalues kept; the whitened
     columns ``F = C T`` satisfy ``H_k = F F.T``; and ``F.T F = Z diag(g) Z.T`` has the nonzero
     eigenvalues g of H_k. All k×k work is done in float64 where there is one. Where there is
-    none (jax without x64), ``F Z`` is kept beside C, so that every product sees the same
-    rounding of it.
+    none (jax without x64), the left singular vectors of F are kept beside C: orthogonal to
+    rounding, they lose the least.
 
     References
     ----------
@@ -86,9 +88,13 @@ class NystromApproximation(ProductOnly):
         self.whitening, self.num_negative = whitening.matrix, whitening.num_negative
         self.num_dropped = whitening.num_dropped
         self.core_eigenvalues = whitening.core_eigenvalues
-        self.eigenvalues, self.rotation = spectrum(_whitened_gram(C, self.whitening))
-        self._map = self.whitening @ self.rotation
-        self._basis = C @ self._map if is_narrow(C) else None
+        self._basis: tuple[Array, Array] | None = None
+        if is_narrow(C):
+            self._basis = _left_singular(C @ self.whitening)
+            self.eigenvalues = self._basis[1] ** 2
+        else:
+            self.eigenvalues, rotation = spectrum(_whitened_gram(C, self.whitening))
+            self._map = self.whitening @ rotation
 
     @property
     def rank(self) -> Any:
@@ -98,13 +104,15 @@ class NystromApproximation(ProductOnly):
     def project(self, block: Array) -> Array:
         """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype."""
         if self._basis is not None:
-            return self._basis.T @ block
+            U, s = self._basis
+            return _rows_times(s, U.T @ block)
         return self._map.T @ tall_dot(self.columns, block)
 
     def expand(self, coefficients: Array) -> Array:
         """Return ``(F Z) @ coefficients``, shape (n,) or (n, m), in the dtype of the columns."""
         if self._basis is not None:
-            return self._basis @ coefficients
+            U, s = self._basis
+            return U @ _rows_times(s, coefficients)
         return tall_times(self.columns, self._map @ coefficients)
 
     def _multiply(self, block: Array) -> Array:
@@ -118,7 +126,7 @@ class NystromApproximation(ProductOnly):
 
     def logdet(self, damping: Any) -> Any:
         """Return ``log det(H_k + damping * I)``; `damping` must be positive."""
-        check_scalar("damping", damping, positive=True)
+        check_damping(damping)
         xp = array_namespace(self.eigenvalues)
         rest = self.shape[0] - self.indices.size
         damping = damping + 0 * self.eigenvalues[0]  # a 0-d array, also where it came as a float
@@ -131,6 +139,7 @@ class NystromApproximation(ProductOnly):
         )
 
 
+@quietly
 def nystrom(
     A: Any,
     rank: int | None = None,
@@ -277,3 +286,16 @@ def _whitened_gram(C: Array, T: Array) -> Array:
         F = astype(C[rows, ...], T.dtype) @ T
         total = total + F.T @ F
     return total
+
+
+def _left_singular(F: Array) -> tuple[Array, Array]:
+    """Return the left singular vectors of a tall `F`, shape (n, k), and the singular values."""
+    xp = array_namespace(F)
+    Q, R = xp.linalg.qr(F)
+    U, s, _ = xp.linalg.svd(R)
+    return Q @ U, s
+
+
+def _rows_times(s: Array, block: Array) -> Array:
+    """Multiply row i of `block` by ``s[i]``."""
+    return block * (s if block.ndim == 1 else s[:, None])

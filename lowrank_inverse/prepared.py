@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import astype, column_norm, column_scale, dot, scalar_like
+from lowrank_inverse._array import astype, column_norm, column_scale, dot, quietly, scalar_like
 from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import Array
 from lowrank_inverse.solution import Reason, Solution, code, tolerance
@@ -47,22 +47,24 @@ class PreparedInverse(ProductOnly):
         preconditioner: Any = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
+        self.like = getattr(A, "like", None)
         self._run, self._apply = run, apply
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
         self.preconditioner = preconditioner
 
-    def __matmul__(self, block: Array) -> Array:
-        """Return the product with `block`, shape (n,) or (n, m)."""
+    def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block).value
 
     def solve(self, b: Array) -> Solution:
         """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone."""
+        self._check(b, "b")
         return self._run(b)
 
 
-def direct_solution(A: Any, damping: Any, b: Array, x: Array, products_per_vector: int) -> Solution:
-    """Say how good the `x` of a direct method is, at the cost of one product a column."""
+@quietly
+def direct_solution(A: Any, damping: Any, b: Array, x: Array, num_products: int) -> Solution:
+    """Say how good the `x` of a direct method is, after `num_products`, at one more a column."""
     xp = array_namespace(b)
     product = A @ x + scalar_like(damping, b) * x
     norm = column_norm(b - product)
@@ -72,14 +74,14 @@ def direct_solution(A: Any, damping: Any, b: Array, x: Array, products_per_vecto
         code(steps, Reason.NEGATIVE_CURVATURE),
         code(steps, Reason.DIRECT),
     )
-    met = norm <= tolerance(b, xp.ones_like(norm), DEFAULT_RTOL, 0.0)
+    met = norm <= tolerance(b, DEFAULT_RTOL)
     reason = xp.where(met, code(steps, Reason.CONVERGED), reason)
     reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
     return Solution(
         value=x,
         residual_norm=norm,
         num_steps=steps,
-        num_products=(1 + products_per_vector) * block_width(b),
+        num_products=num_products + block_width(b),
         converged=met,
         reason=reason,
     )
@@ -88,3 +90,17 @@ def direct_solution(A: Any, damping: Any, b: Array, x: Array, products_per_vecto
 def block_width(b: Array) -> int:
     """Count the columns of `b`, 1 for a vector."""
     return 1 if b.ndim == 1 else int(b.shape[1])
+
+
+def apply_cost(operator: Any, width: int) -> int:
+    """Count the products with A that applying `operator` to a block of `width` vectors costs."""
+    cost = getattr(operator, "apply_cost", None)
+    return int(cost(width)) if cost is not None else 0
+
+
+def with_apply_cost(solution: Solution, preconditioner: Any, b: Array) -> Solution:
+    """Count the products that the preconditioner of a solve by CG from zero cost."""
+    width = block_width(b)
+    blocks = solution.num_products // width  # the preconditioner is applied as often
+    extra = blocks * apply_cost(preconditioner, width)
+    return solution._replace(num_products=solution.num_products + extra)

@@ -69,14 +69,14 @@ def sample_columns(A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = N
         )
     check_finite("diagonal of A", d)
     host = to_host(d).astype(np.float64)
-    largest = np.max(np.abs(host))
-    weights = np.abs(host) / (largest if largest > 0 else 1.0)  # squares must not overflow
-    return _weighted(weights if sampling == "diagonal" else weights**2, rank, generator)
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(np.abs(host))  # squares would over- or underflow
+    return _weighted(log_weights * (1 if sampling == "diagonal" else 2), rank, generator)
 
 
-def _weighted(weights: np.ndarray, rank: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw without replacement: the smallest arrival times of Poisson processes with `weights`."""
-    positive, zero = np.flatnonzero(weights > 0), np.flatnonzero(weights == 0)
-    times = generator.exponential(size=positive.size) / weights[positive]
-    chosen = positive[np.argsort(times)[:rank]]
+def _weighted(log_weights: np.ndarray, rank: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw without replacement: the first arrivals of Poisson processes with these rates."""
+    positive, zero = np.flatnonzero(log_weights > -np.inf), np.flatnonzero(log_weights == -np.inf)
+    log_times = np.log(generator.exponential(size=positive.size)) - log_weights[positive]
+    chosen = positive[np.argsort(log_times)[:rank]]
     return np.concatenate([chosen, generator.permutation(zero)[: rank - chosen.size]])

@@ -79,7 +79,9 @@ class Solution(NamedTuple):
         return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
 
 
-def check_system(A: Any, b: Array, damping: Any, x0: Array | None = None) -> None:
+def check_system(
+    A: Any, b: Array, damping: Any, x0: Array | None = None, *, name: str = "x0"
+) -> None:
     """Raise unless `b` and `x0` are finite blocks that fit `A`, and `damping` is >= 0."""
     n = int(A.shape[0])
     check_block("b", b, n)
@@ -93,13 +95,13 @@ def check_system(A: Any, b: Array, damping: Any, x0: Array | None = None) -> Non
         )
     if x0 is None:
         return
-    namespace(b=b, x0=x0)
+    namespace(**{"b": b, name: x0})
     if tuple(x0.shape) != tuple(b.shape) or x0.dtype != b.dtype:
         raise ValueError(
-            f"`x0` must match `b` of dtype {b.dtype} and shape {tuple(b.shape)}; "
+            f"`{name}` must match `b` of dtype {b.dtype} and shape {tuple(b.shape)}; "
             f"got {describe(x0)}."
         )
-    check_finite("x0", x0)
+    check_finite(name, x0)
 
 
 def start(state: Any, b: Array) -> Array | None:
@@ -121,11 +123,12 @@ def start(state: Any, b: Array) -> Array | None:
     return state.value
 
 
-def tolerance(b: Array, scale: Array, rtol: float, atol: float) -> Array:
-    """Return ``max(rtol * norm(b), atol)`` for a `b` that was divided by `scale`."""
+def tolerance(b: Array, rtol: float, atol: float = 0.0) -> Array:
+    """Return ``max(rtol * norm(b), atol)`` for each column."""
     check_scalar("rtol", rtol)
     check_scalar("atol", atol)
-    relative, absolute = rtol * column_norm(b), atol / scale
+    relative = rtol * column_norm(b)
+    absolute = atol + 0 * relative
     return array_namespace(b).where(relative > absolute, relative, absolute)
 
 

@@ -9,7 +9,7 @@ from lowrank_inverse._array import check_scalar, describe
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.certificate import certify as certify_solution
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator
-from lowrank_inverse.prepared import PreparedInverse, block_width, direct_solution
+from lowrank_inverse.prepared import PreparedInverse, apply_cost, block_width, direct_solution
 from lowrank_inverse.solution import Solution, check_system
 
 
@@ -114,9 +114,10 @@ def solve(
     bounds = certify_solution(
         A, solution.value, b, settings.damping, inverse=inverse.nystrom_inverse
     )
-    per_vector = 1 + getattr(inverse.nystrom_inverse, "products_per_vector", 0)
+    width = block_width(b)
     return solution._replace(
-        num_products=num_products + per_vector * block_width(b), error_bound=bounds.error_bound
+        num_products=num_products + width + apply_cost(inverse.nystrom_inverse, width),
+        error_bound=bounds.error_bound,
     )
 
 

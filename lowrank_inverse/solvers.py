@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ from array_api_compat import array_namespace
 from lowrank_inverse._array import (
     astype,
     check_count,
+    check_damping,
     check_finite,
+    check_indices,
     check_scalar,
     concrete,
     eps,
@@ -25,7 +28,13 @@ from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import choose_indices, is_indefinite, nystrom
 from lowrank_inverse.operators import aslinearoperator, columns
 from lowrank_inverse.preconditioner import NystromPreconditioner
-from lowrank_inverse.prepared import PreparedInverse, direct_solution
+from lowrank_inverse.prepared import (
+    PreparedInverse,
+    apply_cost,
+    block_width,
+    direct_solution,
+    with_apply_cost,
+)
 from lowrank_inverse.sampling import check_sampling
 from lowrank_inverse.solution import Solution, check_system, start
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
@@ -87,27 +96,27 @@ class Nystrom:
 
     def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``; `state` is not used."""
-        check_scalar("damping", self.damping, positive=True)
+        check_damping(self.damping)
         A = aslinearoperator(A)
         indices = _indices(self, A, rng)
         inverse: Any
         if self.storage == "stored":
             source: Any = nystrom(A, indices=indices, chunk_size=self.chunk_size)
-            inverse, per_vector = source.inverse(self.damping), 0
+            inverse = source.inverse(self.damping)
         else:
             build = chunked_inverse if self.storage == "chunked" else streamed_inverse
             inverse = source = build(A, indices, self.damping, chunk_size=self.chunk_size or 1)
-            per_vector = inverse.products_per_vector
         unit = eps(inverse.like)
 
         def run(b: Array) -> Solution:
             check_system(A, b, self.damping)
             if self.refine == 0:
-                return direct_solution(A, self.damping, b, inverse @ b, per_vector)
+                cost = apply_cost(inverse, block_width(b))
+                return direct_solution(A, self.damping, b, inverse @ b, cost)
             # From zero: the first step is the plain answer with the best length.
             steps = self.refine + 1
             solution = cg(A, b, damping=self.damping, preconditioner=inverse, max_steps=steps)
-            return solution._replace(num_products=solution.num_products * (1 + per_vector))
+            return with_apply_cost(solution, inverse, b)
 
         return PreparedInverse(
             A,
@@ -252,7 +261,8 @@ class Neumann:
 class Exact:
     """The dense (pseudo-)inverse from all n columns: for small n, and to compare with.
 
-    Eigenvalues of ``A + damping * I`` whose size is within ``n * eps`` of the largest count as 0.
+    Eigenvalues of ``A + damping * I`` within rounding of 0 (``n * eps`` times the largest) are
+    dropped.
     """
 
     damping: Any = 0.0
@@ -268,8 +278,10 @@ class Exact:
         check_finite("columns of A", H)
         xp = array_namespace(H)
         w, V = xp.linalg.eigh(symmetric_part(astype(H, wide_dtype(H))))
+        # Without a damping, what may be the rounding of H is taken for zero.
+        unit = xp.finfo(w.dtype).eps if _is_positive(self.damping) else eps(H)
         w = w + self.damping
-        noise = n * eps(H) * xp.max(xp.abs(w))
+        noise = n * float(unit) * xp.max(xp.abs(w))
         keep = xp.abs(w) > noise
         reciprocal = xp.where(keep, 1 / xp.where(keep, w, xp.ones_like(w)), xp.zeros_like(w))
 
@@ -288,7 +300,7 @@ class Exact:
             apply=apply,
             num_products=n,
             rank=concrete(xp.sum(astype(keep, xp.int32), dtype=xp.int32)),
-            negative_curvature=concrete(xp.any(w < -noise)),
+            negative_curvature=concrete(xp.any(w < -n * eps(H) * xp.max(xp.abs(w)))),
         )
 
 
@@ -316,7 +328,7 @@ def _check_columns(settings: Any) -> None:
     check_count("rank", settings.rank)
     check_sampling(settings.sampling)
     if settings.indices is not None and not is_traced(settings.indices):
-        indices = tuple(int(i) for i in settings.indices)
+        indices = tuple(check_indices(settings.indices, sys.maxsize).tolist())
         object.__setattr__(settings, "indices", indices)
 
 
@@ -334,4 +346,4 @@ def _indices(settings: Any, A: Any, rng: RNG) -> np.ndarray:
 
 
 def _is_positive(damping: Any) -> bool:
-    return is_traced(damping) or bool(damping > 0)
+    return is_traced(damping) or concrete(damping) > 0

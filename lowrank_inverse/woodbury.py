@@ -10,11 +10,13 @@ from array_api_compat import array_namespace
 from lowrank_inverse._array import (
     astype,
     check_count,
+    check_damping,
     check_finite,
     check_indices,
-    check_scalar,
+    column_scale,
     eps,
     like,
+    quietly,
     scalar_like,
     scatter,
     symmetric_part,
@@ -80,30 +82,33 @@ class RecomputedInverse(Operator):
         damping: Any,
         core: Array,
         gram: Array,
+        scale: Array,
         *,
         chunk_size: int | None,
         num_products: int,
     ) -> None:
+        """Take W and C.T C of the operator divided by `scale`, so that nothing overflows."""
         self.A, self.indices, self.damping = A, indices, scalar_like(damping, core)
         self.shape, self.dtype, self.like = (A.shape[0], A.shape[0]), core.dtype, core[:0, 0]
         self.num_products, self.chunk_size = num_products, chunk_size
         wide = wide_dtype(core)
         whitening = whiten(symmetric_part(astype(core, wide)), eps(core))
         self.num_dropped, self.num_negative = whitening.num_dropped, whitening.num_negative
-        self.core_eigenvalues = whitening.core_eigenvalues
+        scale = astype(scale, wide)
+        self.core_eigenvalues = scale * whitening.core_eigenvalues
         T = whitening.matrix
-        self.eigenvalues, rotation = spectrum(T.T @ astype(gram, wide) @ T)
-        self._map = T @ rotation
+        eigenvalues, rotation = spectrum(T.T @ astype(gram, wide) @ T)
+        self.eigenvalues = scale * eigenvalues
+        self._map = T @ rotation / scale**0.5
 
     @property
     def rank(self) -> Any:
         """Columns kept."""
         return self.indices.size - self.num_dropped
 
-    @property
-    def products_per_vector(self) -> int:
-        """Products with the operator that each right-hand side costs."""
-        return 2 if self.chunk_size is None else self.indices.size + 1
+    def apply_cost(self, width: int) -> int:
+        """Count the products with the operator that a block of `width` vectors costs."""
+        return 2 * width if self.chunk_size is None else self.indices.size + width
 
     def _multiply(self, block: Array) -> Array:
         projected = self._map.T @ self._columns_dot(block)
@@ -161,12 +166,13 @@ def woodbury_inverse(
     >>> print(inverse @ np.ones(3))
     [0.2 0.5 1. ]
     """
-    check_scalar("damping", damping, positive=True)
+    check_damping(damping)
     if chunk_size is None:
         return WoodburyInverse(approx, damping)
     return ChunkedWoodburyInverse(approx, damping, chunk_size)
 
 
+@quietly
 def chunked_inverse(A: Any, indices: Any, damping: Any, *, chunk_size: int) -> RecomputedInverse:
     """Return ``(H_k + damping * I)^{-1}`` with two chunks of columns in memory at most.
 
@@ -189,31 +195,35 @@ def chunked_inverse(A: Any, indices: Any, damping: Any, *, chunk_size: int) -> R
 
     Notes
     -----
-    ``k (k / κ + 1) / 2`` products to set up, k + 1 for each right-hand side; memory
-    ``2 κ n + k²`` numbers. :func:`streamed_inverse` needs far fewer products.
+    ``k (k / κ + 1) / 2`` products to set up, k for each block of right-hand sides and one for each
+    of them; memory ``2 κ n + k²`` numbers. :func:`streamed_inverse` needs far fewer products.
 
     References
     ----------
     .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
        Differentiation. AISTATS 2023.
     """
-    check_scalar("damping", damping, positive=True)
+    check_damping(damping)
     A = aslinearoperator(A)
     indices = check_indices(indices, int(A.shape[0]))
     chunks = index_chunks(indices, chunk_size)
     blocks: dict[tuple[int, int], Array] = {}
     core_parts: list[Array] = []
     num_products = 0
+    scale: Any = None
     for i in range(len(chunks)):
-        first = A.columns(chunks[i])
+        first = _finite_columns(A, chunks[i])
         num_products += chunks[i].size
+        scale = _scale_of(first) if scale is None else scale
+        first = first / scale
         for j in range(i, len(chunks)):
-            second = first if j == i else A.columns(chunks[j])
-            num_products += 0 if j == i else chunks[j].size
+            second = first
+            if j > i:
+                second = _finite_columns(A, chunks[j]) / scale
+                num_products += chunks[j].size
             blocks[i, j] = tall_dot(first, second)
             blocks[j, i] = blocks[i, j].T
             if i == 0:
-                check_finite("columns of A", second)
                 core_parts.append(take(second, indices))
     xp = array_namespace(first)
     gram = xp.concat(
@@ -222,10 +232,11 @@ def chunked_inverse(A: Any, indices: Any, damping: Any, *, chunk_size: int) -> R
     )
     core = xp.concat(core_parts, axis=1)
     return RecomputedInverse(
-        A, indices, damping, core, gram, chunk_size=chunk_size, num_products=num_products
+        A, indices, damping, core, gram, scale, chunk_size=chunk_size, num_products=num_products
     )
 
 
+@quietly
 def streamed_inverse(
     A: Any, indices: Any, damping: Any, *, chunk_size: int = 1
 ) -> RecomputedInverse:
@@ -256,15 +267,17 @@ def streamed_inverse(
     small eigenvalues of W magnify: prefer :func:`woodbury_inverse` or :func:`chunked_inverse`
     where `damping` is below about 1e-3 of the largest eigenvalue.
     """
-    check_scalar("damping", damping, positive=True)
+    check_damping(damping)
     A = aslinearoperator(A)
     indices = check_indices(indices, int(A.shape[0]))
     core_parts, gram_parts = [], []
+    scale: Any = None
     for chunk in index_chunks(indices, chunk_size):
-        C = A.columns(chunk)
-        check_finite("columns of A", C)
+        C = _finite_columns(A, chunk)
+        scale = _scale_of(C) if scale is None else scale
+        C = C / scale
         core_parts.append(take(C, indices))
-        gram_parts.append(take(A @ C, indices))
+        gram_parts.append(take(A @ C, indices) / scale)
     xp = array_namespace(core_parts[0])
     return RecomputedInverse(
         A,
@@ -272,9 +285,22 @@ def streamed_inverse(
         damping,
         xp.concat(core_parts, axis=1),
         xp.concat(gram_parts, axis=1),
+        scale,
         chunk_size=None,
         num_products=2 * indices.size,
     )
+
+
+def _finite_columns(A: Any, indices: np.ndarray) -> Array:
+    C = A.columns(indices)
+    check_finite("columns of A", C)
+    return C
+
+
+def _scale_of(C: Array) -> Array:
+    """Return a power of two, lest scaling rounds, near the largest entry; 1 if all are zero."""
+    xp = array_namespace(C)
+    return 2.0 ** xp.floor(xp.log2(column_scale(xp.reshape(C, (-1,)))))
 
 
 def _over(coefficients: Array, divisors: Array) -> Array:

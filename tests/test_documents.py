@@ -11,6 +11,7 @@ import lowrank_inverse as li
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax"}
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -18,8 +19,8 @@ def run_blocks(page):
     """Run the Python blocks of a page one after the other, each in the names of those before."""
     names = {}
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
-        if "torch" in block:
-            pytest.importorskip("torch", reason="the page shows PyTorch, which is not installed")
+        for framework in FRAMEWORKS.intersection(re.findall(r"\w+", block)):
+            pytest.importorskip(framework, reason=f"the page shows {framework}")
         if re.search(r"^import numpy", block, re.MULTILINE):
             names = {}
         exec(compile(block, page.name, "exec"), names)
@@ -45,7 +46,9 @@ def test_the_guide_to_hypergradients_ends_with_a_small_residual():
     assert names["decayed"].info.relative_residual < 0.1
 
 
-@pytest.mark.parametrize("package", ["lowrank_inverse", "lowrank_inverse_torch"])
+@pytest.mark.parametrize(
+    "package", ["lowrank_inverse", "lowrank_inverse_torch", "lowrank_inverse_jax"]
+)
 def test_every_public_name_has_its_place_in_the_reference(package):
     module = pytest.importorskip(package, reason=f"{package} cannot be imported here")
     pages = (ROOT / "docs" / "api").glob("*.md")

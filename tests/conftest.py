@@ -1,0 +1,167 @@
+"""Fixtures: every array library the core runs on, and both floating types."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Before NumPy, PyTorch or JAX are loaded: one thread each, and JAX on the CPU.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
+
+EAGER = ["numpy", "array_api_strict", "torch", "jax"]
+EAGER_JAX = pytest.param("jax", marks=pytest.mark.slow)  # compiles operation by operation
+ON_DEVICE = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cuda")]
+COMPILED: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave compiled float32 to the slow tests where no k×k algebra makes it a path of its own."""
+    for item in items:
+        arguments = getattr(item, "callspec", None)
+        if arguments is None or item.path.stem not in ("test_cg", "test_neumann"):
+            continue
+        chosen = arguments.params.get("backend"), arguments.params.get("dtype")
+        if chosen == ("jax_jit", "float32"):
+            item.add_marker(pytest.mark.slow)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array library at one dtype; `run` calls a function as its users do."""
+
+    name: str
+    xp: Any
+    dtype: str
+    make: Callable[[np.ndarray], Any]
+    is_narrow: bool = False
+
+    def asarray(self, x: Any) -> Any:
+        """Return `x` in this library: floating values in this dtype, others as they are."""
+        x = np.asarray(x)
+        return self.make(x.astype(self.dtype) if x.dtype.kind == "f" else x)
+
+    def seen(self, x: Any) -> np.ndarray:
+        """Return in float64 what this library sees of `x`: rounded to its dtype."""
+        return np.asarray(x).astype(self.dtype).astype(np.float64)
+
+    def run(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """Return ``function(*arrays)`` as NumPy arrays, compiled where the backend says so.
+
+        Compilations are kept by function: hand over one of the module, not a new lambda.
+        """
+        arrays = tuple(self.asarray(x) for x in arrays)
+        if self.name != "jax_jit":
+            return host(function(*arrays))
+        import jax
+
+        key = (function, bool(jax.config.jax_enable_x64))
+        if key not in COMPILED:
+            COMPILED[key] = jax.jit(function)
+        return host(COMPILED[key](*arrays))
+
+    @property
+    def eps(self) -> float:
+        """Machine epsilon."""
+        return float(np.finfo(self.dtype).eps)
+
+
+def host(x: Any) -> Any:
+    """Return `x`, an array or a tuple of them, in NumPy."""
+    if isinstance(x, tuple):
+        parts = [host(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if x is None or isinstance(x, (bool, int, float)):
+        return x
+    if type(x).__module__.startswith("torch"):
+        return x.detach().cpu().numpy()
+    return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def x64(enabled: bool) -> Any:
+    """Return a context in which jax has, or has not, 64-bit types."""
+    import jax
+
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import disable_x64, enable_x64
+
+    return enable_x64() if enabled else disable_x64()
+
+
+@contextlib.contextmanager
+def open_backend(name: str, dtype: str, *, wide: bool | None = None) -> Iterator[Backend]:
+    """Yield a backend; `wide` says whether jax has 64-bit types, by default only for float64."""
+    if name == "numpy":
+        yield Backend(name, np, dtype, np.array)
+    elif name == "array_api_strict":
+        xp = pytest.importorskip("array_api_strict")
+        yield Backend(name, xp, dtype, xp.asarray)
+    elif name in ("torch", "cuda"):
+        torch = pytest.importorskip("torch")
+        torch.set_num_threads(1)
+        if name == "cuda" and not torch.cuda.is_available():
+            pytest.skip("torch finds no CUDA device")
+        device = "cuda" if name == "cuda" else "cpu"
+        yield Backend(name, torch, dtype, lambda x: torch.tensor(x, device=device))
+    elif name == "cupy":
+        cupy = pytest.importorskip("cupy")
+        if not cupy.cuda.is_available():
+            pytest.skip("cupy finds no CUDA device")
+        yield Backend(name, cupy, dtype, cupy.asarray)
+    else:
+        jnp = pytest.importorskip("jax.numpy")
+        wide = dtype == "float64" if wide is None else wide
+        with x64(wide):
+            yield Backend(name, jnp, dtype, jnp.asarray, is_narrow=not wide)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    """Both floating types. jax has float32 with 64-bit types switched off, as it comes."""
+    return request.param
+
+
+@pytest.fixture(params=[*EAGER[:-1], "jax_jit", EAGER_JAX, *ON_DEVICE])
+def backend(request: pytest.FixtureRequest, dtype: str) -> Iterator[Backend]:
+    """Every library; jax with the function under test in ``jax.jit``, and, slow, without."""
+    with open_backend(request.param, dtype) as opened:
+        yield opened
+
+
+@pytest.fixture(params=[*EAGER[:-1], EAGER_JAX, *ON_DEVICE])
+def library(request: pytest.FixtureRequest, dtype: str) -> Iterator[Backend]:
+    """Every library, not compiled; jax, slow: for what needs concrete arrays and much work."""
+    with open_backend(request.param, dtype) as opened:
+        yield opened
+
+
+@pytest.fixture(params=[*EAGER, *ON_DEVICE])
+def eager(request: pytest.FixtureRequest, dtype: str) -> Iterator[Backend]:
+    """Every library, not compiled: for errors and what is quick."""
+    with open_backend(request.param, dtype) as opened:
+        yield opened
+
+
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
+def jax_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The library jax, for tests of its transformations."""
+    with open_backend("jax", request.param) as opened:
+        yield opened

@@ -1,0 +1,897 @@
+"""Conjugate gradients that never lie."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+import lowrank_inverse as li
+from lowrank_inverse import Reason
+from tests.conftest import host, open_backend
+from tests.oracles import (
+    LONG,
+    damped_solve,
+    krylov_optima,
+    norm,
+    relative_error,
+    residual_norm,
+    solve,
+    textbook_cg,
+)
+from tests.problems import (
+    PSD,
+    WIDTH,
+    CountingOperator,
+    N,
+    conditioned,
+    indices,
+    largest,
+    matrix,
+    orthogonal,
+    rhs,
+    symmetric,
+)
+
+SMALL = 12
+"""Rows of the problems whose every step count is compared."""
+
+
+def run_cg(A, b):
+    return li.cg(A, b)
+
+
+def run_damped(A, b, damping):
+    return li.cg(A, b, damping=damping)
+
+
+def run_tight(A, b, damping):
+    return li.cg(A, b, damping=damping, rtol=1e-12)
+
+
+def run_from(A, b, x0):
+    return li.cg(A, b, x0=x0)
+
+
+def run_preconditioned(A, b, M):
+    return li.cg(A, b, preconditioner=M)
+
+
+@functools.cache
+def run_steps(max_steps, preconditioned=False):
+    def run(A, b, M, x0):
+        preconditioner = M if preconditioned else None
+        return li.cg(A, b, preconditioner=preconditioner, x0=x0, rtol=0.0, max_steps=max_steps)
+
+    return run
+
+
+def check_claims(A, b, solution, *, damping=0.0, rtol=1e-5):
+    """What every solution must satisfy, whatever became of it."""
+    A, b = np.asarray(A, dtype=LONG), np.asarray(b, dtype=LONG)
+    value = np.asarray(solution.value)
+    eps = np.finfo(value.dtype).eps
+    assert np.all(np.isfinite(value))
+    assert np.all(np.isfinite(solution.residual_norm))
+    true = residual_norm(A, damping, value, b)
+    scale = np.linalg.norm(A.astype(np.float64), 2) + float(damping)
+    rounding = 10 * eps * (scale * norm(value) + norm(b))
+    assert np.all(np.abs(solution.residual_norm - true) <= rounding)
+    assert np.all(true[solution.converged] <= (rtol * norm(b) + rounding)[solution.converged])
+    np.testing.assert_array_equal(solution.converged, solution.reason == Reason.CONVERGED)
+    assert solution.error_bound is None
+
+
+# The answer
+
+
+@pytest.mark.parametrize("name", PSD)
+def test_a_damped_system_is_solved_to_the_tolerance(backend, name):
+    damping = float(backend.seen(0.01 * largest(name)))
+    for b in (rhs(), rhs(width=WIDTH)):
+        solution = backend.run(run_damped, matrix(name), b, damping)
+        A, b = backend.seen(matrix(name)), backend.seen(b)
+        check_claims(A, b, solution, damping=damping)
+        assert np.all(solution.converged)
+        assert solution.message in ("converged", f"{WIDTH} converged")
+        # The residual at 1e-5 and a condition number of 100.
+        assert relative_error(solution.value, damped_solve(A, damping, b)) < 1e-3
+
+
+@pytest.mark.parametrize("name", PSD)
+def test_a_tight_tolerance_gives_the_dense_solution(name):
+    damping = 0.01 * largest(name)
+    solution = run_tight(matrix(name), rhs(width=WIDTH), damping)
+    expected = damped_solve(matrix(name), damping, rhs(width=WIDTH))
+    assert relative_error(solution.value, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["low rank", "rank one"])
+def test_a_singular_system_is_solved_where_it_has_a_solution(backend, name):
+    A = matrix(name)
+    b = A @ rhs()
+    solution = backend.run(run_cg, A, b)
+    assert np.all(solution.converged)
+    expected = np.linalg.pinv(A, rcond=1e-6, hermitian=True) @ b
+    assert relative_error(solution.value, expected) < 1e-3
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 3, 5])
+def test_steps_are_at_most_the_number_of_distinct_eigenvalues(backend, distinct):
+    A = symmetric(np.linspace(1, 3, distinct)[np.arange(N) % distinct])
+    solution = backend.run(run_cg, A, rhs())
+    assert solution.num_steps == distinct
+    assert solution.converged
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("start", ["zero", "elsewhere"])
+def test_every_step_count_gives_the_optimum_over_the_krylov_space(library, preconditioned, start):
+    A, b = conditioned(10, SMALL), rhs(SMALL)
+    M = symmetric(np.linspace(1, 3, SMALL), seed=9)
+    x0 = np.zeros(SMALL) if start == "zero" else rhs(SMALL, seed=5)
+    seen_A, seen_b = library.seen(A), library.seen(b)
+    optima = krylov_optima(
+        seen_A, seen_b, M=library.seen(M) if preconditioned else None, x0=library.seen(x0)
+    )
+    exact = solve(seen_A, seen_b)
+
+    def energy(e):
+        return float(np.sqrt(e @ (seen_A @ e)))
+
+    assert energy(optima[-1] - exact) < 1e-12 * energy(exact)
+    assert energy(optima[SMALL // 2] - exact) > 1e-4 * energy(exact)  # the comparison has a point
+    for j in range(1, SMALL + 1):
+        solution = library.run(run_steps(j, preconditioned), A, b, M, x0)
+        assert solution.num_steps == j
+        assert solution.reason == Reason.MAX_STEPS
+        difference = energy(np.asarray(solution.value, dtype=LONG) - optima[j - 1])
+        assert difference < 2e3 * library.eps * energy(library.seen(x0) - exact)
+
+
+@pytest.mark.parametrize("j", [1, 4, SMALL])
+def test_compiled_steps_give_the_optimum_too(j):
+    A, b, M = conditioned(10, SMALL), rhs(SMALL), symmetric(np.linspace(1, 3, SMALL), seed=9)
+    x0 = rhs(SMALL, seed=5)
+    with open_backend("jax_jit", "float64") as backend:
+        solution = backend.run(run_steps(j, True), A, b, M, x0)
+    optimum = krylov_optima(A, b, M=M, x0=x0)[j - 1]
+    assert relative_error(solution.value, optimum) < 1e-11
+    assert solution.num_steps == j
+
+
+def test_a_block_is_solved_like_its_columns(library):
+    A, B = conditioned(30), rhs(width=WIDTH)
+    together = library.run(run_cg, A, B)
+    for j in range(WIDTH):
+        alone = library.run(run_cg, A, B[:, j])
+        assert abs(int(together.num_steps[j]) - int(alone.num_steps)) <= 1
+        assert relative_error(together.value[:, j], alone.value) < 1e-4
+
+
+def test_every_backend_takes_the_same_steps(backend):
+    A, B = conditioned(10).astype(backend.dtype), rhs(width=WIDTH).astype(backend.dtype)
+    expected = li.cg(A, B)
+    solution = backend.run(run_cg, A, B)
+    assert np.max(np.abs(solution.num_steps - expected.num_steps)) <= 1
+    assert relative_error(solution.value, expected.value) < 1e-4
+
+
+def test_solutions_keep_library_dtype_and_device(library):
+    b = library.asarray(rhs(width=WIDTH))
+    solution = li.cg(library.asarray(conditioned(30)), b, damping=0.1)
+    for part in (solution.value, solution.residual_norm):
+        assert type(part) is type(b)
+        assert part.dtype == b.dtype
+        assert part.device == b.device
+    assert tuple(solution.value.shape) == (N, WIDTH)
+    for part in (solution.residual_norm, solution.num_steps, solution.converged, solution.reason):
+        assert tuple(part.shape) == (WIDTH,)
+    assert isinstance(solution.num_products, int)
+
+
+def test_results_of_a_vector_are_scalars(library):
+    solution = li.cg(library.asarray(conditioned(30)), library.asarray(rhs()))
+    assert tuple(solution.value.shape) == (N,)
+    for part in (solution.residual_norm, solution.num_steps, solution.converged, solution.reason):
+        assert tuple(part.shape) == ()
+
+
+def test_a_damping_is_a_shift_of_the_operator(backend):
+    A = conditioned(1e3)
+    expected = backend.run(run_cg, backend.seen(A) + 0.25 * np.eye(N), rhs())
+    found = backend.run(run_damped, A, rhs(), 0.25)
+    assert abs(int(found.num_steps) - int(expected.num_steps)) <= 1
+    assert relative_error(found.value, expected.value) < 1e-4
+
+
+# Traps: false success
+
+
+def hard_system(seed, in_range):
+    A, b = conditioned(1e6, 40, seed).astype("float32"), rhs(40, seed=seed).astype("float32")
+    return A, A @ b if in_range else b
+
+
+@pytest.mark.parametrize("in_range", [True, False])
+@pytest.mark.parametrize("dtype", ["float32"])
+def test_success_is_claimed_on_the_true_residual_alone(backend, in_range):
+    for seed in range(3):
+        A, b = hard_system(seed, in_range)
+        check_claims(A, b, backend.run(run_cg, A, b))
+
+
+def test_the_residual_carried_along_would_have_claimed_a_false_success():
+    shares = []
+    for seed in range(3):
+        A, b = hard_system(seed, in_range=False)
+        x, _, claimed = textbook_cg(A, b, 1e-5, 1000)
+        assert claimed
+        shares.append(residual_norm(A, 0, x, b) / norm(b))
+    assert min(shares) > 1e3 * 1e-5
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("in_range", [True, False])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-5, 1e-12])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_claims_hold_at_every_condition_number(library, dtype, condition, in_range, rtol):
+    A = conditioned(condition)
+    b = A @ rhs(width=WIDTH) if in_range else rhs(width=WIDTH)
+    with open_backend(library, dtype) as backend:
+        solution = host(li.cg(backend.asarray(A), backend.asarray(b), rtol=rtol))
+        check_claims(backend.seen(A), backend.seen(b), solution, rtol=rtol)
+
+
+# Traps: giving up too early
+
+
+def strakos(n, condition, rho):
+    """Eigenvalues on which the residual of CG stays high for longer than n steps."""
+    i = np.arange(n)
+    low = 1 / condition
+    return symmetric(low + i / (n - 1) * (1 - low) * rho ** (n - 1 - i))
+
+
+@pytest.mark.parametrize("n", [24, 40])
+@pytest.mark.parametrize("condition", [1e5, 1e6, 1e7, 1e8])
+@pytest.mark.parametrize("rho", [0.6, 0.8, 0.9, None])
+def test_a_residual_that_stays_high_for_long_is_no_reason_to_give_up(n, condition, rho):
+    A = conditioned(condition, n) if rho is None else strakos(n, condition, rho)
+    within_reach = 0
+    for seed in range(3):
+        b = rhs(n, seed=seed)
+        x, steps, claimed = textbook_cg(A, b, 1e-5, 10 * n)
+        if not claimed or residual_norm(A, 0, x, b) > 1e-5 * norm(b):
+            continue
+        within_reach += 1
+        solution = li.cg(A, b)
+        check_claims(A, b, solution)
+        assert solution.converged
+        assert solution.num_steps < 1.5 * steps + 10
+    assert within_reach or condition > 1e6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_returned_for_a_hard_float32_system_is_as_good_as_textbook_cg(seed):
+    A, b = hard_system(seed, in_range=False)
+    exact = solve(A, b)
+    plain, _, _ = textbook_cg(A, b, 0.0, 10 * len(b))
+    solution = li.cg(A, b)
+    check_claims(A, b, solution)
+    assert relative_error(solution.value, exact) < 5 * relative_error(plain, exact)
+
+
+# Traps: tolerances out of reach
+
+
+@pytest.mark.parametrize("rtol", [1e-14, 0.0])
+def test_a_tolerance_out_of_reach_ends_with_the_best_iterate_and_says_so(backend, rtol):
+    if backend.dtype == "float64" and rtol == 1e-14:
+        pytest.skip("within reach")
+    A, b = conditioned(100), rhs(width=WIDTH)
+    solution = backend.run(run_out_of_reach(rtol), A, b)
+    A, b = backend.seen(A), backend.seen(b)
+    check_claims(A, b, solution, rtol=rtol)
+    assert not np.any(solution.converged)
+    assert np.all(solution.reason == Reason.STAGNATED)
+    assert np.all(solution.num_steps < 10 * N)
+    assert np.all(solution.residual_norm < 100 * backend.eps * 100 * norm(b))
+    assert relative_error(solution.value, solve(A, b)) < 100 * backend.eps * 100
+
+
+@functools.cache
+def run_out_of_reach(rtol):
+    return lambda A, b: li.cg(A, b, rtol=rtol)
+
+
+def test_an_exact_solution_met_on_the_way_ends_the_search_even_at_tolerance_zero(backend):
+    solution = backend.run(run_out_of_reach(0.0), np.eye(N), rhs())
+    assert solution.num_steps <= 2
+    assert relative_error(solution.value, backend.seen(rhs())) < 2 * backend.eps
+
+
+# Traps: scales
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-20, 1e-30, 1e30])
+def test_a_right_hand_side_of_any_size_is_solved(backend, size):
+    A = conditioned(10)
+    solution = backend.run(run_cg, A, size * rhs())
+    assert solution.converged
+    assert np.any(solution.value)
+    expected = solve(backend.seen(A), rhs())
+    assert relative_error(np.asarray(solution.value, dtype=LONG) / size, expected) < 1e-4
+
+
+def test_a_right_hand_side_near_the_end_of_the_range_is_solved():
+    for dtype, sizes in (("float32", (1e-37, 1e37)), ("float64", (1e-300, 1e300))):
+        for size in sizes:
+            b = (size * rhs()).astype(dtype)
+            solution = li.cg(conditioned(10).astype(dtype), b)
+            assert solution.converged
+            expected = solve(conditioned(10), rhs())
+            assert relative_error(np.asarray(solution.value, dtype=LONG) / size, expected) < 1e-4
+
+
+@pytest.mark.parametrize("c", [1.0, 2.0**66, 2.0**-66])
+@pytest.mark.parametrize("s", [1.0, 2.0**66, 2.0**-66])
+def test_scaling_by_powers_of_two_changes_not_one_bit_of_the_answer(backend, c, s):
+    if backend.dtype == "float32" and abs(np.log2(s / c)) > 100:
+        pytest.skip("the answer itself is beyond float32")
+    A, b = conditioned(1e3), rhs(width=WIDTH)
+    expected = backend.run(run_damped, A, b, 0.01)
+    found = backend.run(run_damped, c * A, s * b, c * 0.01)
+    np.testing.assert_array_equal(found.num_steps, expected.num_steps)
+    np.testing.assert_array_equal(found.reason, expected.reason)
+    np.testing.assert_array_equal(found.value, expected.value * expected.value.dtype.type(s / c))
+    np.testing.assert_array_equal(
+        found.residual_norm, expected.residual_norm * expected.value.dtype.type(s)
+    )
+
+
+@pytest.mark.parametrize("c", [1e20, 1e-20])
+@pytest.mark.parametrize("s", [1.0, 1e20, 1e-20])
+def test_scaling_by_powers_of_ten_changes_no_more_than_rounding_does(backend, c, s):
+    if backend.dtype == "float32" and not 1e-30 < s / c < 1e30:
+        pytest.skip("the answer itself is beyond float32")
+    A, b = conditioned(10), rhs()
+    expected = backend.run(run_damped, A, b, 0.01)
+    found = backend.run(run_damped, c * A, s * b, c * 0.01)
+    assert found.num_steps == expected.num_steps
+    assert found.reason == expected.reason == Reason.CONVERGED
+    rescaled = np.asarray(found.value, dtype=LONG) * LONG(c) / LONG(s)
+    assert relative_error(rescaled, expected.value) < 100 * backend.eps
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4])
+@pytest.mark.parametrize("c", [2.0**66, 2.0**-66])
+def test_an_ill_conditioned_system_may_be_scaled_too(condition, c):
+    for dtype in ("float32", "float64"):
+        A = conditioned(condition).astype(dtype)
+        b = (A.astype(np.float64) @ rhs()).astype(dtype)
+        expected, found = li.cg(A, b), li.cg(A * A.dtype.type(c), b)
+        assert found.num_steps == expected.num_steps
+        assert found.reason == expected.reason
+        np.testing.assert_array_equal(found.value, expected.value / A.dtype.type(c))
+
+
+@pytest.mark.parametrize("c", [1.0, 3.0, 1e20, 1e-20])
+def test_the_identity_in_fifty_thousand_dimensions_takes_one_step_in_float32(c):
+    b = np.random.default_rng(0).standard_normal(50_000).astype("float32")
+    solution = li.cg(li.FunctionOperator(lambda v: v * np.float32(c), 50_000, like=b), b)
+    assert solution.converged and solution.num_steps == 1
+    np.testing.assert_allclose(solution.value, b / np.float32(c), rtol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_the_identity_in_fifty_thousand_dimensions_takes_one_step_in_other_libraries(library):
+    make = pytest.importorskip({"torch": "torch", "jax": "jax.numpy"}[library]).asarray
+    b = make(np.random.default_rng(0).standard_normal(50_000).astype("float32"))
+    solution = li.cg(li.FunctionOperator(lambda v: v, 50_000, like=b), b)
+    assert bool(solution.converged) and int(solution.num_steps) == 1
+    assert relative_error(host(solution.value), host(b)) < 1e-6
+
+
+# Traps: zeros
+
+
+def test_exact_zeros_in_a_right_hand_side_are_no_obstacle(backend):
+    A, b = np.diag(np.linspace(1, 2, N)), np.zeros(N)
+    b[[3, 17]] = 1.0, -2.0
+    solution = backend.run(run_cg, A, b)
+    check_claims(backend.seen(A), b, solution)
+    assert solution.converged
+    assert not np.any(np.asarray(solution.value)[b == 0])
+
+
+def test_a_zero_right_hand_side_has_the_solution_zero_at_once(backend):
+    solution = backend.run(run_cg, conditioned(10), np.zeros(N))
+    assert solution.converged and solution.num_steps == 0 and solution.residual_norm == 0
+    assert not np.any(solution.value)
+    assert solution.num_products == 0
+
+
+def test_zero_columns_of_a_block_are_done_at_once_and_disturb_no_other(backend):
+    A, B = conditioned(10), rhs(width=WIDTH)
+    B[:, 1] = 0
+    solution = backend.run(run_cg, A, B)
+    check_claims(backend.seen(A), backend.seen(B), solution)
+    assert np.all(solution.converged)
+    assert solution.num_steps[1] == 0 and np.all(solution.num_steps[[0, 2]] > 0)
+    assert not np.any(solution.value[:, 1])
+
+
+def test_a_zero_right_hand_side_has_the_solution_zero_wherever_the_start(backend):
+    solution = backend.run(run_from, conditioned(10), np.zeros(N), rhs())
+    assert solution.converged
+    assert not np.any(solution.value)
+
+
+def test_a_block_without_columns_has_an_empty_solution():
+    solution = li.cg(conditioned(10), np.ones((N, 0)))
+    assert solution.value.shape == (N, 0)
+    assert solution.converged.shape == (0,)
+
+
+# Traps: blocks
+
+
+def test_one_unfinished_column_is_not_hidden_by_the_others(backend):
+    eigenvalues = np.linspace(1, 100, N)
+    A = symmetric(eigenvalues)
+    B = np.column_stack([orthogonal(N)[:, 3], rhs(), orthogonal(N)[:, 5]])
+    solution = backend.run(run_two_steps, A, B)
+    check_claims(backend.seen(A), backend.seen(B), solution)
+    assert solution.converged.tolist() == [True, False, True]
+    assert solution.reason.tolist() == [Reason.CONVERGED, Reason.MAX_STEPS, Reason.CONVERGED]
+    assert solution.num_steps.tolist() == [1, 2, 1]
+    assert solution.message == "2 converged, 1 max_steps"
+
+
+def run_two_steps(A, b):
+    return li.cg(A, b, max_steps=2)
+
+
+def test_duplicate_right_hand_sides_get_duplicate_solutions(backend):
+    A, b = conditioned(100), rhs()
+    solution = backend.run(run_cg, A, np.column_stack([b, b, 2 * b]))
+    check_claims(backend.seen(A), backend.seen(np.column_stack([b, b, 2 * b])), solution)
+    assert np.all(solution.converged)
+    # Equal to rounding: a library may multiply the columns of a block in different orders.
+    assert np.ptp(solution.num_steps) <= 1
+    for j, factor in ((1, 1), (2, 2)):
+        assert relative_error(solution.value[:, j], factor * solution.value[:, 0]) < 1e-4
+
+
+def test_columns_of_very_different_size_are_solved_alike(backend):
+    A, b = conditioned(100), rhs()
+    sizes = np.array([1.0, 2.0**-60, 2.0**60])
+    solution = backend.run(run_cg, A, b[:, None] * sizes)
+    assert np.all(solution.converged)
+    assert np.ptp(solution.num_steps) <= 1
+    values = solution.value.astype(np.float64) / sizes
+    for j in (1, 2):
+        assert relative_error(values[:, j], values[:, 0]) < 1e-4
+
+
+# Traps: indefinite matrices
+
+
+@pytest.mark.parametrize("name", ["half", "slightly"])
+def test_negative_curvature_is_a_reason_and_never_a_success(backend, name):
+    b = rhs(width=WIDTH)
+    solution = backend.run(run_cg, matrix(name), b)
+    check_claims(backend.seen(matrix(name)), backend.seen(b), solution)
+    assert np.all(solution.reason == Reason.NEGATIVE_CURVATURE)
+    assert not np.any(solution.converged)
+    assert np.all(solution.residual_norm <= (1 + 1e-5) * norm(b))
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0])
+def test_curvature_that_is_negative_or_zero_everywhere_is_seen_at_the_first_step(backend, factor):
+    solution = backend.run(run_cg, factor * np.eye(N), rhs())
+    assert solution.reason == Reason.NEGATIVE_CURVATURE
+    assert solution.num_steps == 0
+    assert not np.any(solution.value)
+    assert solution.residual_norm == pytest.approx(np.linalg.norm(rhs()), rel=1e-5)
+
+
+def test_a_damping_that_outweighs_the_negative_curvature_makes_the_system_solvable(backend):
+    solution = backend.run(run_damped, matrix("half"), rhs(), 1.5)
+    check_claims(backend.seen(matrix("half")), backend.seen(rhs()), solution, damping=1.5)
+    assert solution.converged
+
+
+def test_negative_curvature_of_one_column_leaves_the_others_alone(backend):
+    A = np.diag(np.where(np.arange(N) < N - 1, np.linspace(1, 2, N), -1.0))
+    B = rhs(width=WIDTH)
+    B[-1, 0] = 0
+    solution = backend.run(run_cg, A, B)
+    assert solution.reason.tolist() == [
+        Reason.CONVERGED,
+        Reason.NEGATIVE_CURVATURE,
+        Reason.NEGATIVE_CURVATURE,
+    ]
+
+
+# Starting elsewhere
+
+
+def test_a_start_at_the_exact_solution_takes_no_step(backend):
+    A = np.diag(2.0 ** np.arange(-3, N - 3))
+    x = np.round(8 * rhs(width=WIDTH))
+    solution = backend.run(run_from, A, A @ x, x)
+    assert np.all(solution.converged)
+    assert not np.any(solution.num_steps)
+    np.testing.assert_allclose(solution.value, x, rtol=4 * backend.eps)
+    assert solution.num_products == WIDTH
+    assert np.all(solution.residual_norm <= 10 * backend.eps * norm(A @ x))
+
+
+def test_a_start_at_the_last_solution_takes_no_step(backend):
+    A, b = conditioned(100), rhs(width=WIDTH)
+    first = backend.run(run_cg, A, b)
+    again = backend.run(run_from, A, b, first.value)
+    assert not np.any(again.num_steps)
+    assert np.all(again.converged)
+    assert relative_error(again.value, first.value) < 10 * backend.eps
+
+
+def test_a_start_nearby_saves_steps(backend):
+    A, b = conditioned(100), rhs()
+    exact = solve(A, b).astype(np.float64)
+    cold = backend.run(run_cg, A, b)
+    warm = backend.run(run_from, A, b, exact + 1e-3 * rhs(seed=8))
+    assert warm.converged
+    assert warm.num_steps < cold.num_steps
+    check_claims(backend.seen(A), backend.seen(b), warm)
+
+
+def test_a_start_far_away_is_recovered_from(backend):
+    A, b = conditioned(10), rhs()
+    solution = backend.run(run_from, A, b, 1e3 * rhs(seed=8))
+    assert solution.converged
+    check_claims(backend.seen(A), backend.seen(b), solution)
+
+
+@pytest.mark.parametrize("ratio", [1e10, 1e20, 1e30])
+def test_a_start_of_quite_another_size_than_the_right_hand_side_is_recovered_from(backend, ratio):
+    A, b = conditioned(10), rhs() / ratio
+    solution = backend.run(run_from, A, b, rhs(seed=8))
+    check_claims(backend.seen(A), backend.seen(b), solution)
+    assert solution.reason != Reason.NONFINITE  # no product was infinite
+    assert solution.residual_norm <= norm(backend.seen(A) @ rhs(seed=8))
+
+
+# Preconditioners
+
+
+def test_the_inverse_as_preconditioner_takes_one_step(backend):
+    A = conditioned(1e2)
+    solution = backend.run(run_preconditioned, A, rhs(), np.linalg.inv(A))
+    assert solution.converged
+    assert solution.num_steps == (1 if backend.dtype == "float64" else solution.num_steps)
+    assert solution.num_steps <= 3
+    check_claims(backend.seen(A), backend.seen(rhs()), solution)
+
+
+def test_a_preconditioner_changes_the_path_and_not_the_answer(backend):
+    A = np.diag(np.logspace(0, 3, N)) + 0.1 * np.ones((N, N))
+    jacobi = np.diag(1 / np.diagonal(A))
+    plain = backend.run(run_cg, A, rhs())
+    solution = backend.run(run_preconditioned, A, rhs(), jacobi)
+    check_claims(backend.seen(A), backend.seen(rhs()), solution)
+    assert solution.converged
+    assert solution.num_steps < plain.num_steps / 2
+    assert relative_error(solution.value, solve(backend.seen(A), backend.seen(rhs()))) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [2.0**66, 2.0**-66])
+def test_the_scale_of_a_preconditioner_changes_not_one_bit(backend, scale):
+    A, M = conditioned(100), symmetric(np.linspace(1, 3, N), seed=9)
+    expected = backend.run(run_preconditioned, A, rhs(width=WIDTH), M)
+    found = backend.run(run_preconditioned, A, rhs(width=WIDTH), scale * M)
+    np.testing.assert_array_equal(found.num_steps, expected.num_steps)
+    np.testing.assert_array_equal(found.value, expected.value)
+
+
+def run_with_nystrom(A, b, damping):
+    inverse = li.nystrom(A, indices=indices()).inverse(damping)
+    return li.cg(A, b, damping=damping, preconditioner=inverse)
+
+
+def test_a_nystrom_inverse_serves_as_preconditioner(backend):
+    A, b, damping = matrix("exponential"), rhs(width=WIDTH), 0.01
+    plain = backend.run(run_damped, A, b, damping)
+    solution = backend.run(run_with_nystrom, A, b, damping)
+    check_claims(backend.seen(A), backend.seen(b), solution, damping=backend.seen(damping))
+    assert np.all(solution.converged)
+    assert np.all(solution.num_steps < plain.num_steps)
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [-np.ones(N), np.zeros(N), np.where(np.arange(N) < N // 2, 1.0, -1.0)],
+    ids=["negative", "zero", "half"],
+)
+def test_an_indefinite_preconditioner_is_a_reason(backend, eigenvalues):
+    A, b = conditioned(10), rhs()
+    solution = backend.run(run_preconditioned, A, b, symmetric(eigenvalues))
+    check_claims(backend.seen(A), backend.seen(b), solution)
+    assert solution.reason == Reason.INDEFINITE_PRECONDITIONER
+    assert not solution.converged
+
+
+def test_a_singular_preconditioner_never_claims_what_it_cannot_reach(backend):
+    A, b = conditioned(10), rhs()
+    M = symmetric(np.where(np.arange(N) < N // 2, 1.0, 0.0), seed=9)
+    solution = backend.run(run_preconditioned, A, b, M)
+    check_claims(backend.seen(A), backend.seen(b), solution)
+    assert not solution.converged
+
+
+# Products that are not finite
+
+
+class Failing:
+    """A dense operator whose products hold `bad` after some good ones."""
+
+    def __init__(self, A, bad, good):
+        self.A, self.bad, self.good = A, bad, good
+        self.shape, self.dtype, self.like = tuple(A.shape), A.dtype, A[:0, 0]
+
+    def __matmul__(self, block):
+        self.good -= 1
+        product = self.A @ block
+        return product if self.good >= 0 else product + self.bad
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("good", [0, 1, 4])
+@pytest.mark.parametrize("width", [None, WIDTH])
+def test_a_product_that_is_not_finite_is_a_reason_and_the_value_stays_finite(
+    library, bad, good, width
+):
+    A, b = conditioned(100), rhs(width=width)
+    solution = host(li.cg(Failing(library.asarray(A), bad, good), library.asarray(b)))
+    assert np.all(solution.reason == Reason.NONFINITE)
+    assert not np.any(solution.converged)
+    assert np.all(np.isfinite(solution.value))
+    assert np.all(solution.num_steps <= good)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_start_whose_product_is_not_finite_is_a_reason(library, bad):
+    A, b = library.asarray(conditioned(10)), library.asarray(rhs())
+    solution = host(li.cg(Failing(A, bad, 0), b, x0=b))
+    assert solution.reason == Reason.NONFINITE
+    assert np.all(np.isfinite(solution.value))
+
+
+def test_a_matrix_with_nan_is_a_flag_and_no_crash(backend):
+    A = conditioned(10)
+    A[3, 3] = np.nan
+    solution = backend.run(run_cg, A, rhs(width=WIDTH))
+    assert np.all(solution.reason == Reason.NONFINITE)
+    assert not np.any(solution.converged)
+    assert np.all(np.isfinite(solution.value))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_traced_right_hand_side_that_is_not_finite_is_a_flag(jax_backend, bad):
+    import jax
+
+    B = rhs(width=WIDTH)
+    B[4, 1] = bad
+    solution = host(jax.jit(run_cg)(*map(jax_backend.asarray, (conditioned(10), B))))
+    assert solution.reason.tolist() == [Reason.CONVERGED, Reason.NONFINITE, Reason.CONVERGED]
+    assert solution.converged.tolist() == [True, False, True]
+    assert np.all(np.isfinite(solution.value))
+
+
+# Tolerances, steps and costs
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-6, 1e-9])
+def test_the_relative_tolerance_is_met_and_no_more_than_needed_is_done(rtol):
+    A, b = conditioned(100), rhs()
+    solution = li.cg(A, b, rtol=rtol)
+    assert solution.residual_norm <= rtol * norm(b)
+    # One step fewer would not have done.
+    shorter = li.cg(A, b, rtol=rtol, max_steps=int(solution.num_steps) - 1)
+    assert shorter.residual_norm > rtol * norm(b)
+    assert shorter.reason == Reason.MAX_STEPS
+
+
+@pytest.mark.parametrize("atol", [1.0, 1e-3, 1e-6])
+def test_the_absolute_tolerance_is_met_and_no_more_than_needed_is_done(atol):
+    A, b = conditioned(100), 100 * rhs()
+    solution = li.cg(A, b, rtol=0.0, atol=atol)
+    assert solution.converged
+    assert solution.residual_norm <= atol
+    shorter = li.cg(A, b, rtol=0.0, atol=atol, max_steps=int(solution.num_steps) - 1)
+    assert shorter.residual_norm > atol
+
+
+def test_the_looser_of_both_tolerances_counts():
+    A, b = conditioned(100), rhs()
+    by_rtol = li.cg(A, b, rtol=1e-3, atol=0.0).num_steps
+    assert li.cg(A, b, rtol=1e-3, atol=1e-9).num_steps == by_rtol
+    assert li.cg(A, b, rtol=1e-12, atol=1e-3 * norm(b)).num_steps == by_rtol
+
+
+def test_an_absolute_tolerance_above_the_right_hand_side_is_met_by_zero(eager):
+    for size in (1.0, 1e-20):
+        b = eager.asarray(size * rhs())
+        solution = li.cg(eager.asarray(conditioned(10)), b, atol=100.0 * size)
+        assert bool(solution.converged)
+        assert int(solution.num_steps) == 0
+        assert solution.num_products == 0
+        assert not np.any(host(solution.value))
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 10])
+def test_no_more_than_max_steps_are_taken(library, max_steps):
+    A, B = conditioned(1e4), rhs(width=WIDTH)
+    solution = host(li.cg(library.asarray(A), library.asarray(B), max_steps=max_steps))
+    assert np.all(solution.num_steps == max_steps)
+    assert np.all(solution.reason == Reason.MAX_STEPS)
+    check_claims(library.seen(A), library.seen(B), solution)
+
+
+def test_ten_n_steps_are_the_default_limit():
+    A, b = conditioned(1e14), rhs()
+    solution = li.cg(A, b, rtol=0.0)
+    assert solution.num_steps <= 10 * N
+    assert solution.num_products <= 20 * N
+
+
+@pytest.mark.parametrize("width", [None, 1, WIDTH])
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("condition", [10, 1e4, 1e7])
+@pytest.mark.parametrize("rtol", [1e-5, 1e-30])
+def test_num_products_is_what_the_operator_counted(width, start, condition, rtol):
+    for dtype in ("float32", "float64"):
+        A = CountingOperator(conditioned(condition).astype(dtype))
+        b = rhs(width=width).astype(dtype)
+        solution = li.cg(A, b, x0=b if start else None, rtol=rtol, damping=1e-6)
+        assert solution.num_products == A.num_products
+        assert solution.num_products >= np.max(solution.num_steps) * (width or 1)
+
+
+@pytest.mark.parametrize("name", ["half", "low rank"])
+def test_num_products_is_right_where_the_solve_fails_too(name):
+    A = CountingOperator(matrix(name))
+    solution = li.cg(A, rhs(width=WIDTH))
+    assert not np.any(solution.converged)
+    assert solution.num_products == A.num_products
+
+
+def test_a_well_conditioned_solve_costs_one_product_more_than_its_steps(library):
+    A = CountingOperator(library.asarray(conditioned(10)))
+    solution = li.cg(A, library.asarray(rhs()))
+    assert A.num_products == solution.num_products == int(solution.num_steps) + 1
+
+
+# Bad input
+
+
+def a_system(n=3):
+    return np.eye(n), np.ones(n)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 2), (3, 2, 2)])
+def test_a_right_hand_side_that_does_not_fit_is_refused(eager, shape):
+    with pytest.raises(ValueError, match=r"`b` must have 3 rows to match .*\(3, 3\)"):
+        li.cg(eager.asarray(np.eye(3)), eager.asarray(np.ones(shape)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_right_hand_side_that_is_not_finite_is_refused(eager, bad):
+    with pytest.raises(ValueError, match="`b` must be finite; it holds NaN or Inf"):
+        li.cg(eager.asarray(np.eye(3)), eager.asarray(np.array([1.0, bad, 1.0])))
+
+
+@pytest.mark.parametrize("kind", [int, complex, bool])
+def test_a_right_hand_side_that_is_not_real_floating_is_refused(eager, kind):
+    with pytest.raises(TypeError, match="`b` must have a real floating dtype"):
+        li.cg(eager.asarray(np.eye(3)), eager.asarray(np.ones(3).astype(kind)))
+
+
+def test_a_right_hand_side_that_is_no_array_is_refused():
+    with pytest.raises(TypeError, match="`b` must be an array of NumPy, CuPy, PyTorch or JAX"):
+        li.cg(np.eye(3), [1.0, 1.0, 1.0])
+
+
+def test_mixed_dtypes_are_refused():
+    A, b = a_system()
+    with pytest.raises(TypeError, match=r"`b` has dtype float32 and `A` has float64"):
+        li.cg(A, b.astype("float32"))
+    with pytest.raises(TypeError, match=r"`b` has dtype float64 and `A` has float32"):
+        li.cg(A.astype("float32"), b)
+
+
+def test_mixed_libraries_are_refused():
+    torch, jnp = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
+    A, b = (x.astype("float32") for x in a_system())
+    for matrix_, vector in (
+        (A, torch.tensor(b)),
+        (torch.tensor(A), b),
+        (A, jnp.asarray(b)),
+        (jnp.asarray(A), b),
+        (jnp.asarray(A), torch.tensor(b)),
+    ):
+        with pytest.raises(TypeError, match=r"must come from one library|nothing is promoted"):
+            li.cg(matrix_, vector)
+
+
+def test_a_start_of_another_library_is_refused():
+    torch = pytest.importorskip("torch")
+    A, b = a_system()
+    with pytest.raises(TypeError, match=r"all arrays must come from one library: `b` is .*`x0` is"):
+        li.cg(A, b, x0=torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("x0", [np.ones(2), np.ones((3, 1)), np.ones(3, dtype="float32")])
+def test_a_start_that_does_not_match_is_refused(x0):
+    A, b = a_system()
+    with pytest.raises(ValueError, match="`x0` must match `b` of dtype float64 and shape"):
+        li.cg(A, b, x0=x0)
+
+
+def test_a_start_that_is_not_finite_is_refused():
+    A, b = a_system()
+    with pytest.raises(ValueError, match="`x0` must be finite"):
+        li.cg(A, b, x0=np.array([1.0, np.nan, 1.0]))
+
+
+@pytest.mark.parametrize("damping", [-1.0, np.nan, np.inf])
+def test_a_negative_damping_is_refused(damping):
+    A, b = a_system()
+    with pytest.raises(ValueError, match="`damping` must be finite and >= 0"):
+        li.cg(A, b, damping=damping)
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_a_negative_tolerance_is_refused(name, value):
+    A, b = a_system()
+    with pytest.raises(ValueError, match=f"`{name}` must be finite and >= 0"):
+        li.cg(A, b, **{name: value})
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError)])
+def test_a_step_limit_that_is_no_positive_whole_number_is_refused(value, error):
+    A, b = a_system()
+    with pytest.raises(error, match="`max_steps` must be"):
+        li.cg(A, b, max_steps=value)
+
+
+def test_a_preconditioner_of_another_shape_is_refused():
+    A, b = a_system()
+    with pytest.raises(ValueError, match=r"`preconditioner` must have shape \(3, 3\).*\(2, 2\)"):
+        li.cg(A, b, preconditioner=np.eye(2))
+
+
+def test_a_preconditioner_that_is_a_function_is_refused_with_a_remedy():
+    A, b = a_system()
+    with pytest.raises(TypeError, match=r"`preconditioner` must .*FunctionOperator"):
+        li.cg(A, b, preconditioner=lambda r: r)
+
+
+def test_a_preconditioner_of_another_dtype_or_library_is_refused():
+    torch = pytest.importorskip("torch")
+    A, b = a_system()
+    for other in (np.eye(3, dtype="float32"), torch.eye(3, dtype=torch.float64)):
+        with pytest.raises(TypeError, match=r"one library|nothing is promoted silently"):
+            li.cg(A, b, preconditioner=other)
+
+
+def test_reasons_are_told_in_words():
+    A, b = conditioned(10), rhs()
+    assert li.cg(A, b).message == "converged"
+    assert li.cg(A, b, max_steps=1).message == "max_steps"
+    assert li.cg(-A, b).message == "negative_curvature"
+    assert li.cg(A, b, preconditioner=-np.eye(N)).message == "indefinite_preconditioner"
