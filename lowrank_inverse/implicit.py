@@ -227,13 +227,15 @@ def _check_ridge(ridge: Array, b: Array) -> None:
         )
     check_finite("ridge", ridge)
     xp = array_namespace(ridge)
-    if not is_traced(ridge) and bool(xp.any(ridge < 0)):
+    negative = xp.any(ridge < 0)
+    if not is_traced(negative) and bool(negative):
         raise ValueError("`ridge` must be >= 0 everywhere; it holds negative entries.")
 
 
 def _check_positive(D: Array) -> None:
     xp = array_namespace(D)
-    if not is_traced(D) and not bool(xp.all(D > 0)):
+    positive = xp.all(D > 0)
+    if not is_traced(positive) and not bool(positive):
         raise ValueError(
             "`ridge` plus the damping of the solver must be > 0 everywhere; some entries are 0. "
             "Give the solver a small damping."

@@ -6,6 +6,8 @@ import functools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lowrank_inverse as li
 from lowrank_inverse import Reason
@@ -15,6 +17,7 @@ from tests.oracles import (
     damped_solve,
     krylov_optima,
     norm,
+    operator_norm,
     relative_error,
     residual_norm,
     solve,
@@ -244,6 +247,57 @@ def test_claims_hold_at_every_condition_number(library, dtype, condition, in_ran
         check_claims(backend.seen(A), backend.seen(b), solution, rtol=rtol)
 
 
+@st.composite
+def systems(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n = draw(st.integers(1, 16))
+    eigenvalues = np.logspace(0, -draw(st.floats(0, 10)), n)
+    kind = draw(st.sampled_from(["definite", "singular", "indefinite", "zero"]))
+    eigenvalues[: n // 2] *= {"definite": 1, "singular": 0, "indefinite": -1, "zero": 0}[kind]
+    A = (kind != "zero") * 10.0 ** draw(st.integers(-8, 8)) * symmetric(eigenvalues)
+    b = 10.0 ** draw(st.integers(-8, 8)) * rng.standard_normal((n, 2))
+    b[:, 1] *= draw(st.sampled_from([0.0, 1e-6, 1.0]))
+    x0 = draw(st.sampled_from([None, 1e-10, 1.0, 1e10]))
+    M = draw(st.sampled_from([None, np.ones(n), rng.random(n), -np.ones(n), rng.random(n) - 0.3]))
+    return {
+        "A": A,
+        "b": b,
+        "x0": None if x0 is None else x0 * rng.standard_normal((n, 2)),
+        "preconditioner": None if M is None else symmetric(M, seed=3),
+        "damping": draw(st.sampled_from([0.0, 1e-3, 1.0])) * operator_norm(A),
+        "rtol": draw(st.sampled_from([1e-2, 1e-5, 1e-12])),
+        "max_steps": draw(st.sampled_from([None, 1, 5])),
+    }
+
+
+def check_random_system(system, dtype):
+    arrays = {
+        key: value.astype(dtype) if isinstance(value, np.ndarray) else value
+        for key, value in system.items()
+    }
+    solution = li.cg(**arrays)
+    check_claims(arrays["A"], arrays["b"], solution, damping=system["damping"], rtol=system["rtol"])
+    limit = system["max_steps"] or 10 * len(arrays["b"])
+    assert np.all(solution.num_steps <= limit)
+    assert not np.any(solution.reason == Reason.NONFINITE)
+    assert not np.any(solution.value[:, ~np.any(arrays["b"], axis=0)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@settings(max_examples=100)
+@given(system=systems())
+def test_no_claim_about_a_random_system_is_false(dtype, system):
+    check_random_system(system, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@settings(max_examples=5000)
+@given(system=systems())
+def test_no_claim_about_thousands_of_random_systems_is_false(dtype, system):
+    check_random_system(system, dtype)
+
+
 # Traps: giving up too early
 
 
@@ -325,14 +379,18 @@ def test_a_right_hand_side_of_any_size_is_solved(backend, size):
     assert relative_error(np.asarray(solution.value, dtype=LONG) / size, expected) < 1e-4
 
 
-def test_a_right_hand_side_near_the_end_of_the_range_is_solved():
-    for dtype, sizes in (("float32", (1e-37, 1e37)), ("float64", (1e-300, 1e300))):
-        for size in sizes:
-            b = (size * rhs()).astype(dtype)
-            solution = li.cg(conditioned(10).astype(dtype), b)
-            assert solution.converged
-            expected = solve(conditioned(10), rhs())
-            assert relative_error(np.asarray(solution.value, dtype=LONG) / size, expected) < 1e-4
+@pytest.mark.parametrize("share", [0.45, 0.1, 1e-70])
+def test_a_right_hand_side_near_either_end_of_the_range_is_solved(backend, share):
+    # The reciprocal of the largest entry may be subnormal, which some libraries take for zero.
+    size = share * float(np.finfo(backend.dtype).max)
+    if size < float(np.finfo(backend.dtype).tiny):
+        size = 100 * float(np.finfo(backend.dtype).tiny)
+    A, b = 100 * conditioned(10), rhs() / np.max(np.abs(rhs()))
+    solution = backend.run(run_cg, A, size * b)
+    assert solution.converged
+    assert solution.num_steps > 1
+    expected = solve(A, b)
+    assert relative_error(np.asarray(solution.value, dtype=LONG) / LONG(size), expected) < 1e-4
 
 
 @pytest.mark.parametrize("c", [1.0, 2.0**66, 2.0**-66])
@@ -569,11 +627,10 @@ def test_a_start_of_quite_another_size_than_the_right_hand_side_is_recovered_fro
 
 
 def test_the_inverse_as_preconditioner_takes_one_step(backend):
-    A = conditioned(1e2)
+    A = conditioned(10)
     solution = backend.run(run_preconditioned, A, rhs(), np.linalg.inv(A))
     assert solution.converged
-    assert solution.num_steps == (1 if backend.dtype == "float64" else solution.num_steps)
-    assert solution.num_steps <= 3
+    assert solution.num_steps == 1
     check_claims(backend.seen(A), backend.seen(rhs()), solution)
 
 

@@ -185,7 +185,7 @@ def test_dead_columns_are_dropped_counted_and_without_effect(library):
     without = nystrom(library.seen(A), [2, 5, 8])
     identity = library.asarray(np.eye(N))
     assert relative_error(host(approx @ identity), without) < 1e2 * library.eps
-    np.testing.assert_array_equal(host(approx.eigenvalues)[3:], 0)
+    assert np.all(host(approx.eigenvalues)[3:] <= (library.eps**2 if library.is_narrow else 0))
 
 
 def test_repeated_columns_are_dropped_counted_and_without_effect(library):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_inverse as li
+from lowrank_inverse._array import MIN_ROWS
 from tests.conftest import host, open_backend
 from tests.oracles import (
     damped_inverse,
@@ -245,6 +246,30 @@ def test_the_error_of_the_inverse_falls_with_rank():
         )
     assert np.all(np.diff(errors) < 1e-9)
     assert errors[-1] < 1e-8 * errors[0]
+
+
+def test_a_matrix_of_many_rows_is_worked_on_in_blocks(library):
+    n = 2 * MIN_ROWS + 7
+    X = np.random.default_rng(0).integers(-3, 4, (n, 5)).astype(float)
+    factor, damping = library.asarray(X), 0.5
+    operator = li.FunctionOperator(
+        lambda v: factor @ (factor.T @ v),
+        n,
+        like=factor[:, 0],
+        columns=lambda chosen: library.asarray(X @ X[chosen].T),
+    )
+    approx = li.nystrom(operator, 8, rng=0)
+    assert approx.rank == 5
+    v = X @ np.arange(1.0, 6) + 0.01 * rhs(n)
+    expected = (v - X @ np.linalg.solve(X.T @ X + damping * np.eye(5), X.T @ v)) / damping
+    # What is left of v is a hundred thousandth of it: the rest cancels.
+    tolerance = library.eps * np.linalg.norm(v) / np.linalg.norm(damping * expected)
+    for chunk_size in (None, 3):
+        found = approx.inverse(damping, chunk_size=chunk_size) @ library.asarray(v)
+        assert relative_error(host(found), expected) < 20 * tolerance
+    assert approx.logdet(damping) == pytest.approx(
+        np.linalg.slogdet(X.T @ X + damping * np.eye(5))[1] + (n - 5) * np.log(damping), rel=1e-6
+    )
 
 
 # Columns without a use, and negative curvature

@@ -62,13 +62,14 @@ class LineaxSolver(lineax.AbstractLinearSolver):
 
         with full_precision():
             A = FunctionOperator(multiply, rhs.n, like=rhs.vector)
-            solution = self.settings.prepare(A, rng=self.rng).solve(sign * rhs.vector)
+            inverse = self.settings.prepare(A, rng=self.rng)
+            solution = inverse.solve(sign * rhs.vector)
         result = lineax.RESULTS.successful
         for reason, failure in FAILURES:
             result = lineax.RESULTS.where(solution.reason == int(reason), failure, result)
         statistics = {
             "num_steps": solution.num_steps,
-            "num_products": solution.num_products,
+            "num_products": inverse.num_products + solution.num_products,
             "residual_norm": solution.residual_norm,
             "reason": solution.reason,
         }

@@ -90,6 +90,8 @@ class CurvatureOperator(Operator):
         def product(item: jax.Array) -> jax.Array:
             return self._product(vector(item))
 
+        if items.size == 0:
+            return jnp.zeros((self.shape[0], 0), self.dtype)
         if is_traced(self.gradient) or is_traced(items):
             return jax.lax.map(product, items, batch_size=self.chunk_size).T
         # An eager lax.map compiles anew at each call.
@@ -258,6 +260,10 @@ def as_list(functions: Any, *, name: str = "loss") -> list[Callable[..., Any]]:
 
 def scalar(loss: Callable[..., Any], *, name: str = "loss") -> Callable[..., jax.Array]:
     """Return `loss` with its result checked to be one real number."""
+    if not callable(loss):
+        raise TypeError(
+            f"`{name}` must be a function; got {describe(loss)}. Pass the function, not its value."
+        )
 
     def checked(*args: Any) -> jax.Array:
         value = loss(*args)

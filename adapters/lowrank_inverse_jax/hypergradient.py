@@ -185,7 +185,7 @@ def hypergradient(
         coefficients = _flat_ridge(ridge_of(hparams), theta)
         return gradient if coefficients is None else gradient + coefficients * vector
 
-    without_path = _without_path(phi, theta, inner_gradient, outer)
+    without_path = _without_path(phi, theta, inner, inner_gradient, outer)
     with full_precision():
         hparams = phi.replace(phi.vector)
         H = HessianOperator(
@@ -225,7 +225,19 @@ def hypergradient(
 
 
 def _value(loss: Callable[..., Any], name: str, has_aux: bool) -> Callable[..., jax.Array]:
-    return scalar((lambda *args: loss(*args)[0]) if has_aux else loss, name=name)
+    value = scalar(loss, name=name)  # refuses what is no function
+    if not has_aux:
+        return value
+
+    def first(*args: Any) -> Any:
+        pair = loss(*args)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(
+                f"`{name}` must return (scalar, aux) with has_aux=True; got {describe(pair)}."
+            )
+        return pair[0]
+
+    return scalar(first, name=name)
 
 
 def _with_drawn_columns(solver: Any, key: Any, rng: Any, n: int) -> Any:
@@ -234,6 +246,8 @@ def _with_drawn_columns(solver: Any, key: Any, rng: Any, n: int) -> Any:
         raise ValueError("give one of `key` and `rng`, not both.")
     if not isinstance(solver, (Nystrom, NystromCG)):
         raise TypeError(f"`key` needs Nystrom or NystromCG settings; got {describe(solver)}.")
+    if solver.indices is not None:
+        return solver
     if solver.sampling != "uniform":
         raise ValueError(
             f"`key` draws columns uniformly; got sampling={solver.sampling!r}. Choose them outside "
@@ -260,16 +274,27 @@ def _only(parts: list[Any]) -> jax.Array:
     return part
 
 
-def _without_path(phi: Parameters, theta: Parameters, gradient: Any, outer: Any) -> tuple[str, ...]:
+def _without_path(
+    phi: Parameters, theta: Parameters, inner: Any, gradient: Any, outer: Any
+) -> tuple[str, ...]:
     """Name the hyperparameters on which neither the inner gradient nor the outer loss depends."""
     arrays = phi.arrays(phi.vector)
+
+    def used_by(function: Any, *args: Any) -> list[bool]:
+        jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+        return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+
+    for name, loss in (("inner_loss", inner), ("outer_loss", outer)):
+        if not used_by(lambda v, loss=loss: loss(v, phi.build(arrays)), theta.vector)[0]:
+            raise ValueError(
+                f"`{name}` must depend on `params`. Use the argument `params` inside the loss."
+            )
 
     def both(arrays: list[jax.Array]) -> Any:
         hparams = phi.build(arrays)
         return gradient(theta.vector, hparams), outer(theta.vector, hparams)
 
-    jaxpr = jax.make_jaxpr(both)(arrays).jaxpr
-    used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+    used = used_by(both, arrays)
     missing = tuple(name for name, use in zip(phi.names, used, strict=True) if not use)
     if len(missing) == len(arrays):
         raise ValueError(

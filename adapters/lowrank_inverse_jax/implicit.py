@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lowrank_inverse.solve import as_settings
 from lowrank_inverse_jax.curvature import HessianOperator, full_precision, scalar
@@ -61,6 +61,7 @@ def implicit_minimizer(
     -0.75
     """
     settings = as_settings(solver)
+    value = scalar(inner_loss, name="inner_loss")
 
     def decorator(train: Callable[..., Any]) -> Callable[..., Any]:
         @jax.custom_jvp
@@ -74,12 +75,11 @@ def implicit_minimizer(
             theta = as_parameters(params)
 
             def gradient(inputs: Any) -> jax.Array:
-                loss = scalar(lambda v: inner_loss(theta.replace(v), *inputs), name="inner_loss")
-                return jax.grad(loss)(theta.vector)
+                return jax.grad(lambda v: value(theta.replace(v), *inputs))(theta.vector)
 
             with full_precision():
                 H = HessianOperator(
-                    lambda v: inner_loss(theta.replace(v), *inputs),
+                    lambda v: value(theta.replace(v), *inputs),
                     theta.vector,
                     chunk_size=chunk_size,
                 )
@@ -104,9 +104,8 @@ def _tangents(params: Any, moved: Any) -> Any:
     """Return `moved` in the structure of `params`, with the zero tangents of what is no float."""
 
     def tangent(leaf: Any, move: Any) -> Any:
-        if move is not None:
+        if move is not None or leaf is None:
             return move
-        shape = jnp.shape(leaf)
-        return jnp.zeros(shape, jax.dtypes.float0) if leaf is not None else None
+        return np.zeros(np.shape(leaf), jax.dtypes.float0)
 
     return jax.tree_util.tree_map(tangent, params, moved, is_leaf=lambda leaf: leaf is None)

@@ -1,0 +1,34 @@
+"""Fixtures of the tests that run jax: its precision, and compilation without costly passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import x64
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile without optimizations, in half the time; the slow tests compile as users do."""
+    jax = pytest.importorskip("jax")
+    before = jax.config.read("jax_disable_most_optimizations")
+    quick = before or request.node.get_closest_marker("slow") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def wide() -> Iterator[None]:
+    """Run in float64, with 64-bit types on."""
+    with x64(True):
+        yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run in both, with 64-bit types on for float64 alone."""
+    with x64(request.param == "float64"):
+        yield request.param
