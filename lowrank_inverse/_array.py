@@ -257,7 +257,9 @@ def column_scale(x: Array) -> Array:
     """Largest absolute entry of each column, 1 where that is zero or not finite."""
     xp = array_namespace(x)
     largest = xp.max(xp.abs(x), axis=0)
-    return xp.where((largest > 0) & xp.isfinite(largest), largest, xp.ones_like(largest))
+    limit = 0.25 / float(xp.finfo(x.dtype).smallest_normal)  # beyond it XLA flushes 1 / scale to 0
+    scale = xp.where(largest > limit, xp.full_like(largest, limit), largest)
+    return xp.where((largest > 0) & xp.isfinite(largest), scale, xp.ones_like(largest))
 
 
 def column_norm(x: Array) -> Array:

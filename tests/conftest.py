@@ -32,11 +32,14 @@ ON_DEVICE = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cud
 COMPILED: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
 
 
+COMPILED_IN_FLOAT64 = ("test_certificate", "test_cg", "test_neumann", "test_solve")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave compiled float32 to the slow tests where no k×k algebra makes it a path of its own."""
     for item in items:
         arguments = getattr(item, "callspec", None)
-        if arguments is None or item.path.stem not in ("test_cg", "test_neumann"):
+        if arguments is None or item.path.stem not in COMPILED_IN_FLOAT64:
             continue
         chosen = arguments.params.get("backend"), arguments.params.get("dtype")
         if chosen == ("jax_jit", "float32"):

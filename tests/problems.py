@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,9 +53,12 @@ ACCURACY: dict[str, tuple[Spectrum, dict[float, tuple[float, float]]]] = {
 with k×k algebra in float64, and in float32 throughout. The exponential has cond(W) = 4e5."""
 
 
+@functools.cache
 def orthogonal(n: int, seed: int = 0) -> np.ndarray:
-    """Return an orthogonal matrix of order n."""
-    return np.linalg.qr(np.random.default_rng([seed, n]).standard_normal((n, n)))[0]
+    """Return an orthogonal matrix of order n; not to be written to."""
+    Q = np.linalg.qr(np.random.default_rng([seed, n]).standard_normal((n, n)))[0]
+    Q.flags.writeable = False
+    return Q
 
 
 def symmetric(eigenvalues: Any, seed: int = 0) -> np.ndarray:

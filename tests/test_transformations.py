@@ -82,11 +82,15 @@ def test_compiled_solutions_equal_eager_ones_in_every_field(function):
     "function", [by_cg, pytest.param(by_neumann, marks=slow), pytest.param(by_nystrom, marks=slow)]
 )
 def test_right_hand_sides_may_be_mapped_over(function):
+    A, B = conditioned(10), rhs(width=WIDTH)
     with open_backend("jax", "float64") as backend:
-        A, B, damping = (backend.asarray(x) for x in (conditioned(10), rhs(width=WIDTH), 0.25))
-        together = host(jax.jit(function)(A, B, damping))
-        mapped = host(jax.jit(jax.vmap(function, in_axes=(None, 1, None)))(A, B, damping))
-    assert relative_error(mapped.value.T, together.value) < 1e-12
+        mapped = host(
+            jax.jit(jax.vmap(function, in_axes=(None, 1, None)))(
+                backend.asarray(A), backend.asarray(B), backend.asarray(0.25)
+            )
+        )
+    together = function(A, B, 0.25)  # by NumPy
+    assert relative_error(mapped.value.T, together.value) < 1e-11
     np.testing.assert_array_equal(mapped.num_steps, together.num_steps)
     np.testing.assert_array_equal(mapped.reason, together.reason)
 
@@ -99,11 +103,11 @@ def test_matrices_and_dampings_may_be_mapped_over(function):
     dampings = np.array([0.1, 0.2, 0.4])
     with open_backend("jax", "float64") as backend:
         arguments = [backend.asarray(x) for x in (stack, rhs(width=WIDTH).T, dampings)]
-        mapped, compiled = host(jax.jit(jax.vmap(function))(*arguments)), jax.jit(function)
-        for j in range(WIDTH):
-            alone = host(compiled(*(x[j] for x in arguments)))
-            assert relative_error(mapped.value[j], alone.value) < 1e-11
-            assert mapped.num_steps[j] == alone.num_steps
+        mapped = host(jax.jit(jax.vmap(function))(*arguments))
+    for j in range(WIDTH):
+        alone = function(stack[j], rhs(width=WIDTH)[:, j], dampings[j])  # by NumPy
+        assert relative_error(mapped.value[j], alone.value) < 1e-11
+        assert mapped.num_steps[j] == alone.num_steps
 
 
 def approximate(A, block, damping):
@@ -139,11 +143,11 @@ def test_indices_may_be_traced():
     def solve(A, b, chosen):
         return li.solve(A, b, solver=li.NystromCG(damping=0.25, indices=chosen))
 
+    A, b = matrix("polynomial"), rhs(width=WIDTH)
     with open_backend("jax", "float64") as backend:
-        A, b = backend.asarray(matrix("polynomial")), backend.asarray(rhs(width=WIDTH))
-        found = host(jax.jit(solve)(A, b, backend.asarray(K)))
-        expected = host(jax.jit(lambda A, b: solve(A, b, K))(A, b))
-    assert relative_error(found.value, expected.value) < 1e-12
+        found = host(jax.jit(solve)(backend.asarray(A), backend.asarray(b), backend.asarray(K)))
+    expected = solve(A, b, K)  # by NumPy
+    assert relative_error(found.value, expected.value) < 1e-11
     np.testing.assert_array_equal(found.num_steps, expected.num_steps)
 
 
@@ -156,8 +160,8 @@ def test_a_matrix_or_right_hand_side_may_be_a_constant_of_the_compiled_function(
             found = jax.jit(lambda b: function(A, b, damping))(b)
         else:
             found = jax.jit(lambda A: function(A, b, damping))(A)
-        expected = jax.jit(function)(A, b, damping)
-    assert relative_error(host(found.value), host(expected.value)) < 1e-4
+    expected = function(conditioned(10), rhs(width=WIDTH), 0.25)  # by NumPy
+    assert relative_error(host(found.value), expected.value) < 1e-3
 
 
 @pytest.mark.parametrize(
