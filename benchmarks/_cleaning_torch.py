@@ -15,6 +15,7 @@ class TorchCleaning:
     """Losses of a softmax regression on weighted examples, and their hypergradient."""
 
     def __init__(self, problem: Any, ridge: float) -> None:
+        torch.set_num_threads(1)  # the matrices are too small for more
         self.ridge, self.threads = ridge, torch.get_num_threads()
         self.x, self.y = torch.from_numpy(problem.train_x), torch.from_numpy(problem.train_y)
         self.validation = (

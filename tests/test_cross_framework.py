@@ -245,15 +245,30 @@ FRAMEWORKS = {
     "jax": by_jax,
     "eager jax": lambda case, dtype: by_jax(case, dtype, jit=False),
 }
-frameworks = pytest.mark.parametrize(
-    "framework",
-    ["torch", "jax", pytest.param("eager jax", marks=pytest.mark.slow)],
-)
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+QUICK = ("exact", "cg", "nystrom", "nystrom-cg", "nystrom, ridge for each")
+"""What jax is asked in float32 too, where time is short."""
 
 
-@frameworks
-@each_case
+def table(quick: Any) -> Any:
+    """Run every case in every framework; slow are eager jax, and jax where not `quick`."""
+    return pytest.mark.parametrize(
+        ("case", "framework"),
+        [
+            pytest.param(
+                case,
+                framework,
+                id=f"{name}-{framework}",
+                marks=[]
+                if framework == "torch" or (framework == "jax" and name in quick)
+                else [pytest.mark.slow],
+            )
+            for name, case in CASES.items()
+            for framework in FRAMEWORKS
+        ],
+    )
+
+
+@table(quick=CASES)
 def test_in_float64_all_frameworks_give_one_hypergradient_for_one_seed(case, framework):
     wanted = by_numpy(case, "float64")
     found = FRAMEWORKS[framework](case, "float64")
@@ -265,8 +280,7 @@ def test_in_float64_all_frameworks_give_one_hypergradient_for_one_seed(case, fra
     assert found.reason == wanted.reason
 
 
-@frameworks
-@each_case
+@table(quick=QUICK)
 def test_in_float32_all_frameworks_agree_to_rounding(case, framework):
     wanted = by_numpy(case, "float64")
     found = FRAMEWORKS[framework](case, "float32")

@@ -88,10 +88,14 @@ def test_nystrom_solves_with_the_damped_approximation(backend, storage):
 
 
 def test_nystrom_says_where_its_answer_meets_the_tolerance(library):
-    solver = li.Nystrom(rank=N, damping=DAMPING)
-    solution = library.run(solving(solver), matrix("linear"), rhs(width=WIDTH))
-    assert np.all(solution.converged)
-    assert np.all(solution.reason == Reason.CONVERGED)
+    A, b = matrix("linear"), rhs(width=WIDTH)
+    solution = library.run(solving(li.Nystrom(rank=N, damping=DAMPING)), A, b)
+    true = residual_norm(library.seen(A), DAMPING, solution.value, library.seen(b))
+    assert np.all(true < (1e-4 if library.is_narrow else 1e-5) * norm(b))
+    assert np.all(solution.converged) or library.is_narrow
+    np.testing.assert_array_equal(
+        solution.reason, np.where(solution.converged, Reason.CONVERGED, Reason.DIRECT)
+    )
 
 
 @pytest.mark.parametrize("name", PSD)

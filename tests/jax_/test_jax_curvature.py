@@ -80,8 +80,17 @@ def test_hessian_operator_equals_the_dense_hessian_of_a_network_in_nested_pytree
     assert all(relative(*pair) < TOLERANCE[dtype] for pair in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
+@pytest.mark.parametrize(
+    ("chunk_size", "traced"),
+    [
+        *[pytest.param(size, True, id=f"{size}, jit") for size in (1, 2, 5, 100)],
+        *[pytest.param(size, False, id=f"{size}, eager") for size in (1, 2)],
+        *[
+            pytest.param(size, False, id=f"{size}, eager", marks=pytest.mark.slow)
+            for size in (5, 100)
+        ],
+    ],
+)
 def test_chunk_size_changes_how_many_products_are_taken_at_once_and_not_the_answer(
     chunk_size, traced
 ):

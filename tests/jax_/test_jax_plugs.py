@@ -90,8 +90,7 @@ SOLVERS = {
     "callable": (lambda A, b: jax.scipy.sparse.linalg.cg(A, b, tol=1e-13)[0], 0.0),
 }
 
-each_solver = pytest.mark.parametrize(("solver", "damping"), SOLVERS.values(), ids=SOLVERS)
-quick_solvers = pytest.mark.parametrize(
+each_solver = pytest.mark.parametrize(
     ("solver", "damping"),
     [
         pytest.param(*case, id=name, marks=[] if name in ("cg", "nystrom") else [pytest.mark.slow])
@@ -104,7 +103,7 @@ quick_solvers = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("sign", [1, None])
-@quick_solvers
+@each_solver
 def test_in_custom_root_of_a_gradient_both_modes_are_those_of_the_theorem(
     jaxopt, solver, damping, sign
 ):
@@ -117,7 +116,7 @@ def test_in_custom_root_of_a_gradient_both_modes_are_those_of_the_theorem(
 
 
 @pytest.mark.parametrize("sign", [-1, None])
-@quick_solvers
+@each_solver
 def test_in_custom_fixed_point_of_a_gradient_step_the_sign_is_minded(jaxopt, solver, damping, sign):
     step = 0.05
 
@@ -188,10 +187,11 @@ def test_seeds_of_as_solve_reproduce_and_differ():
     A = matrix()
 
     def run(rng: Any) -> Any:
-        return as_solve(li.Nystrom(rank=2, damping=0.1), rng=rng)(lambda x: A @ x, jnp.ones(N))
+        solve = as_solve(li.Nystrom(rank=2, damping=0.1), rng=rng)
+        return jax.jit(lambda b: solve(lambda x: A @ x, b))(jnp.ones(N))
 
     assert relative(run(3), run(np.random.default_rng(3))) == 0
-    assert max(relative(run(rng), run(0)) for rng in (1, 2, 3)) > 1e-3
+    assert relative(run(0), run(3)) > 1e-3
 
 
 @pytest.mark.parametrize("sign", [0, 2, -1.5, "1"])
