@@ -42,3 +42,11 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run in both, with 64-bit types on for float64 alone."""
     with x64(request.param == "float64"):
         yield request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clear() -> Iterator[None]:
+    yield
+    import jax
+
+    jax.clear_caches()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from typing import Any, NamedTuple
@@ -93,10 +94,14 @@ SOLVERS = {
     ),
 }
 
-each_solver = pytest.mark.parametrize(("solver", "damping"), SOLVERS.values(), ids=SOLVERS)
+
+def jitted(problem: Problem, *, hparams: Any = None, **options: Any) -> Any:
+    """Return the hypergradient by one compiled call."""
+    run = jax.jit(lambda p, h: problem.hypergradient(params=p, hparams=h, chunk_size=8, **options))
+    return run(problem.params, problem.hparams if hparams is None else hparams)
 
 
-@each_solver
+@pytest.mark.parametrize(("solver", "damping"), SOLVERS.values(), ids=SOLVERS)
 def test_hypergradient_equals_the_dense_implicit_formula_on_a_network_in_nested_pytrees(
     solver, damping
 ):
@@ -104,7 +109,7 @@ def test_hypergradient_equals_the_dense_implicit_formula_on_a_network_in_nested_
     oracle = problem.dense()
     assert oracle.hessian.shape == (N, N)
     assert np.linalg.eigvalsh(oracle.hessian)[0] > 0
-    out = problem.hypergradient(solver=solver, rng=0)
+    out = jitted(problem, solver=solver, rng=0)
     q = oracle.ihvp(damping)
     assert relative(out.grads, oracle.at(q)) < 1e-8
     assert relative(out.ihvp, q) < 1e-8
@@ -117,7 +122,7 @@ def test_hypergradient_equals_the_dense_implicit_formula_on_a_network_in_nested_
 def test_grads_are_the_sum_of_the_direct_and_the_implicit_part():
     problem = Problem()
     oracle = problem.dense()
-    out = problem.hypergradient(solver=li.Exact())
+    out = jitted(problem, solver=li.Exact())
     assert np.linalg.norm(oracle.direct) > 0
     assert relative(out.direct, oracle.direct) < 1e-12
     assert relative(out.implicit, -oracle.mixed.T @ oracle.ihvp()) < 1e-8
@@ -145,7 +150,7 @@ def test_neumann_sums_the_terms_of_its_series():
 def test_neumann_finds_a_step_size_that_converges():
     problem = Problem()
     oracle = problem.dense()
-    out = problem.hypergradient(solver=li.Neumann(num_terms=200))
+    out = jitted(problem, solver=li.Neumann(num_terms=200))
     assert out.state.message == "converged"
     assert relative(out.grads, oracle.at(oracle.ihvp())) < 1e-4
 
@@ -168,20 +173,26 @@ def test_the_cg_of_jax_is_a_solver():
     def solver(matvec: Any, b: Any) -> Any:
         return jax.scipy.sparse.linalg.cg(matvec, b, tol=1e-12)[0]
 
-    assert relative(problem.hypergradient(solver=solver).grads, oracle.at(oracle.ihvp())) < 1e-8
+    assert relative(jitted(problem, solver=solver).grads, oracle.at(oracle.ihvp())) < 1e-8
 
 
 def mean_errors(solvers: list[Any]) -> list[float]:
-    """Errors of hypergradients at damping 0.01, the decay a ridge, over three seeds."""
+    """Errors of hypergradients at damping 0.01, the decay a ridge, over five seeds."""
     problem = Problem()
     oracle = problem.dense()
     exact = oracle.at(oracle.ihvp(0.01))
 
-    def error(solver: Any, seed: int) -> float:
-        found = problem.hypergradient(inner_loss=data_term, ridge=decay_of, solver=solver, rng=seed)
-        return relative(found.grads, exact)
+    def mean(solver: Any) -> float:
+        @jax.jit
+        def run(indices: Any) -> Any:
+            chosen = dataclasses.replace(solver, indices=indices)
+            options = {"inner_loss": data_term, "ridge": decay_of}
+            return problem.hypergradient(solver=chosen, chunk_size=8, **options).grads
 
-    return [float(np.mean([error(solver, seed) for seed in range(3)])) for solver in solvers]
+        draws = [np.random.default_rng(s).choice(N, solver.rank, replace=False) for s in range(5)]
+        return float(np.mean([relative(run(jnp.asarray(draw)), exact) for draw in draws]))
+
+    return [mean(solver) for solver in solvers]
 
 
 def test_nystrom_comes_closer_to_the_exact_hypergradient_as_its_rank_grows():
@@ -291,14 +302,18 @@ def test_the_error_of_nystrom_stays_below_the_bound_of_theorem_1():
 
 def test_a_scalar_problem_has_the_textbook_answer():
     # argmin (w - 3)² / 2 + h w² / 2 is 3 / (1 + h); the derivative of its square is known.
-    out = hypergradient(
-        lambda w, h: 0.5 * (w - 3) ** 2,
-        lambda w, h: w**2,
-        1.0,
-        2.0,
-        solver=li.Nystrom(rank=1, damping=1e-7),
-        ridge=lambda h: h,
-    )
+    @jax.jit
+    def run(w: Any, h: Any) -> Any:
+        return hypergradient(
+            lambda w, h: 0.5 * (w - 3) ** 2,
+            lambda w, h: w**2,
+            w,
+            h,
+            solver=li.Nystrom(rank=1, damping=1e-7),
+            ridge=lambda h: h,
+        )
+
+    out = run(1.0, 2.0)
     assert float(out.grads) == pytest.approx(-2 * 3**2 / 3**3, rel=1e-5)
     assert float(out.ihvp) == pytest.approx(2 / 3, rel=1e-5)
     assert out.grads.shape == out.ihvp.shape == ()
@@ -341,7 +356,8 @@ def test_hparams_may_be_a_vector_a_list_or_a_bare_float():
     weights, decay = problem.hparams["weights"], problem.hparams["log_decay"]
 
     def run(hparams: Any, as_tree: Any) -> Any:
-        return problem.hypergradient(
+        return jitted(
+            problem,
             inner_loss=lambda p, h, x, y: inner(p, as_tree(h), x, y),
             outer_loss=lambda p, h, x, y: outer(p, as_tree(h), x, y),
             hparams=hparams,
@@ -407,7 +423,11 @@ def test_aux_of_both_losses_comes_back_as_they_return_it():
 # Hyperparameters without a path.
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: f, jax.jit, pytest.param(jax.checkpoint, marks=pytest.mark.slow)],
+    ids=["plain", "jit", "remat"],
+)
 def test_hparams_without_path_are_named_and_have_zeros(wrap):
     problem = Problem()
     hparams = {**problem.hparams, "unused": jnp.ones((2, 3)), "other": [jnp.ones(())]}
@@ -502,6 +522,14 @@ RIDGE_SOLVERS = {
     "nystrom": (li.Nystrom(rank=N, damping=0.1), 0.1),
     "callable": (lambda A, b: jax.scipy.sparse.linalg.cg(A, b, tol=1e-13)[0], 0.0),
 }
+QUICK_RIDGES = (
+    ("float", "cg"),
+    ("flat", "cg"),
+    ("structure", "cg"),
+    ("number of hparams", "nystrom-cg"),
+    ("flat of hparams", "cg"),
+    ("structure of hparams", "nystrom-cg"),
+)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +539,7 @@ RIDGE_SOLVERS = {
             case,
             *options,
             id=f"{name}-{label}",
-            marks=[] if label == "cg" or name == "structure of hparams" else [pytest.mark.slow],
+            marks=[] if (name, label) in QUICK_RIDGES else [pytest.mark.slow],
         )
         for name, case in RIDGES.items()
         for label, options in RIDGE_SOLVERS.items()
@@ -540,14 +568,18 @@ def test_ridge_equals_a_further_term_of_the_inner_loss_in_the_dense_formula(case
 def test_a_ridge_for_a_single_matrix_may_be_flat_or_of_its_shape():
     W, ridge = jnp.asarray([[1.0, 2.0, 0.5], [0.3, 1.0, 2.0]]), np.asarray([[1.0, 2, 3], [4, 5, 6]])
 
-    def run(ridge: Any) -> Any:
-        return hypergradient(
-            lambda W, h: jnp.sum(h * W), lambda W, h: jnp.sum(W**2), W, 1.0, solver=li.CG(),
-            ridge=ridge,
-        )  # fmt: skip
+    @jax.jit
+    def run(W: Any) -> Any:
+        def ihvp(ridge: Any) -> Any:
+            return hypergradient(
+                lambda W, h: jnp.sum(h * W), lambda W, h: jnp.sum(W**2), W, 1.0, solver=li.CG(),
+                ridge=ridge,
+            ).ihvp  # fmt: skip
 
-    for form in (ridge, ridge.reshape(-1), jnp.asarray(ridge, jnp.float32)):
-        np.testing.assert_allclose(run(form).ihvp, 2 * W / ridge, rtol=1e-12)
+        return [ihvp(r) for r in (ridge, ridge.reshape(-1), jnp.asarray(ridge, jnp.float32))]
+
+    for found in run(W):
+        np.testing.assert_allclose(found, 2 * W / ridge, rtol=1e-12)
 
 
 @pytest.mark.parametrize("flat_ridge", [False, True], ids=["number", "for each"])
@@ -556,17 +588,30 @@ def test_a_ridge_treated_exactly_is_far_better_than_one_that_is_sampled(flat_rid
     oracle = problem.dense()
     exact = oracle.at(oracle.ihvp(1e-6))
     solver = li.Nystrom(rank=8, damping=1e-6)
-    known = problem.hypergradient(
+    known = jitted(
+        problem,
         inner_loss=data_term,
         ridge=lambda h: decay_of(h) * (jnp.ones(N) if flat_ridge else 1.0),
         solver=solver,
         rng=0,
     )
-    sampled = problem.hypergradient(solver=solver, rng=0)
+    sampled = jitted(problem, solver=solver, rng=0)
     assert relative(sampled.grads, exact) > 100 * relative(known.grads, exact)
 
 
 # What the info says.
+
+
+def diagonal(curvatures: Any, solver: Any) -> Any:
+    """Return the record for an inner loss with these curvatures along the axes."""
+    return hypergradient(
+        lambda w, h: 0.5 * jnp.sum(curvatures * w**2) + h * jnp.sum(w),
+        lambda w, h: jnp.sum(w**2),
+        jnp.ones(3),
+        1.0,
+        solver=solver,
+        rng=0,
+    ).info
 
 
 PRODUCTS = {
@@ -607,10 +652,7 @@ def test_inner_grad_norm_is_zero_at_the_minimum_and_the_norm_elsewhere():
     problem = Problem()
     found = float(problem.hypergradient(solver=li.Identity()).info.inner_grad_norm)
     assert found == pytest.approx(np.linalg.norm(problem.dense().inner_grad))
-    out = hypergradient(
-        lambda w, h: jnp.sum((w - h) ** 2), lambda w, h: jnp.sum(w), jnp.ones(2), 1.0,
-        solver=li.CG(),
-    )  # fmt: skip
+    out = jitted(problem, inner_loss=lambda p, h, x, y: 0 * inner(p, h, x, y), solver=li.Identity())
     assert float(out.info.inner_grad_norm) == 0.0
 
 
@@ -627,31 +669,16 @@ def test_inner_grad_norm_is_zero_at_the_minimum_and_the_norm_elsewhere():
     ids=lambda solver: type(solver).__name__,
 )
 def test_negative_curvature_of_the_inner_loss_is_reported_and_none_where_there_is_none(solver):
-    def run(curvatures: list[float]) -> bool:
-        out = hypergradient(
-            lambda w, h: 0.5 * jnp.sum(jnp.asarray(curvatures) * w**2) + h * jnp.sum(w),
-            lambda w, h: jnp.sum(w**2),
-            jnp.ones(3),
-            1.0,
-            solver=solver,
-            rng=0,
-        )
-        return bool(out.info.negative_curvature)
-
-    assert run([1.0, -2.0, 3.0])
-    assert not run([1.0, 2.0, 3.0])
+    run = jax.jit(lambda curvatures: diagonal(curvatures, solver).negative_curvature)
+    assert bool(run(jnp.asarray([1.0, -2.0, 3.0])))
+    assert not bool(run(jnp.asarray([1.0, 2.0, 3.0])))
 
 
 def test_rank_is_the_number_of_columns_that_were_of_use():
     def run(solver: Any) -> Any:
-        return hypergradient(
-            lambda w, h: 0.5 * jnp.sum(jnp.asarray([1.0, 2.0, 0.0]) * w**2) + h * jnp.sum(w),
-            lambda w, h: jnp.sum(w**2),
-            jnp.ones(3),
-            1.0,
-            solver=solver,
-            rng=0,
-        ).info.rank
+        return jax.jit(lambda curvatures: diagonal(curvatures, solver).rank)(
+            jnp.asarray([1.0, 2.0, 0.0])
+        )
 
     assert run(li.Nystrom(rank=3)) == 2
     assert run(li.Nystrom(rank=3, storage="streamed")) == 2

@@ -229,7 +229,10 @@ def test_as_lineax_solves_semidefinite_operators_of_either_sign(lineax, solver, 
     assert found.result == lineax.RESULTS.successful
 
 
-@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize(
+    "sign",
+    [pytest.param(1, marks=pytest.mark.slow, id="positive"), pytest.param(-1, id="negative")],
+)
 def test_linear_solves_are_differentiated_and_mapped_over(lineax, sign):
     solver = as_lineax(li.NystromCG(rank=2, rtol=1e-13), rng=0)
     b = jnp.arange(1.0, 5.0)

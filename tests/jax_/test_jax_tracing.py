@@ -223,7 +223,7 @@ def several(problem: Problem) -> Tree:
 @pytest.mark.parametrize(
     "solver",
     [
-        li.CG(rtol=1e-10),
+        pytest.param(li.CG(rtol=1e-10), marks=pytest.mark.slow),
         li.NystromCG(rank=5, rtol=1e-10),
         li.Nystrom(rank=5),
         pytest.param(li.Neumann(num_terms=5), marks=pytest.mark.slow),
@@ -365,7 +365,13 @@ def test_eager_solves_do_not_compile_anew(solve):
 
 @pytest.mark.parametrize(
     "solver",
-    [li.CG(), li.NystromCG(rank=5), li.Nystrom(rank=5), li.Neumann(), li.Exact()],
+    [
+        li.CG(),
+        li.NystromCG(rank=5),
+        pytest.param(li.Nystrom(rank=5), marks=pytest.mark.slow),
+        pytest.param(li.Neumann(), marks=pytest.mark.slow),
+        pytest.param(li.Exact(), marks=pytest.mark.slow),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jitted losses"])
@@ -384,7 +390,11 @@ def test_eager_hypergradients_do_not_compile_anew(solver, wrap):
 
 @pytest.mark.parametrize(
     "solver",
-    [li.CG(rtol=1e-12), li.Nystrom(rank=6, damping=0.1), li.NystromCG(rank=2, rtol=1e-12)],
+    [
+        li.CG(rtol=1e-12),
+        li.Nystrom(rank=6, damping=0.1),
+        pytest.param(li.NystromCG(rank=2, rtol=1e-12), marks=pytest.mark.slow),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_arrays_closed_over_by_a_jitted_function_are_as_good_as_arguments(solver):
