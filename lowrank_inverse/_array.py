@@ -253,6 +253,29 @@ def dot(u: Array, v: Array) -> Array:
     return u @ v if u.ndim == 1 else array_namespace(u).sum(u * v, axis=0)
 
 
+def add_scaled(x: Array, factor: Any, y: Array) -> Array:
+    """Return ``x + factor * y``, one factor or one a column, in as few passes as the library has.
+
+    `factor` is a Python float or an array of the dtype of `x`.
+    """
+    if is_torch_array(x):
+        return x.add(y, alpha=factor) if isinstance(factor, float) else x.addcmul(factor, y)
+    total = factor * y
+    total += x  # in place, but for jax
+    return total
+
+
+def choose(condition: Array, x: Array, y: Array) -> Array:
+    """Return `x` where `condition` holds (one, or one a column), else `y`.
+
+    A single condition on a CPU is read, which costs nothing there, and spares a copy.
+    """
+    readable = condition.ndim == 0 and not is_traced(condition)
+    if readable and "cpu" in str(device(condition)).lower():
+        return x if bool(condition) else y
+    return array_namespace(x).where(condition, x, y)
+
+
 def column_scale(x: Array) -> Array:
     """Largest absolute entry of each column, 1 where that is zero or not finite."""
     xp = array_namespace(x)

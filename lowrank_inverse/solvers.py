@@ -140,7 +140,7 @@ class NystromCG:
         As in :class:`Nystrom`.
     damping : float
         0 or more.
-    rtol, max_steps
+    rtol, max_steps, check_every
         As in :func:`lowrank_inverse.cg`.
 
     Notes
@@ -160,6 +160,7 @@ class NystromCG:
     rtol: float = 1e-5
     max_steps: int | None = None
     indices: Any = None
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         _check_columns(self)
@@ -181,6 +182,7 @@ class NystromCG:
                 preconditioner=preconditioner,
                 rtol=self.rtol,
                 max_steps=self.max_steps,
+                check_every=self.check_every,
             )
 
         return PreparedInverse(
@@ -204,6 +206,7 @@ class CG:
     rtol: float = 1e-5
     atol: float = 0.0
     max_steps: int | None = None
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         _check_iteration(self)
@@ -222,6 +225,7 @@ class CG:
                 rtol=self.rtol,
                 atol=self.atol,
                 max_steps=self.max_steps,
+                check_every=self.check_every,
             )
 
         return PreparedInverse(A, run)
@@ -335,6 +339,7 @@ def _check_columns(settings: Any) -> None:
 def _check_iteration(settings: Any) -> None:
     check_scalar("damping", settings.damping)
     check_scalar("rtol", settings.rtol)
+    check_count("check_every", settings.check_every)
     if settings.max_steps is not None:
         check_count("max_steps", settings.max_steps)
 
