@@ -42,7 +42,7 @@ class _System(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """State between sweeps; `r` is always the true residual of `x`."""
+    """State between sweeps; `r` is the true residual of `x` in the columns still at work."""
 
     x: Array
     r: Array
@@ -182,7 +182,7 @@ def cg(
         accepted = active & finite & sound
         return _Progress(
             choose(accepted, x, state.x),
-            choose(accepted, r, state.r),
+            r,
             xp.where(accepted, norm, state.norm),
             swept.num_steps,
             xp.where(active, reason, state.reason),
