@@ -75,7 +75,7 @@ def violations(seed, dtype):
     b = right_hand_side(rng, A, vectors)
     scale = 2.0 ** rng.choice([0, 0, 66, -66])  # about 1e±20, and exact
     damping = float(scale * 2.0 ** rng.integers(-20, 7))
-    A, b = (scale * A).astype(dtype), (b * 2.0 ** rng.choice([0, 30, -30])).astype(dtype)
+    A, b = (scale * A).astype(dtype), (scale * 2.0 ** rng.choice([0, 20, -20]) * b).astype(dtype)
     x = approximate(rng, A, b, damping, vectors)
     error = np.asarray(x, dtype=np.longdouble) - damped_solve(A, damping, b)
     true = norm(error), np.sqrt(np.sum(error * (damped(A, damping) @ error), axis=0))
@@ -109,23 +109,21 @@ def test_no_certificate_is_violated_in_ten_thousand_random_systems(dtype):
     assert found == []
 
 
-def test_the_rounding_of_a_product_is_known_without_the_entries_of_the_matrix():
-    """An x so near the null space, and so large, that its product is rounding alone."""
-    for dtype in ("float32", "float64"):
-        rng = np.random.default_rng(0)
-        Q = np.linalg.qr(rng.standard_normal((60, 60)))[0]
-        A = ((Q * np.where(np.arange(60) < 30, 1.0, 0.0)) @ Q.T).astype(dtype)
-        A = (A + A.T) / 2
-        w, V = np.linalg.eigh(A.astype(np.float64))
-        A, b, damping = A, rng.standard_normal(60).astype(dtype), 1e-3
-        shift = -float(w[0])  # what rounding made of the null space
-        assert abs(shift) < 1e-3 * damping
-        x = (damped_solve(A, damping, b) + 1e6 / damping * Q[:, -1]).astype(dtype)
-        residual = b - (A @ x + damping * x).astype(dtype)
-        slack = li.certify(CountingOperator(A), x, b, damping).error_bound * damping
-        rounding = np.linalg.norm(
-            (A @ x).astype(np.float64) - A.astype(np.float64) @ x.astype(np.float64)
-        )
-        assert slack >= np.linalg.norm(residual) + rounding
-        known = li.certify(A, x, b, damping).error_bound * damping
-        assert slack == pytest.approx(known, rel=0.5)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_product_of_nothing_but_rounding_is_allowed_for_without_the_entries_of_the_matrix(dtype):
+    """A residual of zero by chance proves nothing where x is large and A x small."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        A = semidefinite(rng, 40).astype(dtype)
+        null = np.linalg.eigh(A.astype(np.float64))[1][:, 0]
+        damping = 2.0**-30
+        # A right-hand side that the rounded product meets to the last bit.
+        x = (2.0**20 * null).astype(dtype)
+        b = (A @ x + dtype_of(A, damping) * x).astype(dtype)
+        error = np.asarray(x, dtype=np.longdouble) - damped_solve(A, damping, b)
+        for operator in (A, CountingOperator(A)):
+            assert norm(error) <= li.certify(operator, x, b, damping).error_bound
+
+
+def dtype_of(A, number):
+    return A.dtype.type(number)
