@@ -11,6 +11,7 @@ from lowrank_inverse._array import (
     check_scalar,
     column_norm,
     column_scale,
+    concrete,
     dot,
     eps,
     like,
@@ -102,10 +103,11 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     scale = column_scale(r)
     unit_r = r / scale
     quadratic = dot(unit_r, inverse @ unit_r)
-    # N has eigenvalues in (0, 1 / damping]; its own rounding is of the order of that. H_k, made
-    # of rounded products, may exceed A by delta: then N damping / (damping - delta) bounds.
+    # N has eigenvalues in (0, 1 / damping]; its own rounding is a share of that. H_k, made of
+    # rounded products, may exceed A by delta: then N damping / (damping - delta) bounds.
     quadratic = xp.where(quadratic > 0, quadratic, xp.zeros_like(quadratic))
-    quadratic = quadratic + unit * dot(unit_r, unit_r) / damping
+    rounding = unit + ROUNDING_UNITS * _rounding(inverse, b)
+    quadratic = quadratic + rounding * dot(unit_r, unit_r) / damping
     share = 1 - unit * norm_of_A / damping
     quadratic = quadratic / xp.where(share > 0, share, xp.ones_like(share))
     largest = dot(unit_r, unit_r) / damping
@@ -113,6 +115,24 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     energy = scale * xp.sqrt(quadratic) + slack / damping**0.5
     tighter = energy / damping**0.5
     return Certificate(column_norm(r), xp.where(tighter < error, tighter, error), energy)
+
+
+def _rounding(inverse: Any, b: Array) -> Any:
+    """Return the rounding of N, as a share of ``1 / damping``, from its small pivots.
+
+    ``C.T v`` is multiplied by ``w^(-1/2)``, for each eigenvalue w of W that was kept; and in the
+    streamed form it is known to the precision of a product alone.
+    """
+    approx = getattr(inverse, "approx", inverse)
+    w = getattr(approx, "core_eigenvalues", None)
+    if w is None:
+        return 0.0
+    xp = array_namespace(w)
+    largest = xp.max(xp.abs(w))
+    smallest = xp.min(xp.where(w > eps(b) * largest, w, largest))
+    precision = eps(w) if approx is not inverse else eps(b)
+    ratio = largest / xp.where(smallest > 0, smallest, xp.ones_like(smallest))
+    return scalar_like(precision * concrete(ratio) ** 0.5, b)
 
 
 def certificate_cost(A: Any) -> int:
