@@ -277,7 +277,7 @@ def nystrom(
     check_column_dtype(column_dtype)
     compact = column_dtype is not None or offload
     if indices is None and compact:
-        if adaptive or sampling not in DRAWN:
+        if isinstance(rank, str) or rank is None or sampling not in DRAWN:
             raise ValueError(
                 "`column_dtype` and `offload` need columns drawn before any is read; got "
                 f"rank={rank!r}, sampling={sampling!r}. Use one of {', '.join(map(repr, DRAWN))} "

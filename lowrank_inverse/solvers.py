@@ -202,7 +202,7 @@ class Nystrom:
             storage=self.storage,
             chunk_size=self.chunk_size,
             memory_budget=self.memory_budget,
-            column_itemsize=ITEMSIZES.get(self.column_dtype),
+            column_itemsize=ITEMSIZES.get(self.column_dtype or ""),
         )
 
 

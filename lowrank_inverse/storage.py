@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 
 from lowrank_inverse._array import (
     astype,
     check_finite,
     column_scale,
     describe,
-    is_jax_array,
     is_narrow,
     on_host,
     power_of_two,
