@@ -11,7 +11,7 @@ from lowrank_inverse._array import astype, column_norm, column_scale, dot, quiet
 from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import Array
 from lowrank_inverse.solution import Reason, Solution, code, tolerance
-from lowrank_inverse.storage import StoragePlan
+from lowrank_inverse.memory import StoragePlan
 
 DEFAULT_RTOL = 1e-5
 
@@ -33,7 +33,7 @@ class PreparedInverse(ProductOnly):
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
     storage : StoragePlan or None
         How the columns are held, where there are any; see
-        :func:`lowrank_inverse.storage.plan_storage`.
+        :func:`lowrank_inverse.memory.plan_storage`.
     preconditioner : operator or None
         What stands for the inverse in conjugate gradients, where there is such a thing.
     """

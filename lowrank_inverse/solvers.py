@@ -39,7 +39,7 @@ from lowrank_inverse.prepared import (
 from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.solution import Solution, check_system, start
 from lowrank_inverse.sources import empty_like, known_or_none
-from lowrank_inverse.storage import (
+from lowrank_inverse.memory import (
     STORAGES,
     STREAMED_DAMPING,
     StoragePlan,
@@ -72,7 +72,7 @@ class Nystrom:
         Hold all columns; or a chunk of them, computed again where needed
         (:func:`lowrank_inverse.chunked_inverse`); or none
         (:func:`lowrank_inverse.streamed_inverse`). ``"auto"``: the fastest that `memory_budget`
-        allows, see :func:`lowrank_inverse.storage.plan_storage`; chunked in the place of streamed
+        allows, see :func:`lowrank_inverse.memory.plan_storage`; chunked in the place of streamed
         where the damping proves to be too small for it in less than float64.
     chunk_size : int, optional
         Columns computed at a time. Default: all if stored, else 1.

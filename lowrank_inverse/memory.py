@@ -93,7 +93,7 @@ def plan_storage(
 
     Examples
     --------
-    >>> from lowrank_inverse.storage import plan_storage
+    >>> from lowrank_inverse.memory import plan_storage
     >>> print(plan_storage(10**7, 20, 4, memory_budget=300e6))
     StoragePlan(storage='streamed', chunk_size=3, num_bytes=240012800)
     """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lowrank_inverse as li
-from lowrank_inverse.storage import plan_storage
+from lowrank_inverse.memory import plan_storage
 from tests.conftest import host
 from tests.oracles import relative_error
 from tests.problems import CountingOperator, N, indices, matrix, rhs
