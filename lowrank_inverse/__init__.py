@@ -2,6 +2,7 @@
 
 from lowrank_inverse.certificate import Certificate, certify
 from lowrank_inverse.cg import cg
+from lowrank_inverse.kernels import KernelOperator
 from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import NystromApproximation, nystrom
 from lowrank_inverse.operators import (
@@ -24,6 +25,7 @@ __all__ = [
     "Exact",
     "FunctionOperator",
     "Identity",
+    "KernelOperator",
     "Neumann",
     "Nystrom",
     "NystromApproximation",
