@@ -2,6 +2,7 @@
 
 from lowrank_inverse.certificate import Certificate, certify
 from lowrank_inverse.cg import cg
+from lowrank_inverse.failure import SolveError
 from lowrank_inverse.kernels import KernelOperator
 from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import NystromApproximation, nystrom
@@ -32,6 +33,7 @@ __all__ = [
     "NystromCG",
     "Reason",
     "Solution",
+    "SolveError",
     "as_solve",
     "aslinearoperator",
     "certify",

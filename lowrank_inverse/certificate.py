@@ -10,7 +10,7 @@ from lowrank_inverse._array import check_scalar, column_norm, column_scale, dot,
 from lowrank_inverse._operator import DenseOperator
 from lowrank_inverse._typing import Array
 from lowrank_inverse.operators import aslinearoperator
-from lowrank_inverse.solution import check_system
+from lowrank_inverse.solution import check_system, span
 
 ROUNDING_UNITS = 8.0
 
@@ -31,6 +31,12 @@ class Certificate(NamedTuple):
     residual_norm: Array
     error_bound: Array
     energy_bound: Array
+
+    def __repr__(self) -> str:
+        lines = ["Certificate"]
+        names = zip(self._fields, self, strict=True)
+        lines += [f"  {name.replace('_', ' '):<15}{span(value)}" for name, value in names]
+        return "\n".join(lines)
 
 
 def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) -> Certificate:
