@@ -16,6 +16,7 @@ from lowrank_inverse.operators import (
 from lowrank_inverse.solution import Reason, Solution
 from lowrank_inverse.solve import as_solve, solve
 from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
+from lowrank_inverse.storage import load, save
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse, woodbury_inverse
 
 __version__ = "0.1.0"
@@ -41,8 +42,10 @@ __all__ = [
     "chunked_inverse",
     "columns",
     "diagonal",
+    "load",
     "neumann",
     "nystrom",
+    "save",
     "shifted",
     "solve",
     "streamed_inverse",

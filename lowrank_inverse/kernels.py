@@ -137,6 +137,11 @@ class KernelOperator(Operator):
         size = max(1, self.chunk_size**2 // width)
         return xp.concat([self._block(x, chosen) for x in self._blocks(self.X, size)], axis=0)
 
+    def submatrix(self, indices: Any) -> Array:
+        """Return the rows and columns at `indices`, shape (k, k), computed by themselves."""
+        chosen = self._chosen(check_indices(indices, self.shape[0]))
+        return self._block(chosen, chosen)
+
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,): ones, but for polynomials and callables."""
         xp = array_namespace(self.like)

@@ -200,6 +200,14 @@ def test_kernel_matrices_are_positive_semidefinite_to_rounding(case):
         assert w[0] > -1e-13 * w[-1]
 
 
+@dimensions
+@every_kernel
+def test_a_submatrix_is_read_by_itself(case, d, library):
+    A = operator(library.asarray(points(d)), case)
+    expected = host(A.columns([5, 0, 11]))[[5, 0, 11]]
+    assert relative_error(host(A.submatrix([5, 0, 11])), expected) < 20 * library.eps
+
+
 # A kernel of the caller's own
 
 
