@@ -2,6 +2,7 @@
 
 from lowrank_inverse.certificate import Certificate, certify
 from lowrank_inverse.cg import cg
+from lowrank_inverse.estimates import DiagonalEstimate, estimate_diagonal
 from lowrank_inverse.failure import SolveError
 from lowrank_inverse.kernels import KernelOperator
 from lowrank_inverse.neumann import neumann
@@ -13,6 +14,7 @@ from lowrank_inverse.operators import (
     diagonal,
     shifted,
 )
+from lowrank_inverse.pivoted import PivotedCholesky, pivoted_cholesky
 from lowrank_inverse.solution import Reason, Solution
 from lowrank_inverse.solve import as_solve, solve
 from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "Certificate",
+    "DiagonalEstimate",
     "Exact",
     "FunctionOperator",
     "Identity",
@@ -32,6 +35,7 @@ __all__ = [
     "Nystrom",
     "NystromApproximation",
     "NystromCG",
+    "PivotedCholesky",
     "Reason",
     "Solution",
     "SolveError",
@@ -42,9 +46,11 @@ __all__ = [
     "chunked_inverse",
     "columns",
     "diagonal",
+    "estimate_diagonal",
     "load",
     "neumann",
     "nystrom",
+    "pivoted_cholesky",
     "save",
     "shifted",
     "solve",

@@ -7,6 +7,7 @@ from typing import Any
 
 from lowrank_inverse._array import check_scalar, describe
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.certificate import certificate_cost
 from lowrank_inverse.certificate import certify as certify_solution
 from lowrank_inverse.failure import raise_on_failure
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator
@@ -85,7 +86,8 @@ def solve(
     state : Solution, optional
         Of a similar system: where CG and NystromCG start.
     certify : bool
-        Fill `error_bound`, at one more product a column. `A` must be positive semidefinite
+        Fill `error_bound`, at one more product a column and, where `A` does not tell its norm,
+        two to estimate it. `A` must be positive semidefinite
         and the damping positive.
     throw : bool
         Raise an error unless every column converged. A direct method converged where its
@@ -124,7 +126,7 @@ def solve(
             A, solution.value, b, settings.damping, inverse=inverse.nystrom_inverse
         )
         width = block_width(b)
-        extra = width + apply_cost(inverse.nystrom_inverse, width)
+        extra = width + certificate_cost(A) + apply_cost(inverse.nystrom_inverse, width)
         solution = solution._replace(
             num_products=solution.num_products + extra, error_bound=bounds.error_bound
         )
