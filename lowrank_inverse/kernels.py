@@ -131,16 +131,16 @@ class KernelOperator(Operator):
         indices = check_indices(indices, self.shape[0])
         chosen = self._chosen(indices)
         if is_traced(self.X) or is_traced(indices):
-            return self._block(self.X, chosen)
+            return self.evaluate(self.X, chosen)
         xp = array_namespace(self.like)
         width = int(indices.shape[0]) + int(self.X.shape[1])
         size = max(1, self.chunk_size**2 // width)
-        return xp.concat([self._block(x, chosen) for x in self._blocks(self.X, size)], axis=0)
+        return xp.concat([self.evaluate(x, chosen) for x in self._blocks(self.X, size)], axis=0)
 
     def submatrix(self, indices: Any) -> Array:
         """Return the rows and columns at `indices`, shape (k, k), computed by themselves."""
         chosen = self._chosen(check_indices(indices, self.shape[0]))
-        return self._block(chosen, chosen)
+        return self.evaluate(chosen, chosen)
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,): ones, but for polynomials and callables."""
@@ -172,7 +172,7 @@ class KernelOperator(Operator):
         slices = _slices(self.shape[0], self.chunk_size)
         for z in self._blocks(Z, self.chunk_size):
             tiles = zip(slices, self._blocks(self.X, self.chunk_size), strict=True)
-            results.append(sum(self._block(z, x) @ block[rows, ...] for rows, x in tiles))
+            results.append(sum(self.evaluate(z, x) @ block[rows, ...] for rows, x in tiles))
         return array_namespace(block).concat(results, axis=0)
 
     def _multiply(self, block: Array) -> Array:
@@ -183,7 +183,7 @@ class KernelOperator(Operator):
         for i, rows in enumerate(slices):
             x = _in_memory(self.X[rows, ...])
             for j in range(i, len(slices)):
-                tile = self._block(x, x if i == j else _in_memory(self.X[slices[j], ...]))
+                tile = self.evaluate(x, x if i == j else _in_memory(self.X[slices[j], ...]))
                 parts[i] = parts[i] + tile @ block[slices[j], ...]
                 if i < j:  # the tile on the other side of the diagonal is this one, transposed
                     parts[j] = parts[j] + tile.T @ block[rows, ...]
@@ -198,7 +198,7 @@ class KernelOperator(Operator):
         rows = xp.reshape(xp.arange(steps * size), (steps, size)) % p  # the last step wraps round
 
         def step(rows: Array) -> Array:
-            return self._block(xp.take(Z, rows, axis=0), self.X) @ block
+            return self.evaluate(xp.take(Z, rows, axis=0), self.X) @ block
 
         if steps == 1:
             return step(rows[0])
@@ -216,12 +216,12 @@ class KernelOperator(Operator):
     def _diagonal(self, x: Array) -> Array:
         xp = array_namespace(x)
         if callable(self.kernel):
-            return xp.linalg.diagonal(self._block(x, x))
+            return xp.linalg.diagonal(self.evaluate(x, x))
         x = astype(x / self.lengthscale, wide_dtype(x))
         return astype((xp.sum(x * x, axis=1) + self.coef0) ** self.degree, self.dtype)
 
-    def _block(self, x: Array, y: Array) -> Array:
-        """Return the kernel between blocks of points, shape (p, q)."""
+    def evaluate(self, x: Array, y: Array) -> Array:
+        """Return the kernel between points `x` (p, d) and `y` (q, d), shape (p, q), at once."""
         if callable(self.kernel):
             return self._checked(self.kernel(x, y), (x.shape[0], y.shape[0]))
         xp = array_namespace(x)

@@ -63,6 +63,17 @@ def test_a_factor_is_read_back_bit_for_bit_into_its_own_library(path, name, libr
     assert again.logdet(0.1) == approx.logdet(0.1)
 
 
+@pytest.mark.parametrize("sampling", ["rpcholesky", "greedy", "gaussian"])
+def test_factors_of_every_sampling_are_read_back(path, sampling):
+    for rank in (5, "auto"):
+        approx = li.nystrom(matrix("exponential"), rank, sampling=sampling, rng=0)
+        li.save(path, approx)
+        again = li.load(path)
+        assert_same(again, approx)
+        assert repr(again) == repr(approx)
+        assert again.residual_trace == approx.residual_trace
+
+
 def test_a_factor_of_jax_without_float64_is_read_back_bit_for_bit(path):
     with open_backend("jax", "float32") as narrow:
         approx = factor(narrow)
