@@ -179,8 +179,7 @@ class KernelRidge(_KernelRegressor):
         n = len(X)
         K: Any = self._operator(X, self.lengthscale_)
         if n**2 * X.dtype.itemsize <= self.memory_budget:
-            K = K.columns(np.arange(n))
-            K = (K + K.T) / 2
+            K = _matrix(K)
         solver: Any = Exact(damping=self.alpha)
         if n > self.rank:
             solver = NystromCG(
@@ -315,6 +314,19 @@ class NystromRidge(_KernelRegressor):
             for rows in _row_blocks(len(X), A.chunk_size)
         ]
         return np.concatenate(parts, axis=0).astype(X.dtype, copy=False)
+
+
+def _matrix(A: KernelOperator) -> np.ndarray:
+    """Return the whole matrix; each tile is computed once, and nothing is held twice."""
+    n = A.shape[0]
+    K = np.empty((n, n), dtype=A.dtype)
+    slices = _row_blocks(n, A.chunk_size)
+    for i, rows in enumerate(slices):
+        for others in slices[i:]:
+            tile = A.evaluate(A.X[rows], A.X[others])
+            K[rows, others] = tile
+            K[others, rows] = tile.T
+    return K
 
 
 def _weighted(K: Any, root: np.ndarray) -> Any:
