@@ -100,7 +100,7 @@ def test_every_peer_that_is_there_solves_the_system(name):
         x, steps = run(system.matrix, b, 0.1, 1e-8, 50)
     exact = np.linalg.solve(system.matrix + 0.1 * np.eye(200), b)
     assert np.linalg.norm(x - exact) < 1e-6 * np.linalg.norm(exact)
-    assert 1 <= steps < 200
+    assert 1 <= steps <= psd.MAX_STEPS
 
 
 def test_a_peer_that_fails_is_a_result():
@@ -141,7 +141,7 @@ def test_kernel_ridge_has_the_error_of_scikit_learn(kernel_ridge, tmp_path):
         assert found[method]["error"] == pytest.approx(theirs, rel=1e-3)
         assert found[method]["steps"] >= 1
     for method in ("sklearn Nystroem + Ridge", "ours NystromRidge, rpcholesky"):
-        assert found[method]["error"] == pytest.approx(theirs, rel=0.1)
+        assert found[method]["error"] == pytest.approx(theirs, rel=0.25)
     text = (tmp_path / "kernel_ridge_friedman.txt").read_text(encoding="utf-8")
     assert "Gaussian kernel, lengthscale 2.5, alpha 0.0001" in text
 
