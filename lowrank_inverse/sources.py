@@ -92,6 +92,7 @@ class PivotedColumns:
             entries = np.abs(to_host(C)[:, 0])
             if witness is None and np.any(entries > 0):  # beside a zero on the diagonal
                 witness = int(np.argmax(entries))
+            witness = None if witness == 0 else witness  # W shows it
         border = None if witness is None else (witness, float(found.initial[witness]))
         return Sketch(C, indices, trace=self.trace, num_products=num_products, witness=border)
 
