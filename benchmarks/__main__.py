@@ -9,6 +9,8 @@ COMMANDS = {
     "hypercleaning": ("benchmarks.hypercleaning", "data hyper-cleaning on handwritten digits"),
     "accuracy": ("benchmarks.accuracy", "float32 accuracy of each form of the damped inverse"),
     "certificate": ("benchmarks.certificate", "how tight the error bounds are"),
+    "psd": ("benchmarks.psd", "steps and time to solve positive semidefinite systems"),
+    "kernel-ridge": ("benchmarks.kernel_ridge", "kernel ridge regression: error, time, memory"),
     "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
 }

@@ -20,7 +20,7 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._typing import Array
 from lowrank_inverse.operators import aslinearoperator
-from lowrank_inverse.solution import check_system
+from lowrank_inverse.solution import check_system, span
 
 ROUNDING_UNITS = 8.0
 NORM_PRODUCTS = 2
@@ -43,6 +43,12 @@ class Certificate(NamedTuple):
     residual_norm: Array
     error_bound: Array
     energy_bound: Array
+
+    def __repr__(self) -> str:
+        lines = ["Certificate"]
+        names = zip(self._fields, self, strict=True)
+        lines += [f"  {name.replace('_', ' '):<15}{span(value)}" for name, value in names]
+        return "\n".join(lines)
 
 
 @quietly
