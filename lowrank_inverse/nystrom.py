@@ -27,11 +27,11 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.adaptive import adaptive_approximation
+from lowrank_inverse.memory import check_column_dtype, read_columns
 from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.sources import Sketch, empty_like, make_source
 from lowrank_inverse.spectral import SpectralFunctions
-from lowrank_inverse.memory import check_column_dtype, read_columns
 
 INDEFINITE_PIVOT_RTOL = 1e-4
 

@@ -10,8 +10,8 @@ from array_api_compat import array_namespace
 from lowrank_inverse._array import astype, column_norm, column_scale, dot, quietly, scalar_like
 from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import Array
-from lowrank_inverse.solution import Reason, Solution, code, tolerance
 from lowrank_inverse.memory import StoragePlan
+from lowrank_inverse.solution import Reason, Solution, code, tolerance
 
 DEFAULT_RTOL = 1e-5
 

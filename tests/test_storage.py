@@ -74,6 +74,22 @@ def test_factors_of_every_sampling_are_read_back(path, sampling):
         assert again.residual_trace == approx.residual_trace
 
 
+def test_columns_in_half_precision_are_read_back_bit_for_bit(path):
+    approx = li.nystrom(matrix("linear"), RANK, rng=0, column_dtype="float16")
+    li.save(path, approx)
+    again = li.load(path)
+    assert again.columns.dtype == np.float16
+    assert_same(again, approx)
+    np.testing.assert_array_equal(again.inverse(0.1) @ rhs(), approx.inverse(0.1) @ rhs())
+
+
+def test_columns_in_bfloat16_are_refused(path):
+    torch = pytest.importorskip("torch")
+    approx = li.nystrom(torch.as_tensor(matrix("linear")), RANK, rng=0, column_dtype="bfloat16")
+    with pytest.raises(TypeError, match="Use float16 for them"):
+        li.save(path, approx)
+
+
 def test_a_factor_of_jax_without_float64_is_read_back_bit_for_bit(path):
     with open_backend("jax", "float32") as narrow:
         approx = factor(narrow)
