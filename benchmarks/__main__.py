@@ -9,6 +9,9 @@ COMMANDS = {
     "hypercleaning": ("benchmarks.hypercleaning", "data hyper-cleaning on handwritten digits"),
     "accuracy": ("benchmarks.accuracy", "float32 accuracy of each form of the damped inverse"),
     "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
+    "table5": ("benchmarks.table5", "Table 5 of the paper: time and memory of a hypergradient"),
+    "peers": ("benchmarks.peers", "a hypergradient against those of other packages"),
+    "scaling": ("benchmarks.scaling", "time and memory against n and k, and under a budget"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
 }
 
