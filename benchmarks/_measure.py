@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -101,10 +102,8 @@ def _maximum() -> int:
 
 def _trim() -> None:
     """Give what malloc keeps in reserve back, lest it hide what a call takes."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        pass
 
 
 def seconds(run: Callable[[], Any], device: str = "cpu", count: int = 1) -> float:

@@ -9,6 +9,7 @@ can run it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def lenet() -> nn.Module:
 def perceptron(widths: Sequence[int]) -> nn.Module:
     """Return a perceptron with tanh between the layers."""
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

@@ -2,8 +2,8 @@
 
 A perceptron whose width sets n, one hypergradient each: the columns, the inverse and the mixed
 derivative. Slopes are of a straight line through the logarithms, fitted to the larger half of the
-sizes: the smaller ones are ruled by what a call costs at any size. Each measurement has a process of
-its own.
+sizes: the smaller ones are ruled by what a call costs at any size. Each measurement has a process
+of its own.
 """
 
 from __future__ import annotations
