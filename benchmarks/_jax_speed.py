@@ -94,7 +94,7 @@ def compare(
     pull = jax.jit(lambda p, v: jax.jvp(lambda q: jax.grad(inner)(q, w), (p,), (v,))[1])
     jax.block_until_ready(pull(params, tangents))
     runs = {"run": run, "product": lambda: jax.block_until_ready(pull(params, tangents))}
-    times = in_turn(runs, "cpu", repeats=repeats, budget=limit / 4)
+    times = in_turn(runs, "cpu", repeats=repeats, budget=limit / 10)
     return {
         "mib": peak.num_bytes / MIB,
         "first": first,

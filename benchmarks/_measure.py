@@ -124,19 +124,30 @@ def _wait(device: str) -> None:
 
 
 def in_turn(
-    runs: dict[str, Callable[[], Any]], device: str, *, repeats: int, budget: float
+    runs: dict[str, Callable[[], Any]],
+    device: str,
+    *,
+    repeats: int,
+    budget: float,
+    known: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Time functions in turn, `repeats` times or until `budget` seconds are over.
 
     What a machine does beside it changes from minute to minute: ratios of times taken one after
     the other hold still where the times themselves do not. Short ones are repeated within a turn.
+    One whose `known` time alone is beyond the budget is not called again.
     """
-    counts = {name: max(1, min(20, int(0.05 / seconds(run, device)))) for name, run in runs.items()}
+    known = known or {}
+    counts: dict[str, int] = {}
+    for name, run in runs.items():
+        before = known[name] if name in known else seconds(run, device)
+        counts[name] = max(1, min(20, int(0.1 / before))) if before < budget else 0
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
-    for turn in range(repeats):
+    for turn in range(repeats if all(counts.values()) else 1):
         for name, run in runs.items():
-            times[name].append(seconds(run, device, counts[name]))
+            again = counts[name]
+            times[name].append(seconds(run, device, again) if again else known[name])
         if turn > 0 and time.perf_counter() - start > budget:
             break
     return times

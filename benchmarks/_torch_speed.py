@@ -255,9 +255,10 @@ def timed(
     info = getattr(found[0], "info", None)
     answer = gradient(found.pop())
     runs = {"run": run, "product": products()}
-    if first < limit / 10 and k > 1:
+    if first < limit / 30 and k > 1:
         runs["one"] = makers[1]()
-    times = in_turn(runs, device, repeats=repeats, budget=limit / 4)
+    budget = limit / 10
+    times = in_turn(runs, device, repeats=repeats, budget=budget, known={"run": first})
     result: Found = {
         "mib": peak.num_bytes / MIB,
         "first": first,
