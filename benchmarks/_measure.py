@@ -137,10 +137,12 @@ def in_turn(
     the other hold still where the times themselves do not. Short ones are repeated within a turn.
     One whose `known` time alone is beyond the budget is not called again.
     """
-    known = known or {}
+    known = dict(known or {})
     counts: dict[str, int] = {}
     for name, run in runs.items():
-        before = known[name] if name in known else seconds(run, device)
+        if name not in known:
+            known[name] = seconds(run, device)
+        before = known[name]
         counts[name] = max(1, min(20, int(0.1 / before))) if before < budget else 0
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()

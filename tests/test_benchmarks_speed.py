@@ -15,7 +15,7 @@ pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm 
 
 import torch
 
-from benchmarks import _measure, _torch_speed, peers, scaling, table5
+from benchmarks import _measure, _torch_peers, _torch_speed, peers, scaling, table5
 from benchmarks._networks import network
 
 K = 3
@@ -153,7 +153,7 @@ def test_the_peers_are_compared_with_the_converged_answer(tmp_path, monkeypatch)
     )
 
     def here(target: str, settings: dict[str, Any], **_: Any) -> Any:
-        return getattr(peers, target.split(":")[1])(**settings)
+        return getattr(_torch_peers, target.split(":")[1])(**settings)
 
     monkeypatch.setattr(peers, "apart", here)
     options = ["--quick", "--batch", "8", "--rank", "12", "--repeats", "1"]
