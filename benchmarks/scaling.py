@@ -108,7 +108,8 @@ def draw(series: dict[str, dict[str, list[Found]]], path: Path) -> None:
             axis = axes[row][column]
             for storage, found in series[size].items():
                 points = [(f[size], f[what]) for f in found if f[what] > 0]
-                axis.loglog(*zip(*points, strict=True), "o-", label=storage)
+                if points:
+                    axis.loglog(*zip(*points, strict=True), "o-", label=storage)
             if what == "mib":
                 any_of = next(iter(series[size].values()))
                 numbers = [(f[size], 4 * f["n"] * f["k"] / MIB) for f in any_of]
@@ -150,7 +151,8 @@ def main(arguments: list[str]) -> int:
     largest = max(options.sizes)
     cases = [("n", storage, n, options.rank, None) for storage in STORAGES for n in options.sizes]
     cases += [("k", storage, options.size, k, None) for storage in STORAGES for k in options.ranks]
-    budgets = [4.0 * largest * numbers + 32 * options.rank**2 for numbers in NUMBERS]
+    # A little more, for a width is a whole number, and so n is only about what was asked for.
+    budgets = [4.1 * largest * numbers + 32 * options.rank**2 for numbers in NUMBERS]
     cases += [("budget", "auto", largest, options.rank, budget) for budget in budgets]
     series: dict[str, dict[str, list[Found]]] = {"n": {}, "k": {}, "budget": {}}
     for against, storage, n, k, budget in tqdm(cases, desc=name, unit="case"):
