@@ -23,6 +23,14 @@ MIB = 2**20
 Found = dict[str, Any]
 
 
+def use_threads(count: int) -> None:
+    """Let the processes that follow compute on `count` threads, and JAX on 1 or on all."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    if count == 1:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+
+
 def apart(target: str, settings: Found, *, python: str | None = None) -> Found:
     """Call the function `target`, ``module:name``, in a fresh process; it returns a JSON object.
 

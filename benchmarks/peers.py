@@ -24,10 +24,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks._measure import Found, Records, apart
+from benchmarks._measure import Found, Records, apart, use_threads
 from benchmarks._report import machine, publish, table
 
 TORCH, JAX = "benchmarks._torch_peers:compare", "benchmarks._jax_speed:compare"
@@ -83,15 +82,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of each call (default: 5)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for a method's turns")
     parser.add_argument("--quick", action="store_true", help="a small network, to try it")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
     options = parser.parse_args(arguments)
-    if min(options.rank, options.repeats, options.batch) < 1:
+    use_threads(options.threads)
+    if min(options.rank, options.repeats, options.batch, options.threads) < 1:
         parser.error("--rank, --batch and --repeats must be at least 1")
     candidates = [sys.executable, *options.peer_python]
     packages = {package for package, _ in METHODS.values() if package is not None}
     places = {package: interpreter(package, candidates) for package in sorted(packages)}
-    about = machine("torch", "numpy", threads=torch.get_num_threads(), seed=options.seed)
+    about = machine("torch", "numpy", threads=options.threads, seed=options.seed)
     about["versions"] |= {package: version for package, (_, version) in places.items()}
     about |= {"rank": options.rank, "batch": options.batch, "repeats": options.repeats}
     about["network"] = "small" if options.quick else "full"

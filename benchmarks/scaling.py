@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks._measure import MIB, Found, Peak, Records, apart, seconds
+from benchmarks._measure import MIB, Found, Peak, Records, apart, seconds, use_threads
 from benchmarks._networks import CLASSES, Reweighting, perceptron
 from benchmarks._report import machine, publish, table
 
@@ -130,10 +130,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", type=int, default=10**6, help="at which k varies (default: 1e6)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="of each call (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
     options = parser.parse_args(arguments)
-    if min(*options.sizes, *options.ranks, options.rank, options.size, options.repeats) < 1:
+    use_threads(options.threads)
+    if (
+        min(
+            *options.sizes,
+            *options.ranks,
+            options.rank,
+            options.size,
+            options.repeats,
+            options.threads,
+        )
+        < 1
+    ):
         parser.error("sizes, ranks and --repeats must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
@@ -141,7 +153,7 @@ def main(arguments: list[str]) -> int:
     about = machine(
         *("torch", "numpy"),
         device=torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
+        threads=options.threads,
         seed=options.seed,
         repeats=options.repeats,
         batch=BATCH,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks._measure import MIB, Found, Records, apart
+from benchmarks._measure import MIB, Found, Records, apart, use_threads
 from benchmarks._report import machine, publish, table
 from benchmarks._torch_speed import damping_and_step
 
@@ -130,10 +130,12 @@ def main(arguments: list[str]) -> int:
         "--limit", type=float, default=60.0, help="seconds that a call may take (default: 60)"
     )
     parser.add_argument("--quick", action="store_true", help="small networks, to try it")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
     options = parser.parse_args(arguments)
-    if min(options.ranks) < 1 or options.repeats < 1:
+    use_threads(options.threads)
+    if min(options.ranks) < 1 or min(options.repeats, options.threads) < 1:
         parser.error("--ranks and --repeats must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
@@ -141,7 +143,7 @@ def main(arguments: list[str]) -> int:
     about = machine(
         *("torch", "hypergrad", "numpy"),
         device=torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
+        threads=options.threads,
         seed=options.seed,
         repeats=options.repeats,
         networks="small" if options.quick else "full",
