@@ -8,6 +8,9 @@ import sys
 COMMANDS = {
     "hypercleaning": ("benchmarks.hypercleaning", "data hyper-cleaning on handwritten digits"),
     "accuracy": ("benchmarks.accuracy", "float32 accuracy of each form of the damped inverse"),
+    "certificate": ("benchmarks.certificate", "how tight the error bounds are"),
+    "psd": ("benchmarks.psd", "steps and time to solve positive semidefinite systems"),
+    "kernel-ridge": ("benchmarks.kernel_ridge", "kernel ridge regression: error, time, memory"),
     "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
     "table5": ("benchmarks.table5", "Table 5 of the paper: time and memory of a hypergradient"),
     "peers": ("benchmarks.peers", "a hypergradient against those of other packages"),

@@ -3,6 +3,8 @@
 from lowrank_inverse.certificate import Certificate, certify
 from lowrank_inverse.cg import cg
 from lowrank_inverse.estimates import DiagonalEstimate, estimate_diagonal
+from lowrank_inverse.failure import SolveError
+from lowrank_inverse.kernels import KernelOperator
 from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import NystromApproximation, nystrom
 from lowrank_inverse.operators import (
@@ -16,6 +18,7 @@ from lowrank_inverse.pivoted import PivotedCholesky, pivoted_cholesky
 from lowrank_inverse.solution import Reason, Solution
 from lowrank_inverse.solve import as_solve, solve
 from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
+from lowrank_inverse.storage import load, save
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse, woodbury_inverse
 
 __version__ = "0.1.0"
@@ -27,6 +30,7 @@ __all__ = [
     "Exact",
     "FunctionOperator",
     "Identity",
+    "KernelOperator",
     "Neumann",
     "Nystrom",
     "NystromApproximation",
@@ -34,6 +38,7 @@ __all__ = [
     "PivotedCholesky",
     "Reason",
     "Solution",
+    "SolveError",
     "as_solve",
     "aslinearoperator",
     "certify",
@@ -42,9 +47,11 @@ __all__ = [
     "columns",
     "diagonal",
     "estimate_diagonal",
+    "load",
     "neumann",
     "nystrom",
     "pivoted_cholesky",
+    "save",
     "shifted",
     "solve",
     "streamed_inverse",

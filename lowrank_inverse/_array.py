@@ -23,7 +23,7 @@ from lowrank_inverse._typing import Array
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MIN_ROWS = 8192
+BLOCK_NUMBERS = 2**18
 MAX_BLOCKS = 32
 
 
@@ -230,6 +230,11 @@ def like_device(x: Array) -> Any:
     return None if is_traced(x) else device(x)
 
 
+def on_cpu(x: Array) -> bool:
+    """Whether a concrete `x` lies in the memory of the host."""
+    return "cpu" in str(device(x)).lower()
+
+
 def astype(x: Array, dtype: Any) -> Array:
     """Convert `x`, without a copy where it already has `dtype`."""
     return array_namespace(x).astype(x, dtype, copy=False)
@@ -260,10 +265,15 @@ def scalar_like(x: Any, array: Array) -> Any:
     return astype(x, array.dtype) if is_traced(x) else float(concrete(x))
 
 
-def row_blocks(x: Array) -> list[slice]:
-    """Slices of rows, few enough for a GPU and small enough for a CPU's cache."""
+def row_blocks(x: Array, width: int) -> list[slice]:
+    """Slices of the rows of `x`, so that blocks of `width` columns fit a CPU's cache.
+
+    Elsewhere, and in a compiled program, there are few blocks: each costs a launch or code.
+    """
     n = x.shape[0]
-    rows = max(MIN_ROWS, -(-n // MAX_BLOCKS))
+    rows = max(1024, BLOCK_NUMBERS // width)
+    if is_traced(x) or not on_cpu(x):
+        rows = max(rows, -(-n // MAX_BLOCKS))
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
@@ -290,8 +300,7 @@ def choose(condition: Array, x: Array, y: Array) -> Array:
 
     A single condition on a CPU is read, which costs nothing there, and spares a copy.
     """
-    readable = condition.ndim == 0 and not is_traced(condition)
-    if readable and "cpu" in str(device(condition)).lower():
+    if condition.ndim == 0 and not is_traced(condition) and on_cpu(condition):
         return x if bool(condition) else y
     return array_namespace(x).where(condition, x, y)
 
@@ -319,23 +328,34 @@ def column_norm(x: Array) -> Array:
 
 
 def tall_dot(X: Array, Y: Array) -> Array:
-    """Return ``X.T @ Y`` for tall `X` and `Y`, summed in the widest dtype at hand."""
-    wide = wide_dtype(X)
-    if X.dtype == wide:
-        return X.T @ Y
-    blocks = row_blocks(X)
-    total = astype(X[blocks[0], ...], wide).T @ astype(Y[blocks[0], ...], wide)
-    for rows in blocks[1:]:
-        total = total + astype(X[rows, ...], wide).T @ astype(Y[rows, ...], wide)
+    """Return ``X.T @ Y`` for tall `X` and `Y`, summed in the widest dtype at hand.
+
+    `X` may lie in the memory of the host; the result lies where `Y` does.
+    """
+    wide = wide_dtype(Y)
+    if X.dtype == wide and Y.dtype == wide:
+        return beside(X, Y).T @ Y
+    total: Any = 0.0
+    for rows in row_blocks(Y, X.shape[1]):
+        # Transposed before it is cut: columns that lie one after the other in memory stay so.
+        part = astype(beside(X.T[:, rows], Y), wide)
+        total = total + part @ astype(Y[rows, ...], wide)
     return total
 
 
-def tall_times(X: Array, small: Array) -> Array:
-    """Return ``X @ small`` for tall `X` and a small wide matrix, in the dtype of `X`."""
+def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
+    """Return ``X @ small`` for tall `X` and a small wide matrix, by default in the dtype of `X`.
+
+    `X` may lie in the memory of the host; the result lies where `small` does.
+    """
+    dtype = X.dtype if dtype is None else dtype
     if X.dtype == small.dtype:
-        return X @ small
-    xp = array_namespace(X)
-    parts = [astype(astype(X[rows, ...], small.dtype) @ small, X.dtype) for rows in row_blocks(X)]
+        return astype(beside(X, small) @ small, dtype)
+    xp = array_namespace(small)
+    parts = [
+        astype(astype(beside(X.T[:, rows], small), small.dtype).T @ small, dtype)
+        for rows in row_blocks(X, X.shape[1])
+    ]
     return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
 
 

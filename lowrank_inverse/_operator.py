@@ -43,6 +43,15 @@ class ProductOnly:
         self._check(block)
         return self._multiply(block)
 
+    def matvec(self, block: Array) -> Array:
+        """Return the product: the name under which SciPy looks for it, with ``M=`` and elsewhere.
+
+        The operators are symmetric, so it also serves as SciPy's product with the transpose.
+        """
+        return self @ block
+
+    matmat = rmatvec = rmatmat = __call__ = matvec
+
     def _check(self, block: Array, name: str = "block") -> None:
         check_block(name, block, self.shape[0])
         if self.like is not None and array_namespace(block) is not array_namespace(self.like):

@@ -11,6 +11,7 @@ from lowrank_inverse._array import (
     check_scalar,
     column_norm,
     column_scale,
+    concrete,
     dot,
     eps,
     like,
@@ -19,7 +20,7 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._typing import Array
 from lowrank_inverse.operators import aslinearoperator
-from lowrank_inverse.solution import check_system
+from lowrank_inverse.solution import check_system, span
 
 ROUNDING_UNITS = 8.0
 NORM_PRODUCTS = 2
@@ -42,6 +43,12 @@ class Certificate(NamedTuple):
     residual_norm: Array
     error_bound: Array
     energy_bound: Array
+
+    def __repr__(self) -> str:
+        lines = ["Certificate"]
+        names = zip(self._fields, self, strict=True)
+        lines += [f"  {name.replace('_', ' '):<15}{span(value)}" for name, value in names]
+        return "\n".join(lines)
 
 
 @quietly
@@ -67,9 +74,10 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     -----
     With ``r = b - (A + damping I) x`` and ``0 <= H_k <= A``: ``norm(e) <= norm(r) / damping``,
     ``e.T (A + damping I) e <= r.T N r``, and so ``norm(e) <= sqrt(r.T N r / damping)``; the
-    smaller one is returned. Without `inverse`, ``N = I / damping``. The residual is enlarged by
-    the rounding of a product with `A`, a multiple of its Frobenius norm: an x near the null space
-    of `A` may be large, and ``A x`` then consists of rounding alone. An operator that cannot tell
+    smaller one is returned. Without `inverse`, ``N = I / damping``. The bounds are enlarged by the
+    rounding of a product with `A`, a multiple of its Frobenius norm: an x near the null space of
+    `A` may be large, and ``A x`` then consists of rounding alone; and H_k, of columns that are
+    rounded, may exceed `A`. An operator that cannot tell
     its norm (``A.frobenius_norm()``; arrays can) is multiplied by one Gaussian vector and by the
     product, which estimates it. One product, and one with `inverse`, for each column; and those
     two.
@@ -92,7 +100,8 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     r = b - (Ax + damping * x)
     unit = ROUNDING_UNITS * eps(b)
     size = column_norm(b) + column_norm(Ax) + damping * column_norm(x)
-    slack = unit * (size + _norm(A, b) * column_norm(x))
+    norm_of_A = _norm(A, b)
+    slack = unit * (size + norm_of_A * column_norm(x))
     norm = column_norm(r) + slack
     error = norm / damping
     if inverse is None:
@@ -100,12 +109,36 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     scale = column_scale(r)
     unit_r = r / scale
     quadratic = dot(unit_r, inverse @ unit_r)
-    # N has eigenvalues in (0, 1 / damping]; its own rounding is of the order of that.
+    # N has eigenvalues in (0, 1 / damping]; its own rounding is a share of that. H_k, made of
+    # rounded products, may exceed A by delta: then N damping / (damping - delta) bounds.
     quadratic = xp.where(quadratic > 0, quadratic, xp.zeros_like(quadratic))
-    quadratic = quadratic + unit * dot(unit_r, unit_r) / damping
+    rounding = unit + ROUNDING_UNITS * _rounding(inverse, b)
+    quadratic = quadratic + rounding * dot(unit_r, unit_r) / damping
+    share = 1 - unit * norm_of_A / damping
+    quadratic = quadratic / xp.where(share > 0, share, xp.ones_like(share))
+    largest = dot(unit_r, unit_r) / damping
+    quadratic = xp.where((share > 0) & (quadratic < largest), quadratic, largest)
     energy = scale * xp.sqrt(quadratic) + slack / damping**0.5
     tighter = energy / damping**0.5
     return Certificate(column_norm(r), xp.where(tighter < error, tighter, error), energy)
+
+
+def _rounding(inverse: Any, b: Array) -> Any:
+    """Return the rounding of N, as a share of ``1 / damping``, from its small pivots.
+
+    ``C.T v`` is multiplied by ``w^(-1/2)``, for each eigenvalue w of W that was kept; and in the
+    streamed form it is known to the precision of a product alone.
+    """
+    approx = getattr(inverse, "approx", inverse)
+    w = getattr(approx, "core_eigenvalues", None)
+    if w is None:
+        return 0.0
+    xp = array_namespace(w)
+    largest = xp.max(xp.abs(w))
+    smallest = xp.min(xp.where(w > eps(b) * largest, w, largest))
+    precision = eps(w) if approx is not inverse else eps(b)
+    ratio = largest / xp.where(smallest > 0, smallest, xp.ones_like(smallest))
+    return scalar_like(precision * concrete(ratio) ** 0.5, b)
 
 
 def certificate_cost(A: Any) -> int:

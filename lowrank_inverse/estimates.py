@@ -9,7 +9,6 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._array import check_count, check_finite, like, quietly
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.nystrom import nystrom
 from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.sources import empty_like
 
@@ -40,7 +39,7 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = None) -> Diagonal
     A : linear operator, shape (n, n)
         Symmetric.
     num_products : int
-        At least 2. From 4 on, half of them go into a Gaussian Nyström approximation.
+        At least 2. From 4 on, two thirds of them go into what a few vectors can represent.
     rng : int or numpy.random.Generator, optional
         Seed. Random numbers are drawn on the host, the same for every library.
 
@@ -51,10 +50,10 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = None) -> Diagonal
 
     Notes
     -----
-    ``diag(H_k)`` is exact, and the rest is the mean of ``z * (A - H_k) z`` over signs z [1]_, with
-    variance ``sum_{j != i} (A - H_k)[i, j]^2`` a sample: the splitting of [2]_ with the Nyström
-    approximation of [3]_. H_k and z are independent, so that the estimate is unbiased for
-    indefinite matrices too.
+    With Q an orthonormal basis of the product of `A` with a few Gaussian vectors, the diagonal of
+    ``Q Q.T A`` is exact, and that of the rest ``R = (I - Q Q.T) A`` is the mean of ``z * R z`` over
+    signs z [1]_, with variance ``sum_{j != i} R[i, j]^2`` a sample: Diag++ [2]_. Q and z are
+    independent, so that the estimate is unbiased, for indefinite matrices too.
 
     References
     ----------
@@ -62,8 +61,6 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = None) -> Diagonal
        Numer. Math. 57, 2007.
     .. [2] R. A. Baston, Y. Nakatsukasa. Stochastic Diagonal Estimation: Probabilistic Bounds and
        an Improved Algorithm. arXiv:2201.10684, 2022.
-    .. [3] D. Persson, A. Cortinovis, D. Kressner. Improved Variants of the Hutch++ Algorithm for
-       Trace Estimation. SIAM J. Matrix Anal. Appl. 43, 2022.
 
     Examples
     --------
@@ -81,18 +78,24 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = None) -> Diagonal
             f"`num_products` must be at least 2, lest the error be unknown; got {num_products}."
         )
     generator = np.random.default_rng(rng)
-    rank = min(num_products // 2, n) if num_products >= 4 else 0
-    samples = num_products - rank
-    signs = like(generator.choice([-1.0, 1.0], (n, samples)), empty_like(A))
-    products = A @ signs
-    check_finite("products of A", products)
-    xp = array_namespace(products)
+    rank = min(num_products // 3, n) if num_products >= 4 else 0
+    samples = num_products - 2 * rank
+    empty = empty_like(A)
+
+    def product(vectors: np.ndarray | Array) -> Array:
+        result = A @ like(vectors, empty)
+        check_finite("products of A", result)
+        return result
+
     known: Any = 0.0
     if rank:
-        approx = nystrom(A, rank, sampling="gaussian", rng=generator)
-        factor = approx.expand(like(np.eye(rank), approx.eigenvalues, approx.eigenvalues.dtype))
-        known = xp.sum(factor * factor, axis=1)
-        products = products - approx @ signs
+        Q = array_namespace(empty).linalg.qr(product(generator.standard_normal((n, rank))))[0]
+        known = array_namespace(Q).sum(Q * product(Q), axis=1)
+    signs = like(generator.choice([-1.0, 1.0], (n, samples)), empty)
+    products = product(signs)
+    xp = array_namespace(products)
+    if rank:
+        products = products - Q @ (Q.T @ products)
     values = signs * products
     rest = xp.mean(values, axis=1)
     spread = xp.sum((values - rest[:, None]) ** 2, axis=1) / (samples - 1)

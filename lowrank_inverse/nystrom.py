@@ -9,8 +9,8 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
     astype,
+    beside,
     check_count,
-    check_finite,
     check_indices,
     check_scalar,
     concrete,
@@ -27,10 +27,11 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.adaptive import adaptive_approximation
-from lowrank_inverse.operators import aslinearoperator, columns
-from lowrank_inverse.sampling import check_sampling
-from lowrank_inverse.sources import Sketch, make_source
+from lowrank_inverse.operators import aslinearoperator
+from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
+from lowrank_inverse.sources import Sketch, empty_like, make_source
 from lowrank_inverse.spectral import SpectralFunctions
+from lowrank_inverse.memory import check_column_dtype, read_columns
 
 INDEFINITE_PIVOT_RTOL = 1e-4
 
@@ -44,7 +45,9 @@ class NystromApproximation(SpectralFunctions):
     Attributes
     ----------
     columns : array, shape (n, k)
-        C, the sampled columns.
+        C, the sampled columns; with `column_dtype` divided by `column_scales`.
+    column_scales : array or None, shape (k,)
+        Powers of two, where `column_dtype` was given.
     core : array, shape (k, k)
         W, the rows of C at `indices`.
     indices : numpy.ndarray of int, shape (k,), or None
@@ -91,16 +94,25 @@ class NystromApproximation(SpectralFunctions):
         *,
         core: Array | None = None,
         trace: float | None = None,
+        scales: Array | None = None,
+        like: Array | None = None,
     ) -> None:
         n = C.shape[0]
         self.columns, self.indices, self.num_products = C, indices, C.shape[1]
         self.num_columns, self.trace, self.stopped = C.shape[1], trace, None
-        self.shape, self.dtype, self.like = (n, n), C.dtype, C[:0, 0]
-        self.core = symmetric_part(take(C, indices) if core is None else core)
+        self.column_scales, self.like = scales, C[:0, 0] if like is None else like
+        self.shape, self.dtype = (n, n), self.like.dtype
+        if core is None:
+            core = astype(beside(take(C, indices), self.like), self.dtype)
+            core = core if scales is None else core * scales
+        self.core = symmetric_part(core)
         whitening = whiten(
-            astype(self.core, wide_dtype(C)), eps(C), pivot_rtol, indefinite_pivot_rtol
+            astype(self.core, wide_dtype(core)), eps(C), pivot_rtol, indefinite_pivot_rtol
         )
-        self.whitening, self.num_negative = whitening.matrix, whitening.num_negative
+        self.whitening = whitening.matrix
+        if scales is not None:  # T for the columns as they are held
+            self.whitening = astype(scales, self.whitening.dtype)[:, None] * self.whitening
+        self.num_negative = whitening.num_negative
         self.num_dropped = whitening.num_dropped
         self.core_eigenvalues = whitening.core_eigenvalues
         self._basis: tuple[Array, Array] | None = None
@@ -128,7 +140,7 @@ class NystromApproximation(SpectralFunctions):
         if self._basis is not None:
             U, s = self._basis
             return U @ _rows_times(s, coefficients)
-        return tall_times(self.columns, self._map @ coefficients)
+        return tall_times(self.columns, self._map @ coefficients, self.dtype)
 
     def _multiply(self, block: Array) -> Array:
         return self.expand(self.project(block))
@@ -163,6 +175,8 @@ def nystrom(
     b: Array | None = None,
     rtol: float | None = None,
     max_rank: int | None = None,
+    column_dtype: str | None = None,
+    offload: bool = False,
 ) -> NystromApproximation:
     """Approximate `A` from `rank` of its columns: ``C W^+ C.T`` (Eq. 4 of [1]_).
 
@@ -201,6 +215,11 @@ def nystrom(
         side `b`, of shape (n,) or (n, m), until :func:`lowrank_inverse.certify` proves a relative
         error of at most `rtol`, for a product or two a column each time. With neither, until the
         residual trace is at most `rtol` times the trace. Default of `rtol`: 1e-3.
+    column_dtype : {"float16", "bfloat16", "float32"}, optional
+        To keep drawn columns in; what is k×k stays in float64. Eigenvalues below the precision
+        of that dtype are dropped.
+    offload : bool
+        Keep drawn columns in the host's memory; an accelerator reads them block by block.
 
     Returns
     -------
@@ -255,11 +274,23 @@ def nystrom(
     if not adaptive and any(value is not None for value in unused.values()):
         names = ", ".join(f"`{name}`" for name, value in unused.items() if value is not None)
         raise ValueError(f"{names} have a meaning only with rank='auto'; got rank={rank!r}.")
+    check_column_dtype(column_dtype)
+    compact = column_dtype is not None or offload
+    if indices is None and compact:
+        if isinstance(rank, str) or rank is None or sampling not in DRAWN:
+            raise ValueError(
+                "`column_dtype` and `offload` need columns drawn before any is read; got "
+                f"rank={rank!r}, sampling={sampling!r}. Use one of {', '.join(map(repr, DRAWN))} "
+                "and a number as `rank`, or pass `indices`."
+            )
+        indices = sample_columns(A, rank, sampling=sampling, rng=rng, diagonal=diagonal)
     if indices is not None:
         indices = check_indices(indices, n)
-        C = columns(A, indices, chunk_size=chunk_size)
-        check_finite("columns of A", C)
-        return build(Sketch(C, indices, num_products=indices.size))
+        C, scales = read_columns(
+            A, indices, chunk_size=chunk_size, dtype=column_dtype, offload=offload
+        )
+        where = empty_like(A) if compact else None
+        return build(Sketch(C, indices, num_products=indices.size, scales=scales, like=where))
     if adaptive:
         return adaptive_approximation(
             A,
@@ -290,7 +321,14 @@ def _approximation(
         core_eigenvalues = _bordered_eigenvalues(C, indices, *sketch.witness)
         pivot_rtol = indefinite_pivot_rtol if pivot_rtol is None else pivot_rtol
     approx = NystromApproximation(
-        C, indices, pivot_rtol, indefinite_pivot_rtol, core=sketch.core, trace=sketch.trace
+        C,
+        indices,
+        pivot_rtol,
+        indefinite_pivot_rtol,
+        core=sketch.core,
+        trace=sketch.trace,
+        scales=sketch.scales,
+        like=sketch.like,
     )
     approx.num_products = sketch.num_products
     if core_eigenvalues is not None:
@@ -385,13 +423,17 @@ def spectrum(gram: Array) -> tuple[Array, Array]:
 def _whitened_gram(C: Array, T: Array) -> Array:
     """Return ``F.T F`` for ``F = C T``, by blocks of rows.
 
-    F is formed before it is squared: ``T.T (C.T C) T`` would square the condition number of W.
+    ``T.T (C.T C) T`` squares the condition number of W, which is at most ``1 / eps(C)``. Columns
+    as wide as T cannot afford that: then F is formed before it is squared.
     """
     total = 0 * T
-    for rows in row_blocks(C):
-        F = astype(C[rows, ...], T.dtype) @ T
-        total = total + F.T @ F
-    return total
+    wide = C.dtype == T.dtype
+    for rows in row_blocks(C, C.shape[1]):
+        # Transposed before it is cut: columns that lie one after the other in memory stay so.
+        part = astype(beside(C.T[:, rows], T), T.dtype)
+        part = T.T @ part if wide else part
+        total = total + part @ part.T
+    return total if wide else T.T @ total @ T
 
 
 def _left_singular(F: Array) -> tuple[Array, Array]:

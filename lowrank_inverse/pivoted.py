@@ -28,6 +28,7 @@ from lowrank_inverse.operators import aslinearoperator, columns
 METHODS = ("greedy", "rpcholesky")
 BLOCK_SIZE = 64
 NOISE_UNITS, NOISE_UNITS_PER_PIVOT = 8.0, 4.0
+REDUNDANT = 1e-3
 
 
 class PivotedCholesky(NamedTuple):
@@ -303,7 +304,7 @@ class Pivoting:
         chosen: list[int] = []
         sequential = self._accelerated and self._method == "rpcholesky"
         if not self._accelerated:  # what the rest of the block has all but spanned
-            limits = np.maximum(limits, weights[proposed] / (1 + self._block_size))
+            limits = np.maximum(limits, REDUNDANT * weights[proposed])
         outside = weights.copy()
         outside[proposed] = 0.0
         best = int(np.argmax(outside))

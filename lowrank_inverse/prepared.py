@@ -11,6 +11,7 @@ from lowrank_inverse._array import astype, column_norm, column_scale, dot, quiet
 from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import Array
 from lowrank_inverse.solution import Reason, Solution, code, tolerance
+from lowrank_inverse.memory import StoragePlan
 
 DEFAULT_RTOL = 1e-5
 
@@ -30,6 +31,9 @@ class PreparedInverse(ProductOnly):
         Whether the preparation proved ``A + damping * I`` indefinite; None if it did not look.
     nystrom_inverse : operator or None
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
+    storage : StoragePlan or None
+        How the columns are held, where there are any; see
+        :func:`lowrank_inverse.memory.plan_storage`.
     preconditioner : operator or None
         What stands for the inverse in conjugate gradients, where there is such a thing.
     """
@@ -45,13 +49,14 @@ class PreparedInverse(ProductOnly):
         negative_curvature: Any = None,
         nystrom_inverse: Any = None,
         preconditioner: Any = None,
+        storage: StoragePlan | None = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
         self.like = getattr(A, "like", None)
         self._run, self._apply = run, apply
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
-        self.preconditioner = preconditioner
+        self.preconditioner, self.storage = preconditioner, storage
 
     def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block).value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
@@ -13,6 +14,7 @@ from lowrank_inverse._array import (
     check_scalar,
     column_norm,
     describe,
+    is_array,
     is_traced,
     namespace,
     to_host,
@@ -77,6 +79,29 @@ class Solution(NamedTuple):
         if codes.ndim == 0:
             return names[0]
         return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+    def __repr__(self) -> str:
+        if not is_array(self.value) or not is_array(self.reason):
+            return f"Solution{tuple(self)!r}"  # jax fills its trees with other things, too
+        lines = [f"Solution of shape {tuple(self.value.shape)}: {self.message}"]
+        lines += [f"  residual norm  {span(self.residual_norm)}"]
+        if self.error_bound is not None:
+            lines += [f"  error bound    {span(self.error_bound)}"]
+        lines += [f"  steps          {span(self.num_steps)}"]
+        lines += [f"  products       {span(self.num_products)}"]
+        return "\n".join(lines)
+
+
+def span(x: Any) -> str:
+    """Return a number, or the least and the largest of an array, as text."""
+    if is_traced(x):
+        return "unknown while tracing"
+    host = to_host(x)
+    if not np.issubdtype(host.dtype, np.number) or host.size == 0:
+        return str(x)
+    form = "{:.2e}" if np.issubdtype(host.dtype, np.floating) else "{}"
+    least, largest = form.format(host.min()), form.format(host.max())
+    return least if least == largest else f"{least} to {largest}"
 
 
 def check_system(

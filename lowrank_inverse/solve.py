@@ -9,6 +9,7 @@ from lowrank_inverse._array import check_scalar, describe
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.certificate import certificate_cost
 from lowrank_inverse.certificate import certify as certify_solution
+from lowrank_inverse.failure import raise_on_failure
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator
 from lowrank_inverse.prepared import PreparedInverse, apply_cost, block_width, direct_solution
 from lowrank_inverse.solution import Solution, check_system
@@ -68,6 +69,7 @@ def solve(
     rng: RNG = None,
     state: Solution | None = None,
     certify: bool = False,
+    throw: bool = False,
 ) -> Solution:
     """Solve ``(A + damping * I) x = b``, with the damping of `solver`.
 
@@ -87,11 +89,19 @@ def solve(
         Fill `error_bound`, at one more product a column and, where `A` does not tell its norm,
         two to estimate it. `A` must be positive semidefinite
         and the damping positive.
+    throw : bool
+        Raise an error unless every column converged. A direct method converged where its
+        residual is at most 1e-5 of the right-hand side.
 
     Returns
     -------
     Solution
         With the products of preparation, solve, residual and certificate in `num_products`.
+
+    Raises
+    ------
+    SolveError
+        With `throw`: it has the solution, and says what to try for each reason to fail.
 
     Examples
     --------
@@ -110,18 +120,19 @@ def solve(
         check_scalar("damping", getattr(settings, "damping", 0.0), positive=True)
     inverse = settings.prepare(A, rng=rng, state=state)
     solution = inverse.solve(b)
-    num_products = inverse.num_products + solution.num_products
-    if not certify:
-        return solution._replace(num_products=num_products)
-    bounds = certify_solution(
-        A, solution.value, b, settings.damping, inverse=inverse.nystrom_inverse
-    )
-    width = block_width(b)
-    cost = width + certificate_cost(A) + apply_cost(inverse.nystrom_inverse, width)
-    return solution._replace(
-        num_products=num_products + cost,
-        error_bound=bounds.error_bound,
-    )
+    solution = solution._replace(num_products=inverse.num_products + solution.num_products)
+    if certify:
+        bounds = certify_solution(
+            A, solution.value, b, settings.damping, inverse=inverse.nystrom_inverse
+        )
+        width = block_width(b)
+        extra = width + certificate_cost(A) + apply_cost(inverse.nystrom_inverse, width)
+        solution = solution._replace(
+            num_products=solution.num_products + extra, error_bound=bounds.error_bound
+        )
+    if throw:
+        raise_on_failure(solution, settings)
+    return solution
 
 
 def as_solve(solver: Any, *, rng: RNG = None) -> Callable[[Callable[[Array], Array], Array], Array]:

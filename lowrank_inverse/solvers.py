@@ -38,13 +38,20 @@ from lowrank_inverse.prepared import (
 )
 from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.solution import Solution, check_system, start
-from lowrank_inverse.sources import known_or_none
+from lowrank_inverse.sources import empty_like, known_or_none
+from lowrank_inverse.memory import (
+    STORAGES,
+    STREAMED_DAMPING,
+    StoragePlan,
+    check_column_dtype,
+    plan_storage,
+)
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
 AUTO_SHARE = 0.1
 """Of the damping, that a rank which grows may leave to a direct inverse."""
-STORAGES = ("stored", "chunked", "streamed")
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,12 @@ class Nystrom:
         :func:`lowrank_inverse.certify`.
     sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
         Which columns; see :func:`lowrank_inverse.nystrom`.
-    storage : {"stored", "chunked", "streamed"}
+    storage : {"stored", "chunked", "streamed", "auto"}
         Hold all columns; or a chunk of them, computed again where needed
         (:func:`lowrank_inverse.chunked_inverse`); or none
-        (:func:`lowrank_inverse.streamed_inverse`).
+        (:func:`lowrank_inverse.streamed_inverse`). ``"auto"``: the fastest that `memory_budget`
+        allows, see :func:`lowrank_inverse.memory.plan_storage`; chunked in the place of streamed
+        where the damping proves to be too small for it in less than float64.
     chunk_size : int, optional
         Columns computed at a time. Default: all if stored, else 1.
     refine : int
@@ -77,6 +86,12 @@ class Nystrom:
     diagonal_products : int, optional
         Products to spend on the weights of ``"diagonal"`` and ``"diagonal_squared"`` where the
         operator has no diagonal; see :func:`lowrank_inverse.estimate_diagonal`.
+    memory_budget : float, optional
+        Bytes for columns and chunks, for ``storage="auto"``. What was chosen, and its bytes, is
+        the attribute `storage` of the prepared inverse.
+    column_dtype, offload
+        Keep stored columns in less: a lower precision, or the host's memory; see
+        :func:`lowrank_inverse.nystrom`.
 
     References
     ----------
@@ -93,6 +108,9 @@ class Nystrom:
     indices: Any = None
     max_rank: int | None = None
     diagonal_products: int | None = None
+    memory_budget: float | None = None
+    column_dtype: str | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         _check_columns(self)
@@ -106,10 +124,18 @@ class Nystrom:
         if self.refine != 0:
             check_count("refine", self.refine)
         held = self.rank == "auto" or self.sampling not in DRAWN
-        if held and self.indices is None and self.storage in ("chunked", "streamed"):
+        if held and self.indices is None and self.storage != "stored":
             raise ValueError(
                 f"rank={self.rank!r} with sampling={self.sampling!r} holds its columns; got "
                 f"storage={self.storage!r}. Use storage='stored', or pass `indices`."
+            )
+        check_column_dtype(self.column_dtype)
+        if self.memory_budget is not None:
+            check_scalar("memory_budget", self.memory_budget, positive=True)
+        if (self.memory_budget is None) == (self.storage == "auto"):
+            raise ValueError(
+                "`memory_budget` and storage='auto' need each other; got "
+                f"memory_budget={self.memory_budget!r}, storage={self.storage!r}."
             )
 
     def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
@@ -117,14 +143,29 @@ class Nystrom:
         check_damping(self.damping)
         A = aslinearoperator(A)
         inverse: Any
-        if self.storage == "stored":
+        spent = 0
+        plan = self._plan(A)
+        if plan is None or plan.storage == "stored":
             aim = AUTO_SHARE * self.damping
-            source: Any = _approximation(self, A, rng, aim, chunk_size=self.chunk_size)
-            inverse, spent = source.inverse(self.damping), 0
+            source: Any = _approximation(
+                self,
+                A,
+                rng,
+                aim,
+                chunk_size=self.chunk_size,
+                column_dtype=self.column_dtype,
+                offload=self.offload,
+            )
+            inverse = source.inverse(self.damping)
         else:
-            build = chunked_inverse if self.storage == "chunked" else streamed_inverse
             indices, spent = _indices(self, A, rng)
-            inverse = source = build(A, indices, self.damping, chunk_size=self.chunk_size or 1)
+            build = chunked_inverse if plan.storage == "chunked" else streamed_inverse
+            chunk_size = plan.chunk_size or 1
+            inverse = source = build(A, indices, self.damping, chunk_size=chunk_size)
+            if self.storage == "auto" and _is_lossy(inverse):
+                spent += inverse.num_products
+                plan = plan._replace(storage="chunked")
+                inverse = source = chunked_inverse(A, indices, self.damping, chunk_size=chunk_size)
         unit = eps(inverse.like)
 
         def run(b: Array) -> Solution:
@@ -146,6 +187,22 @@ class Nystrom:
             negative_curvature=is_indefinite(source.core_eigenvalues, self.damping, unit),
             nystrom_inverse=inverse,
             preconditioner=inverse,
+            storage=plan,
+        )
+
+    def _plan(self, A: Any) -> StoragePlan | None:
+        """Say how the columns are to be held; None where their number is not known before."""
+        if self.indices is None and self.rank == "auto":
+            return None
+        dtype = empty_like(A).dtype
+        return plan_storage(
+            int(A.shape[0]),
+            self.rank if self.indices is None else np.shape(self.indices)[0],
+            np.dtype(str(dtype).rsplit(".", 1)[-1]).itemsize,
+            storage=self.storage,
+            chunk_size=self.chunk_size,
+            memory_budget=self.memory_budget,
+            column_itemsize=ITEMSIZES.get(self.column_dtype or ""),
         )
 
 
@@ -412,6 +469,14 @@ def _approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments: Any) 
     )
     approx.num_products += spent
     return approx
+
+
+def _is_lossy(inverse: Any) -> bool:
+    """Whether the damping is too small for the streamed form in the precision of the operator."""
+    largest = inverse.eigenvalues[0]
+    if array_namespace(inverse.like).finfo(inverse.dtype).bits >= 64 or is_traced(largest):
+        return False
+    return bool(concrete(inverse.damping < STREAMED_DAMPING * largest))
 
 
 def _is_positive(damping: Any) -> bool:

@@ -26,6 +26,10 @@ class Sketch(NamedTuple):
     num_products: int = 0
     witness: tuple[int, float] | None = None
     """Row of a negative residual diagonal entry, and the diagonal entry of A there."""
+    scales: Array | None = None
+    """What the columns were divided by, where they are kept in a lower precision."""
+    like: Array | None = None
+    """Of the library, dtype and device of A, where the columns have others."""
 
 
 class DrawnColumns:
@@ -92,6 +96,7 @@ class PivotedColumns:
             entries = np.abs(to_host(C)[:, 0])
             if witness is None and np.any(entries > 0):  # beside a zero on the diagonal
                 witness = int(np.argmax(entries))
+            witness = None if witness == 0 else witness  # W shows it
         border = None if witness is None else (witness, float(found.initial[witness]))
         return Sketch(C, indices, trace=self.trace, num_products=num_products, witness=border)
 

@@ -16,6 +16,7 @@ from lowrank_inverse._array import (
     column_scale,
     eps,
     like,
+    power_of_two,
     quietly,
     scalar_like,
     scatter,
@@ -35,7 +36,7 @@ class WoodburyInverse(Operator):
     """``(H_k + damping * I)^{-1}`` from stored columns, all at once (Eq. 6 of the paper)."""
 
     def __init__(self, approx: NystromApproximation, damping: Any) -> None:
-        self.approx, self.damping = approx, scalar_like(damping, approx.columns)
+        self.approx, self.damping = approx, scalar_like(damping, approx.like)
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
 
     def _multiply(self, block: Array) -> Array:
@@ -52,7 +53,7 @@ class ChunkedWoodburyInverse(Operator):
     """
 
     def __init__(self, approx: NystromApproximation, damping: Any, chunk_size: int) -> None:
-        self.approx, self.damping = approx, scalar_like(damping, approx.columns)
+        self.approx, self.damping = approx, scalar_like(damping, approx.like)
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
         self._updates: list[tuple[Array, Array]] = []
         xp = array_namespace(approx.columns)
@@ -60,7 +61,7 @@ class ChunkedWoodburyInverse(Operator):
         chunk_size = check_count("chunk_size", chunk_size)
         for start in range(0, k, chunk_size):
             stop = min(start + chunk_size, k)
-            L = tall_times(approx.columns, approx.whitening[:, start:stop])
+            L = tall_times(approx.columns, approx.whitening[:, start:stop], approx.dtype)
             HL = self._multiply(L)
             inner = symmetric_part(tall_dot(L, HL)) + like(np.eye(stop - start), L, wide_dtype(L))
             self._updates.append((HL, xp.linalg.inv(inner)))
@@ -298,9 +299,8 @@ def _finite_columns(A: Any, indices: np.ndarray) -> Array:
 
 
 def _scale_of(C: Array) -> Array:
-    """Return a power of two, lest scaling rounds, near the largest entry; 1 if all are zero."""
-    xp = array_namespace(C)
-    return 2.0 ** xp.floor(xp.log2(column_scale(xp.reshape(C, (-1,)))))
+    """Return a power of two near the largest entry; 1 if all are zero."""
+    return power_of_two(column_scale(array_namespace(C).reshape(C, (-1,))))
 
 
 def _over(coefficients: Array, divisors: Array) -> Array:

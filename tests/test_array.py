@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lowrank_inverse._array import (
+    BLOCK_NUMBERS,
     MAX_BLOCKS,
-    MIN_ROWS,
     column_norm,
     row_blocks,
     scatter,
@@ -21,7 +21,7 @@ from tests.conftest import host
 from tests.oracles import relative_error
 
 SHAPE = np.array([1.0, -0.5, 0.25])
-ROWS = 2 * MIN_ROWS + 7
+ROWS = 2 * BLOCK_NUMBERS // 3 + 7
 
 
 @pytest.mark.parametrize("share", [0.45, 0.26, 1e-3])
@@ -50,13 +50,30 @@ def test_a_zero_column_has_norm_zero_and_one_that_is_not_finite_has_no_finite_no
     assert norms[3] == 5
 
 
-@pytest.mark.parametrize("n", [1, MIN_ROWS, MIN_ROWS + 1, 10 * MIN_ROWS, 1000 * MIN_ROWS + 1])
-def test_blocks_of_rows_cover_every_row_once_and_are_not_too_many(n):
-    blocks = row_blocks(np.lib.stride_tricks.as_strided(np.zeros(1), shape=(n, 1), strides=(0, 0)))
+def tall(n):
+    return np.lib.stride_tricks.as_strided(np.zeros(1), shape=(n, 1), strides=(0, 0))
+
+
+@pytest.mark.parametrize("n", [1, 1024, 1025, 10**6, 10**8 + 1])
+@pytest.mark.parametrize("width", [1, 20, 1000])
+def test_blocks_of_rows_cover_every_row_once_and_fit_a_cache(n, width):
+    blocks = row_blocks(tall(n), width)
     assert blocks[0].start == 0 and blocks[-1].stop == n
     for one, following in itertools.pairwise(blocks):
         assert one.stop == following.start
-    assert len(blocks) <= MAX_BLOCKS
+    assert all((block.stop - block.start) * width <= 4 * BLOCK_NUMBERS for block in blocks)
+
+
+def test_a_compiled_program_has_few_blocks():
+    jax = pytest.importorskip("jax")
+    counts = []
+
+    def count(x):
+        counts.append(len(row_blocks(x, 20)))
+        return x
+
+    jax.eval_shape(count, jax.ShapeDtypeStruct((10**8, 20), "float32"))
+    assert counts == [MAX_BLOCKS]
 
 
 @pytest.mark.parametrize("width", [None, 2])

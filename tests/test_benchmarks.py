@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy
+from benchmarks import accuracy, certificate
 from benchmarks._report import machine, publish, table
 from benchmarks.paper import figure1
 
@@ -216,6 +216,25 @@ def test_the_accuracy_table_shows_the_default_form_far_ahead_of_equation_6(tmp_p
         assert list(errors) == list(accuracy.FORMS)
         assert errors["stored (default)"] < errors["Eq. 6 in float32"]
         assert errors["stored (default)"] < 1e-2
+
+
+# The tightness of the certificate.
+
+
+def test_the_certificate_table_shows_bounds_that_hold_and_tighten_with_an_inverse(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(certificate, "DAMPINGS", (1e-2,))
+    assert certificate.main(["--seeds", "1", "--output", str(tmp_path)]) == 0
+    ratios = written(tmp_path, "certificate")["ratios"]
+    assert len(ratios) == 2 * len(certificate.INVERSES)
+    energy = {name: [pair[1] for pair in pairs] for name, pairs in ratios.items()}
+    for pairs in ratios.values():
+        assert len(pairs) == 6 * len(certificate.SPECTRA)
+        assert min(min(pair) for pair in pairs) >= 1  # they are rounded to four places
+    assert np.median(energy["rpcholesky, k = 40, float64"]) < np.median(
+        energy["no inverse, float64"]
+    )
 
 
 # What they share.

@@ -11,7 +11,7 @@ import lowrank_inverse as li
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax"}
+FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax", "sklearn"}
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 

@@ -374,7 +374,7 @@ def test_the_sampling_is_passed_on(sampling):
 
 
 def test_defaults_are_those_documented():
-    nystrom = (20, 1e-2, "uniform", "stored", None, 0, None, None, None)
+    nystrom = (20, 1e-2, "uniform", "stored", None, 0, None, None, None, None, None, False)
     assert dataclasses.astuple(li.Nystrom()) == nystrom
     nystrom_cg = (20, 0.0, "uniform", 1e-5, None, None, 1, None, None)
     assert dataclasses.astuple(li.NystromCG()) == nystrom_cg
