@@ -12,6 +12,9 @@ COMMANDS = {
     "psd": ("benchmarks.psd", "steps and time to solve positive semidefinite systems"),
     "kernel-ridge": ("benchmarks.kernel_ridge", "kernel ridge regression: error, time, memory"),
     "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
+    "table5": ("benchmarks.table5", "Table 5 of the paper: time and memory of a hypergradient"),
+    "peers": ("benchmarks.peers", "a hypergradient against those of other packages"),
+    "scaling": ("benchmarks.scaling", "time and memory against n and k, and under a budget"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
 }
 
