@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import describe, is_array, to_host
+from lowrank_inverse._array import is_array, to_host
 from lowrank_inverse._typing import Array
 
 Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
@@ -59,7 +59,7 @@ class Examples:
         self._kept: list[Any] | None = []
         self._reader: Iterator[Any] | None = None
         self._next = 0
-        self.sizes = []
+        self.sizes: list[int] = []
         num_bytes = 0
         for batch in self._read():
             leaves, _ = flatten(batch)
@@ -72,8 +72,8 @@ class Examples:
         self.num = sum(self.sizes)
         if self.num == 0:
             raise ValueError(
-                f"`{name}` must hold at least one example; got none. If it is an iterator it may be "
-                "used up: give a list of its batches."
+                f"`{name}` must hold at least one example; got none. If it is read from an "
+                "iterator, that may be used up: give a list of its batches."
             )
         if self._kept is not None:
             self._cut(batch_size)
@@ -136,13 +136,12 @@ class Examples:
         return hashlib.blake2b("".join(one.hexdigest() for one in sums).encode()).hexdigest()
 
     def _read(self) -> Iterator[Any]:
-        iterator = iter(self._source)
-        if iterator is self._source:
+        if isinstance(self._source, Iterator):
             raise TypeError(
-                f"`{self.name}` must be iterable more than once; got {describe(self._source)}. "
-                "Give a list of its batches."
+                f"`{self.name}` can be iterated only once: it is a {type(self._source).__name__}. "
+                f"Give a DataLoader, or list({self.name})."
             )
-        return iterator
+        return iter(self._source)
 
     def _size(self, leaves: list[Any], i: int) -> int:
         sizes = {int(leaf.shape[0]) for leaf in leaves if _has_rows(leaf)}
@@ -179,12 +178,16 @@ class Examples:
 
 def _joined(batches: list[list[Any]]) -> list[Array] | None:
     """Join the leaves of batches row by row; None where that cannot be."""
-    kinds = {tuple((x.dtype, tuple(x.shape[1:])) if _has_rows(x) else None for x in b) for b in batches}
+    kinds = {
+        tuple((x.dtype, tuple(x.shape[1:])) if _has_rows(x) else None for x in b) for b in batches
+    }
     if len(kinds) != 1 or None in next(iter(kinds)):
         return None
     if len(batches) == 1:
         return batches[0]
-    return [array_namespace(leaves[0]).concat(leaves, axis=0) for leaves in zip(*batches, strict=True)]
+    return [
+        array_namespace(leaves[0]).concat(leaves, axis=0) for leaves in zip(*batches, strict=True)
+    ]
 
 
 def _has_rows(leaf: Any) -> bool:

@@ -33,6 +33,7 @@ LANCZOS_STEPS = 100
 TRACE_PROBES = 16
 AUTO_FRACTION = 0.1
 MARGIN = 1.2
+RITZ_RTOL = 0.01
 SETTINGS = (
     solvers.CG,
     solvers.Exact,
@@ -67,7 +68,7 @@ class KeptColumns(Operator):
     def columns(self, indices: Any) -> Array:
         """Return columns of the source, shape (n, k)."""
         indices = np.asarray(to_host(indices) if is_array(indices) else indices)
-        if self.kept is None or not np.array_equal(indices, self.indices):
+        if self.kept is None or self.indices is None or not np.array_equal(indices, self.indices):
             columns = self.source.columns(indices)
             self.num_products += indices.size
             if not self.keep:
@@ -154,8 +155,8 @@ class Factor:
             matrix = f"{matrix} is not positive definite; its"
         return (
             f"{matrix} lowest Ritz value is {value + total:.3g}. A damping of "
-            f"{_rounded_up(enough - self.l2):.2g} would do; curvature='ggn' is never negative for a "
-            "loss that is convex in the outputs; or train the model further."
+            f"{_rounded_up(enough - self.l2):.2g} would do; curvature='ggn' is never negative for "
+            "a loss that is convex in the outputs; or train the model further."
         )
 
 
@@ -185,8 +186,8 @@ def auto_damping(A: Any, seed: int) -> float:
 def lowest_ritz(A: Any, seed: int, b: Array) -> tuple[float, float, float]:
     """Return the lowest Ritz value of `A`, its residual, and the largest absolute Ritz value.
 
-    Lanczos [1]_ with full orthogonalisation, from a random vector, until the residual is a tenth
-    of a value below zero. There is an eigenvalue within the residual of the Ritz value.
+    Lanczos [1]_ with full orthogonalisation, from a random vector, until the residual is a
+    hundredth of a value below zero. There is an eigenvalue within the residual of the Ritz value.
 
     References
     ----------
@@ -209,7 +210,7 @@ def lowest_ritz(A: Any, seed: int, b: Array) -> tuple[float, float, float]:
         T = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
         values, vectors = np.linalg.eigh(T)
         residual, largest = norm * abs(vectors[-1, 0]), float(np.abs(values).max())
-        found = values[0] < 0 and residual < 0.1 * -values[0]
+        found = values[0] < 0 and residual < RITZ_RTOL * -values[0]
         spent = len(basis) == min(n, LANCZOS_STEPS) or norm <= n * eps(b) * largest
         if found or spent or not math.isfinite(norm):
             return float(values[0]), float(residual), largest

@@ -97,7 +97,7 @@ class Workings:
         self._memory_budget = check_count("memory_budget", memory_budget)
         self._seeded = rng is not None
         fixed = isinstance(rng, (int, np.integer)) and not isinstance(rng, bool)
-        self._seed = int(rng) if fixed else int(np.random.default_rng(rng).integers(2**32))  # type: ignore[arg-type]
+        self._seed = int(rng) if fixed else int(np.random.default_rng(rng).integers(2**32))
         if solver is None:
             solver = solvers.NystromCG(rank=min(DEFAULT_RANK, backend.n))
             damping = damping if damping is not None else (0.0 if l2 else "auto")
@@ -172,8 +172,7 @@ class Workings:
         if len(solutions) > 0:
             residual, steps, messages = zip(*solutions, strict=True)
             message = messages[0] if len(set(messages)) == 1 else "; ".join(messages)
-            joined = (np.concatenate([np.atleast_1d(x) for x in part]) for part in (residual, steps))
-            self._solution = (*joined, message)
+            self._solution = np.concatenate(residual), np.concatenate(steps), message
         else:
             self._solution = None, None, "read from the checkpoint"
 

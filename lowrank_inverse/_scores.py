@@ -64,7 +64,9 @@ def check_losses(backend: Any, examples: Examples) -> float:
     name, total = examples.name, 0.0
     for start, batch in examples.parts():
         size = examples.size(batch)
-        losses = _checked(backend, batch, size, f"examples {start} to {start + size - 1} of `{name}`")
+        losses = _checked(
+            backend, batch, size, f"examples {start} to {start + size - 1} of `{name}`"
+        )
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
             raise ValueError(
@@ -104,6 +106,6 @@ def _check_alone(backend: Any, examples: Examples, batch: Any, losses: np.ndarra
     if abs(alone[0] - losses[0]) > unit**0.5 * max(abs(alone[0]), float(np.abs(losses).max())):
         raise ValueError(
             f"`loss` must depend on each example alone; that of example 0 of `{examples.name}` is "
-            f"{losses[0]:.6g} beside others and {alone[0]:.6g} by itself. Something in the model or "
-            "the loss mixes the examples of a batch, or is random."
+            f"{losses[0]:.6g} beside others and {alone[0]:.6g} by itself. Something in the model "
+            "or the loss mixes the examples of a batch, or is random."
         )

@@ -60,7 +60,6 @@ class Store:
         return value
 
 
-
 def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Write a file that is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -46,8 +46,9 @@ def as_examples(
     ValueError
         A loader with a sampler that gives no order to number the examples by.
     """
+    batches = _batches(data, name, batch_size)
     return Examples(
-        Moved(_batches(data, name, batch_size), device),
+        batches if isinstance(batches, Iterator) else Moved(batches, device),
         name=name,
         flatten=_flatten,
         batch_size=batch_size,
@@ -64,11 +65,6 @@ def _batches(data: Any, name: str, batch_size: int | None) -> Iterable[Any]:
         _check_length(data, name)
         return DataLoader(data, batch_size=batch_size or DEFAULT_BATCH_SIZE)
     if isinstance(data, list) or (isinstance(data, Iterable) and not isinstance(data, Tensor)):
-        if iter(data) is data:
-            raise TypeError(
-                f"`{name}` can be iterated only once: it is a {type(data).__name__}. Give a "
-                f"DataLoader, or list({name})."
-            )
         return data
     raise TypeError(
         f"`{name}` must be a DataLoader, a Dataset, a tuple of tensors (inputs, targets) or a list "

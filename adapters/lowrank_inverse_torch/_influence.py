@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,41 +86,38 @@ class TorchBackend:
         starts = np.cumsum([0, *examples.sizes])
         scale = len(examples) / examples.num  # the operators take the mean over batches
 
-        def factors(i: int) -> float | Tensor:
+        def weighted(losses: Tensor, i: int) -> Tensor:
             if weights is None:
-                return scale
-            return scale * self._host(weights[starts[i] : starts[i + 1]])
+                return scale * losses.sum()
+            return scale * (self._host(weights[starts[i] : starts[i + 1]]) * losses).sum()
 
         def losses_of(i: int) -> Tensor:
+            return self.loss(outputs_of(i), targets[i])
+
+        def outputs_of(i: int) -> Any:
             _to_evaluation(self.model)  # within the operator's own guard
-            output, target = self._forward(examples.get(i))
-            return self.loss(output, target)
-
-        options: dict[str, Any] = {"chunk_size": self.chunk_size, "module": self.model}
-        numbers = range(len(examples))
-        if curvature == "hessian":
-            closures = [lambda i=i: (factors(i) * losses_of(i)).sum() for i in numbers]
-            return HessianOperator(closures, self.params, **options)
-        if curvature == "empirical_fisher":
-            # J^T diag(w) J of the losses themselves: the curvature of half their squares
-            outer = [lambda z, i=i: (factors(i) * z**2).sum() / 2 for i in numbers]
-            inner: Sequence[Callable[[], Tensor]] = [lambda i=i: losses_of(i) for i in numbers]
-            operator = GaussNewtonOperator(outer, inner, self.params, **options)
-            w = np.ones(examples.num) if weights is None else weights
-            operator.gradient = self.total(examples, w) / examples.num
-            return operator
-
-        targets: dict[int, Any] = {}
-
-        def outputs_of(i: int) -> Tensor:
-            _to_evaluation(self.model)
             targets.clear()
             output, targets[i] = self._forward(examples.get(i))
             return output
 
-        outer = [lambda z, i=i: (factors(i) * self.loss(z, targets[i])).sum() for i in numbers]
-        inner = [lambda i=i: outputs_of(i) for i in numbers]
-        return GaussNewtonOperator(outer, inner, self.params, **options)
+        targets: dict[int, Any] = {}  # of the batch whose graph is being built
+        options: dict[str, Any] = {"chunk_size": self.chunk_size, "module": self.model}
+
+        def each(function: Callable[..., Tensor]) -> list[Any]:
+            return [partial(function, i=i) for i in range(len(examples))]
+
+        if curvature == "hessian":
+            losses = each(lambda i: weighted(losses_of(i), i))
+            return HessianOperator(losses, self.params, **options)
+        if curvature == "ggn":
+            outer = each(lambda z, i: weighted(self.loss(z, targets[i]), i))
+            return GaussNewtonOperator(outer, each(outputs_of), self.params, **options)
+        # J^T diag(w) J of the losses themselves: the curvature of half their squares
+        halves = each(lambda z, i: weighted(z**2, i) / 2)
+        operator = GaussNewtonOperator(halves, each(losses_of), self.params, **options)
+        w = np.ones(examples.num) if weights is None else weights
+        operator.gradient = self.total(examples, w) / examples.num
+        return operator
 
     def gradients(self, batch: Any) -> Tensor:
         """Return the gradient of each example as a column, shape (n, size)."""
@@ -196,9 +194,7 @@ class TorchBackend:
             for name, tensor in zip(self._names, self.params.tensors, strict=True)
         }
         rows = [x for x, has in zip(leaves, has_rows, strict=True) if has]
-        gradient = torch.func.vmap(
-            torch.func.grad(loss_of_one), in_dims=(None, *(0 for _ in rows))
-        )
+        gradient = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, *(0 for _ in rows)))
         grads = gradient(values, *rows)
         return torch.cat([grads[name].flatten(1) for name in self._names], dim=1).detach()
 
@@ -221,8 +217,8 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise ValueError(
-            f"a batch must be a pair (inputs, targets); got {kind}. Give `split`, a function (batch) "
-            "-> (inputs, targets)."
+            f"a batch must be a pair (inputs, targets); got {kind}. Give `split`, a function "
+            "(batch) -> (inputs, targets)."
         )
     return batch[0], batch[1]
 

@@ -66,8 +66,8 @@ class InfluenceFunction(InfluenceBase):
     Raises
     ------
     TypeError, ValueError
-        A loss that is not one finite number for each example, of it alone; labels out of range; data
-        without examples, or that can be read only once.
+        A loss that is not one finite number for each example, of it alone; labels out of range;
+        data without examples, or that can be read only once.
 
     Notes
     -----
