@@ -10,6 +10,7 @@ COMMANDS = {
     "accuracy": ("benchmarks.accuracy", "float32 accuracy of each form of the damped inverse"),
     "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
     "influence": ("benchmarks.influence", "influence functions, ours beside other libraries"),
+    "leaveoneout": ("benchmarks.leaveoneout", "influence against training without each image"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
 }
 

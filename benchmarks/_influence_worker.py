@@ -123,7 +123,9 @@ def pydvl(name: str) -> Callable[[Problem], Outcome]:
                 problem.model, loss, solve_simultaneously=True, **common
             ),
             "LiSSA": lambda: library.LissaInfluence(problem.model, loss, **common),
-            "EK-FAC": lambda: library.EkfacInfluence(problem.model, hessian_regularization=problem.damping),
+            "EK-FAC": lambda: library.EkfacInfluence(
+                problem.model, hessian_regularization=problem.damping
+            ),
         }
         size = 128 if name == "LiSSA" else len(problem.train[1])
         data = DataLoader(TensorDataset(*problem.train), batch_size=size)
