@@ -88,7 +88,7 @@ def own(name: str) -> Callable[[Problem], Outcome]:
         import lowrank_inverse as li
 
         if name == "reference":
-            return ours(problem, "hessian", li.NystromCG(rank=100, rtol=1e-11))
+            return ours(problem, "hessian", li.NystromCG(rank=100, rtol=1e-10))
         settings: dict[str, tuple[str, Any]] = {
             "default": ("hessian", None),
             "rtol 1e-4": ("hessian", li.NystromCG(rank=50, rtol=1e-4)),
@@ -132,8 +132,12 @@ def pydvl(name: str) -> Callable[[Problem], Outcome]:
         start = time.process_time()
         influence = kinds[name]().fit(data)
         fitted = time.process_time()
-        scores = influence.influences(*problem.query, *problem.train)
-        return Outcome(scores.detach(), fitted - start, time.process_time() - fitted)
+        factors = influence.influence_factors(*problem.query)
+        scores = [
+            influence.influences_from_factors(factors, x, y).detach()
+            for x, y in DataLoader(TensorDataset(*problem.train), batch_size=128)
+        ]
+        return Outcome(torch.cat(scores, dim=1), fitted - start, time.process_time() - fitted)
 
     return run
 

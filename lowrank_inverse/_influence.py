@@ -28,7 +28,8 @@ METHODS = ("auto", "jvp", "gradients")
 DEFAULT_RANK = 50
 MEMORY_BUDGET = 2**30
 BLOCKS = 16  # of n numbers a right-hand side: conjugate gradients, and the products inside
-JVP_MOST = 8  # queries; for more, the gradient of each example is taken instead
+JVP_MOST = 24  # queries; for more, the gradient of each example is taken instead
+GRADIENTS = 64  # taken at a time: more of them fall out of a processor's cache
 WARN_FACTOR = 10.0
 
 
@@ -218,7 +219,7 @@ class Workings:
     def _blocks(
         self, Z: Array, targets: Examples, method: str, store: Store, first: int
     ) -> Iterator[tuple[int, Array]]:
-        limit = max(1, self._width() * BLOCKS // 4)  # gradients at a time
+        limit = max(1, min(GRADIENTS, self._width() * BLOCKS // 4))
         by_jvp = method == "jvp" or (method == "auto" and Z.shape[1] <= JVP_MOST)
         parts = targets.parts(None if by_jvp else limit)
         for start, batch in shown(
