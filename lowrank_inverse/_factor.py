@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -123,9 +123,8 @@ class Factor:
     def inverse(self) -> PreparedInverse:
         """What the settings become, prepared when first used."""
         if self._inverse is None:
-            A = self.A if hasattr(self.settings, "damping") else shifted(self.A, self.l2)
-            if not isinstance(self.settings, SETTINGS):
-                A = shifted(self.A, self.l2 + self.damping)
+            takes_damping = hasattr(self.settings, "damping") and is_dataclass(self.settings)
+            A = self.A if takes_damping else shifted(self.A, self.l2 + self.damping)
             self._inverse = self.settings.prepare(A, rng=self.seed)
         return self._inverse
 
@@ -162,8 +161,8 @@ class Factor:
 
 def with_damping(settings: Any, damping: float) -> Any:
     """Return the settings with another damping, where they have one."""
-    if dataclasses.is_dataclass(settings) and hasattr(settings, "damping"):
-        return dataclasses.replace(settings, damping=damping)  # type: ignore[type-var]
+    if is_dataclass(settings) and hasattr(settings, "damping"):
+        return replace(settings, damping=damping)  # type: ignore[type-var]
     return settings
 
 
@@ -222,10 +221,10 @@ def to_record(settings: Any) -> dict[str, Any]:
     """Return settings as plain values for a file."""
     if not isinstance(settings, SETTINGS):
         raise TypeError(
-            f"`solver` must be settings such as NystromCG(...) to be saved; got "
+            f"`solver` must be settings such as NystromCG(...) for what is written to disk; got "
             f"{describe(settings)}."
         )
-    return {"name": type(settings).__name__, **dataclasses.asdict(settings)}
+    return {"name": type(settings).__name__, **asdict(settings)}
 
 
 def from_record(record: dict[str, Any]) -> Any:

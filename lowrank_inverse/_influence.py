@@ -13,8 +13,8 @@ from array_api_compat import array_namespace
 from lowrank_inverse import solvers
 from lowrank_inverse._array import check_count, check_scalar, column_norm, to_host
 from lowrank_inverse._examples import Examples
-from lowrank_inverse._factor import Factor, KeptColumns, auto_damping, checked_damping
-from lowrank_inverse._scores import check_losses
+from lowrank_inverse._factor import Factor, KeptColumns, auto_damping, checked_damping, to_record
+from lowrank_inverse._losses import check_losses
 from lowrank_inverse._store import Store, digest, shown
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.solution import Reason, Solution
@@ -147,7 +147,7 @@ class Workings:
 
     def _width(self) -> int:
         """Right-hand sides solved for at a time."""
-        one = BLOCKS * self._backend.n * int(np.dtype(_dtype_name(self._backend.like)).itemsize)
+        one = BLOCKS * self._backend.n * int(self._backend.like.dtype.itemsize)
         return max(1, self._memory_budget // one)
 
     def _solve(self, b: Array, factor: Factor | None = None) -> Solution:
@@ -244,9 +244,8 @@ class Workings:
             raise ValueError(
                 "`checkpoint` needs a seed, so that a later run draws the same columns: give `rng`."
             )
-        solver = self._solver
-        named = getattr(solver, "__qualname__", None) or repr(solver)
-        settings = (self._curvature, self._l2, self._damping, named, self._seed, method)
+        solver = to_record(self._solver)
+        settings = (self._curvature, self._l2, self._damping, solver, self._seed, method)
         blocks = [(self._width(), one.sizes) for one in data.values()]
         key = {
             "kind": kind,
@@ -256,7 +255,3 @@ class Workings:
             "batches": digest(blocks),
         }
         return Store(folder, key | {name: one.digest() for name, one in data.items()})
-
-
-def _dtype_name(x: Array) -> str:
-    return str(x.dtype).split(".")[-1]

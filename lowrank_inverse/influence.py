@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -21,51 +19,14 @@ from lowrank_inverse._array import (
     like,
     to_host,
 )
-from lowrank_inverse._factor import from_record, to_record
+from lowrank_inverse._factor import to_record
 from lowrank_inverse._influence import Workings
-from lowrank_inverse._scores import TopK, merged, top
-from lowrank_inverse._store import digest, shown, write
+from lowrank_inverse._results import InfluenceInfo, TopK, merged, top
+from lowrank_inverse._saved import Saved, save_file
+from lowrank_inverse._store import digest, shown
 from lowrank_inverse._typing import Array
 
 __all__ = ["InfluenceBase", "InfluenceInfo", "TopK"]
-
-
-class InfluenceInfo(NamedTuple):
-    """What an influence function cost, and how far it is to be trusted.
-
-    Attributes
-    ----------
-    num_train, num_params : int
-    curvature : str
-    l2, damping : float
-        Both are added to the mean curvature; `damping` is the number found for "auto".
-    loss, gradient_norm : float
-        Mean loss on the training set, and norm of the gradient of ``mean loss + l2 / 2 *
-        sum(params ** 2)``: the formula assumes 0.
-    rank : int or None
-        Columns that the solver kept, where it has any.
-    num_products : int
-        Products of curvature and vector so far.
-    relative_residual : numpy.ndarray, shape (n_query,)
-        Of the last solve: norm of the true residual over that of the right-hand side. None
-        before the first, and where it was read from a checkpoint.
-    num_steps : numpy.ndarray of int, shape (n_query,)
-    message : str
-        How that solve ended, in words.
-    """
-
-    num_train: int
-    num_params: int
-    curvature: str
-    l2: float
-    damping: float
-    loss: float
-    gradient_norm: float
-    rank: Any
-    num_products: int
-    relative_residual: np.ndarray | None
-    num_steps: np.ndarray | None
-    message: str
 
 
 class InfluenceBase(Workings):
@@ -276,6 +237,8 @@ class InfluenceBase(Workings):
         path : path
             A file of plain arrays in NumPy's ``.npz`` format, without pickle.
         """
+        _ = self._factor.inverse  # computes the columns
+        kept = self._factor.A
         record = {
             "solver": to_record(self._solver),
             "curvature": self._curvature,
@@ -285,17 +248,7 @@ class InfluenceBase(Workings):
             "parameters": digest(self._backend.vector()),
             "num_train": self._train.num,
         }
-        arrays = {"record": np.asarray(json.dumps(record))}
-        _ = self._factor.inverse  # computes the columns
-        kept = self._factor.A
-        if kept.kept is not None and kept.indices is not None:
-            arrays |= {"columns": to_host(kept.kept), "indices": kept.indices}
-
-        def save(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-
-        write(Path(path), save)
+        save_file(path, Saved(record, kept.kept, kept.indices))
 
     def _restore(self, path: str | os.PathLike[str], saved: Saved) -> None:
         """Take over the columns of a file, after a check that it is about these parameters."""
@@ -333,32 +286,3 @@ class InfluenceBase(Workings):
             num_steps=steps,
             message=message,
         )
-
-
-class Saved(NamedTuple):
-    """What a file of `InfluenceBase.save` holds."""
-
-    record: dict[str, Any]
-    columns: np.ndarray | None
-    indices: np.ndarray | None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments that an influence function is made with."""
-        record = self.record
-        return {
-            "solver": from_record(record["solver"]),
-            "curvature": record["curvature"],
-            "l2": record["l2"],
-            "damping": record["damping"],
-            "rng": record["seed"],
-        }
-
-
-def read_saved(path: str | os.PathLike[str]) -> Saved:
-    """Read a file that `InfluenceBase.save` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        if "record" not in file:
-            raise ValueError(f"{str(path)!r} was not written by InfluenceFunction.save.")
-        record = json.loads(str(file["record"]))
-        return Saved(record, file.get("columns"), file.get("indices"))

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lowrank_inverse._influence import MEMORY_BUDGET
-from lowrank_inverse.influence import InfluenceBase, read_saved
+from lowrank_inverse._saved import read_saved
+from lowrank_inverse.influence import InfluenceBase
 from lowrank_inverse_jax._influence import JaxBackend
 
 __all__ = ["InfluenceFunction"]

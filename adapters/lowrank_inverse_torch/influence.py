@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_inverse._influence import MEMORY_BUDGET
-from lowrank_inverse.influence import InfluenceBase, read_saved
+from lowrank_inverse._saved import read_saved
+from lowrank_inverse.influence import InfluenceBase
 from lowrank_inverse_torch._influence import Split, TorchBackend
 
 __all__ = ["InfluenceFunction"]

@@ -1,53 +1,13 @@
-"""Checks of the loss of each example, and the largest scores of a stream."""
+"""Checks of the loss of each example."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._array import describe, is_array, namespace, to_host
+from lowrank_inverse._array import describe, eps, is_array, namespace, to_host
 from lowrank_inverse._examples import Examples
-
-KINDS = ("helpful", "harmful", "absolute")
-
-
-class TopK(NamedTuple):
-    """The most influential examples of each query, the first ones the most.
-
-    Attributes
-    ----------
-    indices : numpy.ndarray of int64, shape (n_query, k)
-        Places in the training set.
-    scores : array, shape (n_query, k)
-        Of the library of the parameters.
-    """
-
-    indices: np.ndarray
-    scores: Any
-
-
-def top(block: np.ndarray, k: int, kind: str, start: int = 0) -> TopK:
-    """Return the k best of each row of a block of scores, whose first column has index `start`."""
-    chosen = np.argsort(_rank(block, kind), axis=1, kind="stable")[:, :k]
-    return TopK(chosen + start, np.take_along_axis(block, chosen, axis=1))
-
-
-def merged(best: TopK | None, other: TopK, k: int, kind: str) -> TopK:
-    """Return the k best of both, of equal ones those that came first."""
-    if best is None:
-        return other
-    indices = np.concatenate([best.indices, other.indices], axis=1)
-    scores = np.concatenate([best.scores, other.scores], axis=1)
-    chosen = top(scores, k, kind).indices
-    return TopK(*(np.take_along_axis(x, chosen, axis=1) for x in (indices, scores)))
-
-
-def _rank(block: np.ndarray, kind: str) -> np.ndarray:
-    if kind not in KINDS:
-        names = ", ".join(map(repr, KINDS))
-        raise ValueError(f"`kind` must be one of {names}; got {kind!r}.")
-    return block if kind == "harmful" else -(np.abs(block) if kind == "absolute" else block)
 
 
 def check_losses(backend: Any, examples: Examples) -> float:
@@ -102,7 +62,7 @@ def _checked(backend: Any, batch: Any, size: int, where: str) -> np.ndarray:
 
 def _check_alone(backend: Any, examples: Examples, batch: Any, losses: np.ndarray) -> None:
     alone = _checked(backend, examples.rows(batch, 0, 1), 1, f"example 0 of `{examples.name}`")
-    unit = float(np.finfo(str(backend.like.dtype).split(".")[-1]).eps)
+    unit = eps(backend.like)
     if abs(alone[0] - losses[0]) > unit**0.5 * max(abs(alone[0]), float(np.abs(losses).max())):
         raise ValueError(
             f"`loss` must depend on each example alone; that of example 0 of `{examples.name}` is "
