@@ -148,8 +148,9 @@ class Factor:
         parts += [f"l2 = {self.l2:g}"] if self.l2 else []
         parts += [f"damping = {self.damping:g}"]
         matrix = f"{parts[0]} (with {' and '.join(parts[1:])})"
-        if value + total > 0:
-            matrix = f"{matrix} met negative curvature within rounding; its"
+        if value + total > 0:  # rounding, or the search was too short
+            enough = max(enough, 2 * total)
+            matrix = f"{matrix} has a direction of negative curvature; its"
         else:
             matrix = f"{matrix} is not positive definite; its"
         return (

@@ -14,7 +14,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    default_collate,
 )
 
 from lowrank_inverse._examples import DEFAULT_BATCH_SIZE, Examples
@@ -76,13 +75,15 @@ def _in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
     """Return a loader whose examples come in the order of its data set, none left out."""
     if isinstance(loader.dataset, IterableDataset):
         return loader
-    sampler = loader.sampler if loader.batch_size is None else loader.batch_sampler.sampler  # type: ignore[union-attr]
-    own = loader.batch_size is not None or isinstance(sampler, SequentialSampler)
-    if isinstance(sampler, SequentialSampler) and not loader.drop_last:
+    batch_sampler = loader.batch_sampler
+    sampler = getattr(batch_sampler, "sampler", batch_sampler or loader.sampler)
+    drops = getattr(batch_sampler, "drop_last", False)
+    if isinstance(sampler, SequentialSampler) and not drops:
         return loader
-    shuffled = isinstance(sampler, RandomSampler) and not sampler.replacement
-    whole = not isinstance(sampler, RandomSampler) or sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-    if not own or not whole or not (shuffled or isinstance(sampler, SequentialSampler)):
+    known = isinstance(sampler, SequentialSampler)
+    if isinstance(sampler, RandomSampler) and not sampler.replacement:
+        known = sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    if not known or (batch_sampler is not None and loader.batch_size is None):
         raise ValueError(
             f"`{name}` draws its examples by a {type(sampler).__name__}, which gives no order to "
             "number them by. Give its Dataset, or a loader with shuffle=False."
@@ -90,7 +91,7 @@ def _in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size,
-        collate_fn=loader.collate_fn or default_collate,
+        collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
     )

@@ -129,9 +129,8 @@ def test_scores_equal_the_dense_answer(curvature, dtype):
     assert influence.info.message == "5 converged"
 
 
-@pytest.mark.parametrize(
-    "size", [5, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 13, 14))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 5, 13, 14])
 def test_batch_size_and_order_make_no_difference(size, dtype):
     problem = Problem(dtype)
     expected = problem.expected("ggn")
@@ -222,6 +221,7 @@ def test_what_was_saved_is_loaded_and_a_checkpoint_is_read(wide, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_an_indefinite_hessian_is_named_with_a_damping_that_does(wide):
     problem = Problem()
     lowest = np.linalg.eigvalsh(problem.dense("hessian")[0])[0]

@@ -20,8 +20,10 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import (  # noqa: E402
+    BatchSampler,
     DataLoader,
     IterableDataset,
+    RandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -716,8 +718,12 @@ def test_a_loader_that_gives_no_order_is_refused():
     data = TensorDataset(*problem.train)
     weighted = DataLoader(data, sampler=WeightedRandomSampler(torch.ones(NUM_TRAIN), NUM_TRAIN))
     bad("draws its examples by a WeightedRandomSampler", weighted)
-    bootstrap = torch.utils.data.RandomSampler(data, replacement=True)
+    bootstrap = RandomSampler(data, replacement=True)
     bad("draws its examples by a RandomSampler", DataLoader(data, sampler=bootstrap))
+    shuffled = BatchSampler(RandomSampler(data), batch_size=4, drop_last=False)
+    bad("draws its examples by a RandomSampler", DataLoader(data, batch_sampler=shuffled))
+    own = [[3, 1, 2], [0, 4]]
+    bad("draws its examples by a list", DataLoader(data, batch_sampler=own))
 
 
 def test_a_data_set_that_changes_from_pass_to_pass_is_refused():
