@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from lowrank_inverse._array import check_finite, describe, is_array, to_host
 from lowrank_inverse._typing import Array
@@ -73,7 +72,7 @@ def leave_one_out(predicted: Array, actual: Array) -> Agreement:
     square, norm = float(unit @ unit), _norm(a)
     return Agreement(
         pearson=_correlation(p, a),
-        spearman=_correlation(rankdata(p), rankdata(a)),
+        spearman=_correlation(_ranks(p), _ranks(a)),
         slope=float(unit @ a) / square / scale if square > 0 else float("nan"),
         relative_error=_norm(a - p) / norm if norm > 0 else float("nan"),
     )
@@ -125,7 +124,7 @@ def linear_datamodelling_score(scores: Array, subsets: Array, losses: Array) -> 
     if len(m) < 2:
         raise ValueError(f"`subsets` must have at least two models; got {len(m)}.")
     sums = m.astype(np.float64) @ s.T
-    found = [_correlation(rankdata(-f[:, q]), rankdata(sums[:, q])) for q in range(len(s))]
+    found = [_correlation(_ranks(-f[:, q]), _ranks(sums[:, q])) for q in range(len(s))]
     constant = np.flatnonzero(np.isnan(found))
     if constant.size:
         raise ValueError(
@@ -174,8 +173,15 @@ def mislabel_auc(self_influence: Array, is_mislabelled: Array) -> float:
         raise ValueError(
             f"`is_mislabelled` must have both kinds; got {num} True and {others} False."
         )
-    ranks = rankdata(values)  # the statistic of Mann and Whitney
+    ranks = _ranks(values)  # the statistic of Mann and Whitney
     return float((ranks[flags].sum() - num * (num + 1) / 2) / (num * others))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """Return ranks from 1, equal values having the mean of theirs."""
+    _, places, counts = np.unique(x, return_inverse=True, return_counts=True)
+    means: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
+    return means[places]
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:

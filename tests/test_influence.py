@@ -163,14 +163,14 @@ def factor(A: Any, solver: Any, **options: Any) -> Factor:
     return Factor(A, solver, **{**arguments, **options})
 
 
-def test_a_factor_solves_with_l2_and_damping(eager):
+def test_a_factor_solves_with_l2_and_damping(library):
     A = problems.matrix("network")
-    b = eager.asarray(problems.rhs(width=3))
+    b = library.asarray(problems.rhs(width=3))
     expected = np.linalg.solve(
-        eager.seen(A) + 0.3 * np.eye(len(A)), eager.seen(problems.rhs(width=3))
+        library.seen(A) + 0.3 * np.eye(len(A)), library.seen(problems.rhs(width=3))
     )
     for solver in (li.CG(), li.NystromCG(rank=9), li.Exact(), li.Nystrom(rank=len(A))):
-        solution = factor(eager.asarray(A), solver, l2=0.2).solve(b)
+        solution = factor(library.asarray(A), solver, l2=0.2).solve(b)
         error = np.abs(np.asarray(solution.value, np.float64) - expected).max()
         assert error <= 1e-3 * np.abs(expected).max()
 
