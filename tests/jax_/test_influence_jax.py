@@ -165,6 +165,7 @@ def test_without_outputs_the_loss_takes_the_parameters(curvature, wide):
     assert_close(scores, problem.expected(curvature), "float64")
 
 
+@pytest.mark.slow
 @each_curvature
 def test_self_influence_and_removal_equal_the_dense_answer(curvature, dtype):
     problem = Problem(dtype)
