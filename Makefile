@@ -17,7 +17,8 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: help demo test test-slow check format docs install clean
 
 help:
-	@echo "make demo       data hyper-cleaning with every solver side by side; writes ./results"
+	@echo "make demo       data hyper-cleaning with every solver side by side, and the"
+	@echo "                images that helped and harmed a prediction; writes ./results"
 	@echo "                (make demo BACKEND=jax for JAX)"
 	@echo "make test       the quick tests and the examples in the docstrings"
 	@echo "make test-slow  the tests left out of make test"
@@ -29,6 +30,7 @@ help:
 
 demo: $(STAMP)
 	$(PY) -m benchmarks hypercleaning --backend $(BACKEND)
+	$(PY) -m benchmarks leaveoneout
 
 test: $(STAMP)
 	$(PY) -m pytest

@@ -15,6 +15,8 @@ COMMANDS = {
     "table5": ("benchmarks.table5", "Table 5 of the paper: time and memory of a hypergradient"),
     "peers": ("benchmarks.peers", "a hypergradient against those of other packages"),
     "scaling": ("benchmarks.scaling", "time and memory against n and k, and under a budget"),
+    "influence": ("benchmarks.influence", "influence functions, ours beside other libraries"),
+    "leaveoneout": ("benchmarks.leaveoneout", "influence against training without each image"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
 }
 

@@ -146,7 +146,7 @@ def _encoded(name: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
         raise TypeError(f"`approx.{name}` cannot be saved: it is {describe(value)}.")
     if str(value.dtype).endswith("bfloat16"):
         raise TypeError(
-            "columns in bfloat16 cannot be saved: NumPy has no such dtype. Use float16."
+            "columns in bfloat16 cannot be saved: NumPy has no such dtype. Use float16 for them."
         )
     host, key = to_host(value), f"array{len(arrays)}"
     # Sums depend on the order in memory in their last digit, and safetensors knows one alone.

@@ -15,6 +15,7 @@ from lowrank_inverse_jax.curvature import (
 )
 from lowrank_inverse_jax.hypergradient import Hypergradient, HypergradientInfo, hypergradient
 from lowrank_inverse_jax.implicit import implicit_minimizer
+from lowrank_inverse_jax.influence import InfluenceFunction
 from lowrank_inverse_jax.plugs import as_lineax, as_solve
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "HessianOperator",
     "Hypergradient",
     "HypergradientInfo",
+    "InfluenceFunction",
     "as_lineax",
     "as_solve",
     "hessian_columns",

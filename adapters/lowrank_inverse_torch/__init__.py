@@ -14,11 +14,13 @@ from lowrank_inverse_torch.curvature import (
     hvp,
 )
 from lowrank_inverse_torch.hypergradient import Hypergradient, hypergradient
+from lowrank_inverse_torch.influence import InfluenceFunction
 
 __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "Hypergradient",
+    "InfluenceFunction",
     "hessian_columns",
     "hvp",
     "hypergradient",

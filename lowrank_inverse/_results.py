@@ -1,0 +1,85 @@
+"""What influence functions return, and the largest scores of a stream."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+KINDS = ("helpful", "harmful", "absolute")
+
+
+class TopK(NamedTuple):
+    """The most influential examples of each query, the first ones the most.
+
+    Attributes
+    ----------
+    indices : numpy.ndarray of int64, shape (n_query, k)
+        Places in the training set.
+    scores : array, shape (n_query, k)
+        Of the library of the parameters.
+    """
+
+    indices: np.ndarray
+    scores: Any
+
+
+class InfluenceInfo(NamedTuple):
+    """What an influence function cost, and how far it is to be trusted.
+
+    Attributes
+    ----------
+    num_train, num_params : int
+    curvature : str
+    l2, damping : float
+        Both are added to the mean curvature; `damping` is the number found for "auto".
+    loss, gradient_norm : float
+        Mean loss on the training set, and norm of the gradient of ``mean loss + l2 / 2 *
+        sum(params ** 2)``: the formula assumes 0.
+    rank : int or None
+        Columns that the solver kept, where it has any.
+    num_products : int
+        Products of curvature and vector so far.
+    relative_residual : numpy.ndarray, shape (n_query,)
+        Of the last solve: norm of the true residual over that of the right-hand side. None
+        before the first, and where it was read from a checkpoint.
+    num_steps : numpy.ndarray of int, shape (n_query,)
+    message : str
+        How that solve ended, in words.
+    """
+
+    num_train: int
+    num_params: int
+    curvature: str
+    l2: float
+    damping: float
+    loss: float
+    gradient_norm: float
+    rank: Any
+    num_products: int
+    relative_residual: np.ndarray | None
+    num_steps: np.ndarray | None
+    message: str
+
+
+def top(block: np.ndarray, k: int, kind: str, start: int = 0) -> TopK:
+    """Return the k best of each row of a block of scores, whose first column has index `start`."""
+    chosen = np.argsort(_rank(block, kind), axis=1, kind="stable")[:, :k]
+    return TopK(chosen + start, np.take_along_axis(block, chosen, axis=1))
+
+
+def merged(best: TopK | None, other: TopK, k: int, kind: str) -> TopK:
+    """Return the k best of both, of equal ones those that came first."""
+    if best is None:
+        return other
+    indices = np.concatenate([best.indices, other.indices], axis=1)
+    scores = np.concatenate([best.scores, other.scores], axis=1)
+    chosen = top(scores, k, kind).indices
+    return TopK(*(np.take_along_axis(x, chosen, axis=1) for x in (indices, scores)))
+
+
+def _rank(block: np.ndarray, kind: str) -> np.ndarray:
+    if kind not in KINDS:
+        names = ", ".join(map(repr, KINDS))
+        raise ValueError(f"`kind` must be one of {names}; got {kind!r}.")
+    return block if kind == "harmful" else -(np.abs(block) if kind == "absolute" else block)
