@@ -14,6 +14,7 @@ from lowrank_inverse.operators import (
 from lowrank_inverse.solution import Reason, Solution
 from lowrank_inverse.solve import as_solve, solve
 from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
+from lowrank_inverse.state import HypergradientState
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse, woodbury_inverse
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Certificate",
     "Exact",
     "FunctionOperator",
+    "HypergradientState",
     "Identity",
     "Neumann",
     "Nystrom",

@@ -32,6 +32,8 @@ class PreparedInverse(ProductOnly):
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
     preconditioner : operator or None
         What stands for the inverse in conjugate gradients, where there is such a thing.
+    factor : lowrank_inverse.state.Factor or None
+        The columns of a NystromCG, for the state of the next call.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class PreparedInverse(ProductOnly):
         negative_curvature: Any = None,
         nystrom_inverse: Any = None,
         preconditioner: Any = None,
+        factor: Any = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
         self.like = getattr(A, "like", None)
         self._run, self._apply = run, apply
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
-        self.preconditioner = preconditioner
+        self.preconditioner, self.factor = preconditioner, factor
 
     def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block).value

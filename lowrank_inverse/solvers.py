@@ -19,13 +19,19 @@ from lowrank_inverse._array import (
     concrete,
     eps,
     is_traced,
+    quietly,
     symmetric_part,
     wide_dtype,
 )
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.neumann import neumann
-from lowrank_inverse.nystrom import choose_indices, is_indefinite, nystrom
+from lowrank_inverse.nystrom import (
+    NystromApproximation,
+    choose_indices,
+    is_indefinite,
+    nystrom,
+)
 from lowrank_inverse.operators import aslinearoperator, columns
 from lowrank_inverse.preconditioner import NystromPreconditioner
 from lowrank_inverse.prepared import (
@@ -36,7 +42,8 @@ from lowrank_inverse.prepared import (
     with_apply_cost,
 )
 from lowrank_inverse.sampling import check_sampling
-from lowrank_inverse.solution import Solution, check_system, start
+from lowrank_inverse.solution import Solution, check_system
+from lowrank_inverse.state import kept_factor, start
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
@@ -165,11 +172,25 @@ class NystromCG:
         _check_columns(self)
         _check_iteration(self)
 
+    @quietly
     def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given."""
+        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given.
+
+        The columns of a :class:`lowrank_inverse.HypergradientState` serve again while they can.
+        """
         A = aslinearoperator(A)
-        indices = _indices(self, A, rng)
-        approx = nystrom(A, indices=indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL)
+
+        def compute() -> tuple[Array, Any]:
+            indices = _indices(self, A, rng)
+            C = columns(A, indices)
+            check_finite("columns of A", C)
+            return C, indices
+
+        rank = self.rank if self.indices is None else len(self.indices)
+        factor = kept_factor(state, int(A.shape[0]), rank, compute)
+        approx = NystromApproximation(
+            factor.columns, factor.indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
+        )
         preconditioner = NystromPreconditioner(approx, self.damping)
 
         def run(b: Array) -> Solution:
@@ -186,8 +207,9 @@ class NystromCG:
         return PreparedInverse(
             A,
             run,
-            num_products=approx.num_products,
+            num_products=factor.num_products,
             rank=approx.rank,
+            factor=factor,
             negative_curvature=is_indefinite(
                 approx.core_eigenvalues, self.damping, eps(approx.columns)
             ),
