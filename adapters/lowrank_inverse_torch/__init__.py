@@ -14,6 +14,7 @@ from lowrank_inverse_torch.curvature import (
     hvp,
 )
 from lowrank_inverse_torch.hypergradient import Hypergradient, hypergradient
+from lowrank_inverse_torch.implicit import implicit_minimizer
 
 __all__ = [
     "GaussNewtonOperator",
@@ -22,4 +23,5 @@ __all__ = [
     "hessian_columns",
     "hvp",
     "hypergradient",
+    "implicit_minimizer",
 ]
