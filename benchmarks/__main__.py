@@ -8,6 +8,11 @@ import sys
 COMMANDS = {
     "hypercleaning": ("benchmarks.hypercleaning", "data hyper-cleaning on handwritten digits"),
     "accuracy": ("benchmarks.accuracy", "float32 accuracy of each form of the damped inverse"),
+    "state": ("benchmarks.state", "state over outer steps: errors at equal products"),
+    "minibatch": (
+        "benchmarks.minibatch",
+        "a fresh minibatch in each product, against a frozen one",
+    ),
     "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
 }

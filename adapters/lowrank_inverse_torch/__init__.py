@@ -15,11 +15,13 @@ from lowrank_inverse_torch.curvature import (
 )
 from lowrank_inverse_torch.hypergradient import Hypergradient, hypergradient
 from lowrank_inverse_torch.implicit import implicit_minimizer
+from lowrank_inverse_torch.plugs import as_solve
 
 __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "Hypergradient",
+    "as_solve",
     "hessian_columns",
     "hvp",
     "hypergradient",
