@@ -134,9 +134,11 @@ class _Problem:
         self.rng, self.chunk_size = rng, chunk_size
         self._leaves, self._structure = pytree.tree_flatten((init, hparams, *args))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        self.tensors = [self._leaves[i] for i in self._places]
-        self.modules = [*modules, *(m for m in self._leaves if isinstance(m, nn.Module))]
         num_init = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_flatten(init)[0])
+        self.tensors = [self._leaves[i] for i in self._places]
+        # Without a derivative: it may come from an earlier call, whose graph is gone by now.
+        self.tensors[:num_init] = [tensor.detach() for tensor in self.tensors[:num_init]]
+        self.modules = [*modules, *(m for m in self._leaves if isinstance(m, nn.Module))]
         for tensor in self.tensors[num_init:]:
             if tensor.is_complex():
                 raise TypeError(

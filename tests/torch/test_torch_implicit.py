@@ -267,6 +267,19 @@ def test_init_has_the_derivative_zero():
     assert grads[1] is not None
 
 
+def test_training_may_go_on_from_an_earlier_result():
+    init, weights, log_decay = point()
+    minimizer = implicit_minimizer(inner, solver=EXACT)(newton)
+    grads = []
+    params = init
+    for _ in range(2):
+        params = minimizer(params, {"weights": weights, "log_decay": log_decay}, X)
+        weights.grad = None
+        outer(params).backward()
+        grads.append(weights.grad)
+    assert relative(grads[1], grads[0]) < 1e-10
+
+
 # torch.func.
 
 
