@@ -46,10 +46,15 @@ def flat_inner(theta: Tensor, h: Any, x: Tensor) -> Tensor:
 def newton(init: Any, h: Any, x: Tensor) -> Any:
     """Minimise to the last digit: no graph reaches the result."""
     theta = torch.cat([init["w"], init["b"].reshape(1)]).detach()
-    for _ in range(6):
-        theta = theta - torch.linalg.solve(
-            torch.func.hessian(flat_inner)(theta, h, x), torch.func.grad(flat_inner)(theta, h, x)
+    z = torch.cat([x, torch.ones(NUM, 1, dtype=F64)], dim=1)
+    decay, weights = h["log_decay"].exp(), torch.sigmoid(h["weights"]) / NUM
+    for _ in range(20):
+        slope = torch.tanh(z @ theta - Y)
+        gradient = z.mT @ (weights * slope) + decay * theta
+        hessian = z.mT @ ((weights * (1 - slope**2))[:, None] * z) + decay * torch.eye(
+            DIM + 1, dtype=F64
         )
+        theta = theta - torch.linalg.solve(hessian, gradient)
     return {"w": theta[:DIM], "b": theta[DIM]}
 
 
