@@ -1,9 +1,10 @@
 """Cost of a step of conjugate gradients in JAX: ours, jax.scipy's and lineax's, on one operator.
 
-Every solver makes the same number of steps on the same compiled product, in turn, over several
-rounds. The ratios are medians over the rounds. Float64, for in float32 lineax 0.1.1 returns NaN on
-the larger operator. "product" is the floor: the product alone, as often
-as the steps, in one compiled loop.
+Every solver makes the same number of steps on the same compiled product. Where the buffers of a
+compiled loop lie in memory changes its speed by up to half, and is drawn anew with each process:
+so several processes run all the solvers, each in an order of its own, and the table has medians of
+the ratios within a process. Float64, for in float32 lineax 0.1.1 returns NaN on the larger
+operator. "product" is the floor: the product alone, as often as the steps, in one compiled loop.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +30,46 @@ from lowrank_inverse_jax import GaussNewtonOperator
 
 STEPS = 50
 DAMPING = 1e-4
+BATCHES = {"network": 256, "network, large batch": 1024}
 
 Solve = Callable[[Any, jax.Array], jax.Array]
+Times = dict[str, list[float]]
 
 
 def matrix_problem(n: int, rng: np.random.Generator) -> tuple[Any, jax.Array, Any]:
-    """Make a dense matrix with eigenvalues from 1 to 1e-6."""
-    Q = np.linalg.qr(rng.standard_normal((n, n)))[0]
-    A = (Q * np.logspace(0, -6, n)) @ Q.T
+    """Make a dense matrix with eigenvalues from 1 to 1e-6, its eigenvectors by two reflections."""
+    A = np.diag(np.logspace(0, -6, n))
+    for v in rng.standard_normal((2, n)):
+        v = v / np.linalg.norm(v)
+        A -= 2 * np.outer(v, v @ A)
+        A -= 2 * np.outer(A @ v, v)
     data = jnp.asarray((A + A.T) / 2, dtype=jnp.float64)
     return data, jnp.asarray(rng.standard_normal(n), jnp.float64), lambda A: lambda v: A @ v
 
 
-def network_problem(width: int, rng: np.random.Generator) -> tuple[Any, jax.Array, Any]:
-    """Make the Gauss-Newton matrix of a perceptron on a batch of 256, through its operator."""
+def network_problem(width: int, batch: int, rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    """Make the Gauss-Newton matrix of a perceptron on a batch, through its operator."""
     params = [
         jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), jnp.float64)
         for shape in ((100, width), (width, width), (width, 10))
     ]
-    x = jnp.asarray(rng.standard_normal((256, 100)), jnp.float64)
-    y = jnp.asarray(rng.integers(0, 10, 256))
+    x = jnp.asarray(rng.standard_normal((batch, 100)), jnp.float64)
+    y = jnp.asarray(rng.integers(0, 10, batch))
 
-    def outputs(params: Any) -> jax.Array:
-        return jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) @ params[2]
+    def product(data: Any) -> Any:
+        params, x, y = data
 
-    def loss(outputs: jax.Array) -> jax.Array:
-        return -jnp.take_along_axis(jax.nn.log_softmax(outputs), y[:, None], axis=1).mean()
+        def outputs(params: Any) -> jax.Array:
+            return jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) @ params[2]
 
-    n = sum(p.size for p in params)
+        def loss(outputs: jax.Array) -> jax.Array:
+            return -jnp.take_along_axis(jax.nn.log_softmax(outputs), y[:, None], axis=1).mean()
 
-    def product(params: Any) -> Any:
         G = GaussNewtonOperator(loss, outputs, params)
         return lambda v: G @ v
 
-    return params, jnp.asarray(rng.standard_normal(n), jnp.float64), product
+    n = sum(p.size for p in params)
+    return (params, x, y), jnp.asarray(rng.standard_normal(n), jnp.float64), product
 
 
 def solvers() -> dict[str, Callable[[Any, jax.Array], jax.Array]]:
@@ -95,8 +104,15 @@ def seconds(run: Callable[[], jax.Array]) -> float:
     return time.perf_counter() - start
 
 
-def measure(data: Any, b: jax.Array, product: Any, rounds: int, *, jit: bool) -> dict[str, list]:
-    """Time every solver in turn; the first, compiling round is left out under jit only."""
+def measure(problem: str, sizes: tuple[int, int], seed: int, rounds: int, jit: bool) -> Times:
+    """Time every solver `rounds` times; the first, compiling round is left out."""
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(seed)
+    n, width = sizes
+    if problem == "matrix":
+        data, b, product = matrix_problem(n, rng)
+    else:
+        data, b, product = network_problem(width, BATCHES[problem], rng)
     runs = {}
     for name, solve in solvers().items():
 
@@ -104,52 +120,62 @@ def measure(data: Any, b: jax.Array, product: Any, rounds: int, *, jit: bool) ->
             return solve(product(data), b)
 
         runs[name] = jax.jit(function) if jit else function
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: Times = {name: [] for name in runs}
     for round_ in range(rounds + 1):
-        for name, run in runs.items():
-            elapsed = seconds(lambda run=run: run(data, b))
+        for name in rng.permutation(list(runs)):
+            elapsed = seconds(lambda run=runs[name]: run(data, b))
             if round_ > 0:
                 times[name].append(elapsed)
     return times
 
 
+def in_processes(processes: int, *settings: Any) -> Any:
+    """Yield the times that each of several fresh processes measured, one after the other."""
+    for seed in range(processes):
+        context = get_context("spawn")
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            problem, sizes, rounds, jit = settings
+            yield pool.submit(measure, problem, sizes, seed, rounds, jit).result()
+
+
 def main(arguments: list[str]) -> int:
     """Print the table and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks jax-cg", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
+    parser.add_argument("--processes", type=int, default=7, help="for each row (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="in each process (default: 5)")
     parser.add_argument("--sizes", type=int, nargs=2, default=(3000, 400), metavar=("N", "WIDTH"))
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1; got {options.rounds}")
-    jax.config.update("jax_enable_x64", True)
-    rng = np.random.default_rng(options.seed)
+    for name in ("processes", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(options, name)}")
     n, width = options.sizes
-    problems = {
-        f"matrix, n = {n}": matrix_problem(n, rng),
-        f"Gauss-Newton, n = {110 * width + width**2}": network_problem(width, rng),
-    }
+    titles = {"matrix": f"matrix, n = {n}"}
+    for problem, batch in BATCHES.items():
+        titles[problem] = f"Gauss-Newton, n = {110 * width + width**2}, batch {batch}"
+    cases = [(problem, True) for problem in titles] + [(problem, False) for problem in titles]
+    counts = [options.processes if jit else min(options.processes, 2) for _, jit in cases]
+    progress = tqdm(desc="jax-cg", unit="process", total=sum(counts))
     rows, found = [], {}
-    cases = [(problem, jit) for problem in problems for jit in (True, False)]
-    for problem, jit in tqdm(cases, desc="jax-cg", unit="case"):
-        rounds = options.rounds if jit else min(options.rounds, 3)
-        times = measure(*problems[problem], rounds, jit=jit)
-        found[f"{problem}, {'jit' if jit else 'eager'}"] = times
-        ratios = {
-            name: np.median(np.asarray(times["ours"]) / np.asarray(other))
-            for name, other in times.items()
-        }
+    for (problem, jit), count in zip(cases, counts, strict=True):
+        runs = []
+        for times in in_processes(count, problem, options.sizes, options.rounds, jit):
+            runs.append({name: float(np.median(found)) for name, found in times.items()})
+            progress.update()
+        title = f"{titles[problem]}, {'jit' if jit else 'eager'}"
+        found[title] = runs
+        ratio = {name: np.median([run["ours"] / run[name] for run in runs]) for name in runs[0]}
         rows.append(
             {
-                f"{STEPS} steps": f"{problem}, {'jit' if jit else 'eager'}",
-                "ours, ms a step": f"{1e3 * np.median(times['ours']) / STEPS:.3f}",
-                "ours / jax.scipy": f"{ratios['jax.scipy']:.2f}",
-                "ours / lineax": f"{ratios['lineax']:.2f}",
-                "ours / product": f"{ratios['product']:.2f}",
+                f"{STEPS} steps": title,
+                "ours, ms a step": f"{1e3 * np.median([run['ours'] for run in runs]) / STEPS:.2f}",
+                "ours / jax.scipy": f"{ratio['jax.scipy']:.2f}",
+                "ours / lineax": f"{ratio['lineax']:.2f}",
+                "ours / product": f"{ratio['product']:.2f}",
             }
         )
-    text = f"{table(rows)}\n\nMedians of ratios over {options.rounds} rounds (eager: up to 3)."
-    about = machine("jax", "lineax", "numpy", device=str(jax.devices()[0]), seed=options.seed)
+    progress.close()
+    text = f"{table(rows)}\n\nMedians over {options.processes} processes (eager: up to 2)."
+    about = machine("jax", "lineax", "numpy", device=str(jax.devices()[0]))
     publish(options.output, "jax_cg", text, about, seconds=found)
     return 0

@@ -2,6 +2,7 @@
 
 from lowrank_inverse.certificate import Certificate, certify
 from lowrank_inverse.cg import cg
+from lowrank_inverse.estimates import DiagonalEstimate, estimate_diagonal
 from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import NystromApproximation, nystrom
 from lowrank_inverse.operators import (
@@ -11,6 +12,7 @@ from lowrank_inverse.operators import (
     diagonal,
     shifted,
 )
+from lowrank_inverse.pivoted import PivotedCholesky, pivoted_cholesky
 from lowrank_inverse.solution import Reason, Solution
 from lowrank_inverse.solve import as_solve, solve
 from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "Certificate",
+    "DiagonalEstimate",
     "Exact",
     "FunctionOperator",
     "HypergradientState",
@@ -30,6 +33,7 @@ __all__ = [
     "Nystrom",
     "NystromApproximation",
     "NystromCG",
+    "PivotedCholesky",
     "Reason",
     "Solution",
     "as_solve",
@@ -39,8 +43,10 @@ __all__ = [
     "chunked_inverse",
     "columns",
     "diagonal",
+    "estimate_diagonal",
     "neumann",
     "nystrom",
+    "pivoted_cholesky",
     "shifted",
     "solve",
     "streamed_inverse",

@@ -181,6 +181,26 @@ def to_host(x: Any) -> np.ndarray:
     return x.get() if is_cupy_array(x) else np.asarray(x)
 
 
+def on_host(x: Array) -> Array:
+    """Return `x` in the memory of the host: in its own library, CuPy's as NumPy."""
+    if is_torch_array(x):
+        return x.detach().cpu()
+    if is_jax_array(x):
+        jax = sys.modules["jax"]
+        return jax.device_put(x, jax.devices("cpu")[0])
+    return x.get() if is_cupy_array(x) else x
+
+
+def beside(x: Array, y: Array) -> Array:
+    """Return `x`, which may lie in the memory of the host, in the library and device of `y`."""
+    if is_torch_array(x):
+        return x.to(y.device)
+    if is_jax_array(x):
+        same = is_traced(x) or is_traced(y) or device(x) == device(y)
+        return x if same else sys.modules["jax"].device_put(x, device(y))
+    return array_namespace(y).asarray(x) if is_cupy_array(y) else x
+
+
 def like(values: Any, x: Array, dtype: Any = None) -> Array:
     """Return host `values` as an array in the namespace and on the device of `x`."""
     xp = array_namespace(x)
@@ -224,15 +244,15 @@ def wide_dtype(x: Array) -> Any:
     """float64 where the library and device of `x` have it, else the dtype of `x`."""
     xp = array_namespace(x)
     if is_jax_array(x):
-        return xp.float64 if sys.modules["jax"].config.jax_enable_x64 else x.dtype
+        return xp.float64 if sys.modules["jax"].config.jax_enable_x64 else xp.float32
     if str(like_device(x)).startswith("mps"):
-        return x.dtype
+        return xp.float32
     return xp.float64
 
 
 def is_narrow(x: Array) -> bool:
-    """Whether no dtype wider than that of `x` is at hand, and it is less than float64."""
-    return bool(wide_dtype(x) == x.dtype and array_namespace(x).finfo(x.dtype).bits < 64)
+    """Whether the widest dtype at hand for `x` is less than float64."""
+    return bool(array_namespace(x).finfo(wide_dtype(x)).bits < 64)
 
 
 def scalar_like(x: Any, array: Array) -> Any:
@@ -253,6 +273,29 @@ def dot(u: Array, v: Array) -> Array:
     return u @ v if u.ndim == 1 else array_namespace(u).sum(u * v, axis=0)
 
 
+def add_scaled(x: Array, factor: Any, y: Array) -> Array:
+    """Return ``x + factor * y``, one factor or one a column, in as few passes as the library has.
+
+    `factor` is a Python float or an array of the dtype of `x`.
+    """
+    if is_torch_array(x):
+        return x.add(y, alpha=factor) if isinstance(factor, float) else x.addcmul(factor, y)
+    total = factor * y
+    total += x  # in place, but for jax
+    return total
+
+
+def choose(condition: Array, x: Array, y: Array) -> Array:
+    """Return `x` where `condition` holds (one, or one a column), else `y`.
+
+    A single condition on a CPU is read, which costs nothing there, and spares a copy.
+    """
+    readable = condition.ndim == 0 and not is_traced(condition)
+    if readable and "cpu" in str(device(condition)).lower():
+        return x if bool(condition) else y
+    return array_namespace(x).where(condition, x, y)
+
+
 def column_scale(x: Array) -> Array:
     """Largest absolute entry of each column, 1 where that is zero or not finite."""
     xp = array_namespace(x)
@@ -260,6 +303,12 @@ def column_scale(x: Array) -> Array:
     limit = 0.25 / float(xp.finfo(x.dtype).smallest_normal)  # beyond it XLA flushes 1 / scale to 0
     scale = xp.where(largest > limit, xp.full_like(largest, limit), largest)
     return xp.where((largest > 0) & xp.isfinite(largest), scale, xp.ones_like(largest))
+
+
+def power_of_two(x: Array) -> Array:
+    """Return the powers of two up to positive `x`: to divide by them rounds nothing."""
+    xp = array_namespace(x)
+    return 2.0 ** xp.floor(xp.log2(x))
 
 
 def column_norm(x: Array) -> Array:

@@ -11,11 +11,20 @@ from lowrank_inverse._array import is_traced
 State = TypeVar("State", bound=tuple[Any, ...])
 
 
-def while_loop(cond: Callable[[State], Any], body: Callable[[State], State], state: State) -> State:
+def while_loop(
+    cond: Callable[[State], Any],
+    body: Callable[[State], State],
+    state: State,
+    *,
+    check_every: int = 1,
+) -> State:
     """Repeat ``state = body(state)`` while ``cond(state)``, as ``jax.lax.while_loop`` does.
 
     A Python loop for concrete arrays: compiling a loop at each eager call would cost more than
     the solve. From where a part of the state is traced, ``jax.lax.while_loop`` itself.
+
+    Reading `cond` makes the host wait for an accelerator. The Python loop reads it before every
+    `check_every`-th repetition, so that `body` may be called up to ``check_every - 1`` times more.
     """
     while True:
         unfinished = cond(state)
@@ -24,4 +33,5 @@ def while_loop(cond: Callable[[State], Any], body: Callable[[State], State], sta
             return result
         if not bool(unfinished):
             return state
-        state = body(state)
+        for _ in range(check_every):
+            state = body(state)

@@ -96,6 +96,10 @@ class DenseOperator(Operator):
         """Return the columns at `indices`, shape (n, k)."""
         return take(self.matrix, check_indices(indices, self.shape[0]), axis=1)
 
+    def submatrix(self, indices: np.ndarray) -> Array:
+        """Return the rows and columns at host `indices`, shape (k, k), and read nothing else."""
+        return take(take(self.matrix, indices), indices, axis=1)
+
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
         return array_namespace(self.matrix).linalg.diagonal(self.matrix)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import check_scalar, column_norm, column_scale, dot, eps, scalar_like
-from lowrank_inverse._operator import DenseOperator
+from lowrank_inverse._array import (
+    check_scalar,
+    column_norm,
+    column_scale,
+    dot,
+    eps,
+    like,
+    quietly,
+    scalar_like,
+)
 from lowrank_inverse._typing import Array
 from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.solution import check_system
 
 ROUNDING_UNITS = 8.0
+NORM_PRODUCTS = 2
+PROBE_SEED = 0
 
 
 class Certificate(NamedTuple):
@@ -33,6 +44,7 @@ class Certificate(NamedTuple):
     energy_bound: Array
 
 
+@quietly
 def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) -> Certificate:
     """Bound the error of any approximate solution `x` of ``(A + damping * I) x = b``.
 
@@ -56,8 +68,11 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     With ``r = b - (A + damping I) x`` and ``0 <= H_k <= A``: ``norm(e) <= norm(r) / damping``,
     ``e.T (A + damping I) e <= r.T N r``, and so ``norm(e) <= sqrt(r.T N r / damping)``; the
     smaller one is returned. Without `inverse`, ``N = I / damping``. The residual is enlarged by
-    the rounding of a product with `A`, from the Frobenius norm of a dense `A` and the largest
-    eigenvalue of ``H_k`` otherwise. One product, and one with `inverse`, for each column.
+    the rounding of a product with `A`, a multiple of its Frobenius norm: an x near the null space
+    of `A` may be large, and ``A x`` then consists of rounding alone. An operator that cannot tell
+    its norm (``A.frobenius_norm()``; arrays can) is multiplied by one Gaussian vector and by the
+    product, which estimates it. One product, and one with `inverse`, for each column; and those
+    two.
 
     Examples
     --------
@@ -77,7 +92,7 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     r = b - (Ax + damping * x)
     unit = ROUNDING_UNITS * eps(b)
     size = column_norm(b) + column_norm(Ax) + damping * column_norm(x)
-    slack = unit * (size + _norm_bound(A, inverse) * column_norm(x))
+    slack = unit * (size + _norm(A, b) * column_norm(x))
     norm = column_norm(r) + slack
     error = norm / damping
     if inverse is None:
@@ -93,9 +108,23 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     return Certificate(column_norm(r), xp.where(tighter < error, tighter, error), energy)
 
 
-def _norm_bound(A: Any, inverse: Any) -> Any:
-    """Return what is known of the norm of `A` without a further product."""
-    if isinstance(A, DenseOperator):
+def certificate_cost(A: Any) -> int:
+    """Count the products with `A` that a certificate needs besides one for each column."""
+    return 0 if hasattr(A, "frobenius_norm") else NORM_PRODUCTS
+
+
+def _norm(A: Any, b: Array) -> Array:
+    """Return the Frobenius norm of `A`, or an estimate, as a 0-d array.
+
+    For a Gaussian vector z, ``E norm(A z)^2`` is the square of that norm; and where z happens to
+    be nearly orthogonal to the few large eigenvectors, ``A (A z)`` is not.
+    """
+    if hasattr(A, "frobenius_norm"):
         return A.frobenius_norm()
-    eigenvalues = getattr(getattr(inverse, "approx", inverse), "eigenvalues", None)
-    return 0.0 if eigenvalues is None else scalar_like(eigenvalues[0], A.like)
+    n = int(A.shape[0])
+    xp = array_namespace(b)
+    z = like(np.random.default_rng(PROBE_SEED).standard_normal(n), b)
+    y = A @ z
+    first = column_norm(y)
+    second = column_norm(A @ (y / xp.where(first > 0, first, xp.ones_like(first))))
+    return xp.where(second > first, second, first)

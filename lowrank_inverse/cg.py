@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
+    add_scaled,
     astype,
     check_count,
+    choose,
     column_norm,
     column_scale,
     describe,
@@ -27,14 +30,23 @@ RUNNING = -1
 STAGNATION_FACTOR = 0.9
 
 
+class _System(NamedTuple):
+    """What does not change during a solve."""
+
+    A: Any
+    damping: Any
+    preconditioner: Any
+    max_steps: int
+    check_every: int
+    callback: Callable[[Array, Array], object] | None
+
+
 class _Progress(NamedTuple):
-    """State between sweeps; `r` is always the true residual of `x`."""
+    """State between sweeps; `r` is the true residual of `x` in the columns still at work."""
 
     x: Array
     r: Array
     norm: Array
-    best_x: Array
-    best_norm: Array
     num_steps: Array
     reason: Array
     num_blocks: Any
@@ -65,6 +77,8 @@ def cg(
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_steps: int | None = None,
+    check_every: int = 1,
+    callback: Callable[[Array, Array], object] | None = None,
 ) -> Solution:
     """Solve ``(A + damping * I) x = b`` by preconditioned conjugate gradients [1]_.
 
@@ -84,6 +98,13 @@ def cg(
         A column is done when its residual norm is at most ``max(rtol * norm(b), atol)``.
     max_steps : int, optional
         Default: ``10 * n``.
+    check_every : int
+        Steps between two looks at the stopping test, outside ``jax.jit``. A look makes the host
+        wait for an accelerator; without it up to ``check_every - 1`` products are taken in vain,
+        and counted.
+    callback : callable (num_steps, residual_norm), optional
+        Called after each step with the steps and the norms of the carried residuals so far, of
+        shape () or (m,). Under ``jax.jit`` both are traced: use ``jax.debug.callback`` inside.
 
     Returns
     -------
@@ -106,7 +127,7 @@ def cg(
     recursion claims a tolerance that the true residual does not confirm, it starts again from
     the true residual, for the correction, until that ceases to fall. Residuals are scaled to a
     largest entry of 1, so the scales of `A` and `b` change nothing but the scale of the answer.
-    Memory: 9 blocks of the size of `b`.
+    Memory: 10 blocks of the size of `b`.
 
     References
     ----------
@@ -125,13 +146,15 @@ def cg(
     n = int(A.shape[0])
     check_system(A, b, damping, x0)
     max_steps = 10 * n if max_steps is None else check_count("max_steps", max_steps)
+    check_every = check_count("check_every", check_every)
     preconditioner = _checked_preconditioner(preconditioner, n)
     xp = array_namespace(b)
     damping = scalar_like(damping, b)
+    system = _System(A, damping, preconditioner, max_steps, check_every, callback)
     target = tolerance(b, rtol, atol)
 
     def residual(x: Array) -> Array:
-        return b - (A @ x + damping * x)
+        return b - add_scaled(A @ x, damping, x)
 
     x = xp.zeros_like(b)
     if x0 is not None:  # a zero right-hand side has the solution zero, wherever x0 lies
@@ -141,27 +164,26 @@ def cg(
 
     def sweep(state: _Progress) -> _Progress:
         scale = column_scale(state.r)
-        swept = _sweep(A, damping, preconditioner, state, scale, target / scale, max_steps)
-        d = xp.where(swept.flag == RUNNING, swept.d, swept.best_d)
-        x = state.x + scale * d
+        swept = _sweep(system, state, scale, target / scale)
+        x = add_scaled(state.x, scale, choose(swept.flag == RUNNING, swept.d, swept.best_d))
         r = residual(x)
         norm = column_norm(r)
-        active = state.reason == RUNNING
         fell = norm < STAGNATION_FACTOR * state.norm
         reason = xp.where(fell, code(swept.flag, RUNNING), code(swept.flag, Reason.STAGNATED))
         reason = xp.where(swept.num_steps >= max_steps, code(reason, Reason.MAX_STEPS), reason)
         reason = xp.where(swept.flag != RUNNING, swept.flag, reason)
         reason = xp.where(norm <= target, code(reason, Reason.CONVERGED), reason)
-        reason = xp.where(xp.isfinite(norm), reason, code(reason, Reason.NONFINITE))
+        finite = xp.isfinite(norm)
+        reason = xp.where(finite, reason, code(reason, Reason.NONFINITE))
+        # A correction that made it worse is left out, where the recursion claimed the contrary.
         # Zero is no answer, though its residual may be smaller than that of an ill-conditioned one.
-        from_zero = state.num_blocks == 0
-        better = active & xp.isfinite(norm) & ((norm < state.best_norm) | from_zero)
+        sound = (norm < state.norm) | (state.num_blocks == 0) | ~ended(reason, Reason.STAGNATED)
+        active = state.reason == RUNNING
+        accepted = active & finite & sound
         return _Progress(
-            xp.where(active, x, state.x),
-            xp.where(active, r, state.r),
-            xp.where(active, norm, state.norm),
-            xp.where(better, x, state.best_x),
-            xp.where(better, norm, state.best_norm),
+            choose(accepted, x, state.x),
+            r,
+            xp.where(accepted, norm, state.norm),
             swept.num_steps,
             xp.where(active, reason, state.reason),
             swept.num_blocks + 1,
@@ -171,13 +193,11 @@ def cg(
     # b = 0 and an exact start are done at once.
     reason = xp.where(norm <= target, code(steps, Reason.CONVERGED), code(steps, RUNNING))
     reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
-    start = _Progress(x, r, norm, x, norm, steps, reason, 0 if x0 is None else 1)
+    start = _Progress(x, r, norm, steps, reason, 0 if x0 is None else 1)
     end = while_loop(lambda state: xp.any(state.reason == RUNNING), sweep, start)
-
-    last = ~ended(end.reason, Reason.STAGNATED) & xp.isfinite(end.norm)
     return Solution(
-        value=xp.where(last, end.x, end.best_x),
-        residual_norm=xp.where(last, end.norm, end.best_norm),
+        value=end.x,
+        residual_norm=end.norm,
         num_steps=end.num_steps,
         num_products=end.num_blocks * (b.shape[1] if b.ndim == 2 else 1),
         converged=ended(end.reason, Reason.CONVERGED),
@@ -185,16 +205,9 @@ def cg(
     )
 
 
-def _sweep(
-    A: Any,
-    damping: Any,
-    preconditioner: Any,
-    start: _Progress,
-    scale: Array,
-    target: Array,
-    max_steps: int,
-) -> _Sweep:
+def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _Sweep:
     """Run the recursion for ``start.r / scale`` until every column claims to meet `target`."""
+    A, damping, preconditioner, max_steps, check_every, callback = system
     xp = array_namespace(start.x)
     r = start.r / scale
     norm = column_norm(r)
@@ -208,13 +221,14 @@ def _sweep(
 
     def step(state: _Sweep) -> _Sweep:
         active = going(state)
-        Ap = A @ state.p + damping * state.p
+        Ap = add_scaled(A @ state.p, damping, state.p)
         curvature = dot(state.p, Ap)
         ok = active & xp.isfinite(curvature) & (curvature > 0)
         one, zero = xp.ones_like(curvature), xp.zeros_like(curvature)
+        # A column that is done takes steps of length 0.
         alpha = xp.where(ok, state.rz / xp.where(ok, curvature, one), zero)
-        d = xp.where(ok, state.d + alpha * state.p, state.d)
-        r = xp.where(ok, state.r - alpha * Ap, state.r)
+        d = add_scaled(state.d, alpha, state.p)
+        r = add_scaled(state.r, -alpha, Ap)
         rr = dot(r, r)
         norm = xp.sqrt(rr)
         z = r if preconditioner is None else (preconditioner @ r) / z_scale
@@ -230,14 +244,17 @@ def _sweep(
         finite = xp.isfinite(curvature) & xp.isfinite(rz)
         flag = xp.where(active & ~finite, code(flag, Reason.NONFINITE), flag)
         smaller = ok & (norm < state.smallest)
+        num_steps = state.num_steps + astype(ok, xp.int32)
+        if callback is not None:
+            callback(num_steps, xp.where(active, norm, column_norm(state.r)) * scale)
         return _Sweep(
             d,
             r,
-            xp.where(useful, z + beta * state.p, state.p),
+            add_scaled(z, beta, state.p),
             xp.where(ok, rz, state.rz),
-            xp.where(smaller, d, state.best_d),
+            choose(smaller, d, state.best_d),
             xp.where(smaller, norm, state.smallest),
-            state.num_steps + astype(ok, xp.int32),
+            num_steps,
             flag,
             state.num_blocks + 1,
         )
@@ -263,7 +280,7 @@ def _sweep(
         flag,
         start.num_blocks,
     )
-    return while_loop(lambda state: xp.any(going(state)), step, first)
+    return while_loop(lambda state: xp.any(going(state)), step, first, check_every=check_every)
 
 
 def _checked_preconditioner(preconditioner: Any, n: int) -> Any:

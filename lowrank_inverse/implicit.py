@@ -251,15 +251,15 @@ def _run(
     inverse = settings.prepare(H, rng=rng, state=state)
     norm = None
     if isinstance(settings, NystromCG):
-        x0 = start(state, b)
-        options = {"damping": settings.damping, "max_steps": settings.max_steps}
         solution, norm = warm_cg(
             aslinearoperator(H),
             b,
-            x0,
+            start(state, b),
             preconditioner=inverse.preconditioner,
             rtol=settings.rtol,
-            **options,
+            damping=settings.damping,
+            max_steps=settings.max_steps,
+            check_every=settings.check_every,
         )
     else:
         solution = inverse.solve(b)
@@ -274,6 +274,7 @@ def _solve_scaled(
     """Solve ``(H + diag(D)) x = b`` with columns of ``D^{-1/2} H D^{-1/2}`` at damping 1."""
     _check_positive(D)
     s = D**-0.5
+    x0 = start(state, b) if isinstance(settings, NystromCG) else None
     unit = dataclasses.replace(settings, damping=1.0)
     inverse = unit.prepare(_scale(H, s), rng=rng, state=_scale_state(state, s))
     system, approximate = _add_diagonal(H, D), _scale(inverse.preconditioner, s)
@@ -281,10 +282,11 @@ def _solve_scaled(
         solution, norm = warm_cg(
             system,
             b,
-            start(state, b),
+            x0,
             preconditioner=approximate,
             rtol=settings.rtol,
             max_steps=settings.max_steps,
+            check_every=settings.check_every,
         )
         factor = _unscale_factor(inverse.factor, s, state)
         following = next_state(state, solution, factor, norm)
@@ -310,6 +312,8 @@ def _scale_state(state: Any, s: Array) -> Any:
 
 def _unscale_factor(factor: Factor, s: Array, state: Any) -> Factor:
     """Return the columns of H itself: those in `state` as they are, where they were kept."""
+    if factor.columns is None:
+        return factor
     bare = factor.columns / (s[:, None] * take(s, factor.indices))
     if is_traced(factor.refreshed):
         bare = array_namespace(bare).where(factor.refreshed, bare, state.columns)

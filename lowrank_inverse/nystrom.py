@@ -10,13 +10,13 @@ from array_api_compat import array_namespace
 from lowrank_inverse._array import (
     astype,
     check_count,
-    check_damping,
     check_finite,
     check_indices,
     check_scalar,
     concrete,
     eps,
     is_narrow,
+    like,
     quietly,
     row_blocks,
     symmetric_part,
@@ -25,15 +25,17 @@ from lowrank_inverse._array import (
     tall_times,
     wide_dtype,
 )
-from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.adaptive import adaptive_approximation
 from lowrank_inverse.operators import aslinearoperator, columns
-from lowrank_inverse.sampling import sample_columns
+from lowrank_inverse.sampling import check_sampling
+from lowrank_inverse.sources import Sketch, make_source
+from lowrank_inverse.spectral import SpectralFunctions
 
 INDEFINITE_PIVOT_RTOL = 1e-4
 
 
-class NystromApproximation(ProductOnly):
+class NystromApproximation(SpectralFunctions):
     """``H_k = C W^+ C.T``, a symmetric `H` approximated from k of its columns (Eq. 4 of [1]_).
 
     Made by :func:`nystrom`. It is an operator (``approx @ v``) and knows nothing of a damping:
@@ -45,7 +47,9 @@ class NystromApproximation(ProductOnly):
         C, the sampled columns.
     core : array, shape (k, k)
         W, the rows of C at `indices`.
-    indices : numpy.ndarray of int, shape (k,)
+    indices : numpy.ndarray of int, shape (k,), or None
+        None for a Gaussian sketch: then C is ``A @ S`` and W is ``S.T @ A @ S``, for S with k
+        orthonormal columns.
     eigenvalues : array, shape (k,)
         Of H_k, largest first, 0 for the columns that were dropped; the other n - k are 0.
         In float64 where the library has it.
@@ -53,9 +57,16 @@ class NystromApproximation(ProductOnly):
         Columns without a use (zero, repeated or below the tolerance), and among them the
         directions of clearly negative curvature. 0-d arrays while jax traces.
     core_eigenvalues : array, shape (k,)
-        Of W, smallest first. One below -damping proves ``H + damping * I`` indefinite.
+        Of W, smallest first; where pivoted Cholesky met a negative residual diagonal entry, of W
+        bordered by its row. One below -damping proves ``H + damping * I`` indefinite.
     num_products : int
         Products with `H` that the columns cost; those read from an array count too.
+    trace, residual_trace : float or None
+        Of H and of ``H - H_k``, where the diagonal of H was looked at: after pivoted Cholesky,
+        and for ``rank="auto"``.
+    stopped : str or None
+        Why ``rank="auto"`` took no more columns: ``"residual_trace"``, ``"effective_dimension"``,
+        ``"certificate"``, ``"exhausted"`` (what is left is rounding) or ``"max_rank"``.
 
     Notes
     -----
@@ -74,14 +85,18 @@ class NystromApproximation(ProductOnly):
     def __init__(
         self,
         C: Array,
-        indices: np.ndarray,
+        indices: Any,
         pivot_rtol: float | None = None,
         indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
+        *,
+        core: Array | None = None,
+        trace: float | None = None,
     ) -> None:
         n = C.shape[0]
-        self.columns, self.indices, self.num_products = C, indices, indices.size
+        self.columns, self.indices, self.num_products = C, indices, C.shape[1]
+        self.num_columns, self.trace, self.stopped = C.shape[1], trace, None
         self.shape, self.dtype, self.like = (n, n), C.dtype, C[:0, 0]
-        self.core = symmetric_part(take(C, indices))
+        self.core = symmetric_part(take(C, indices) if core is None else core)
         whitening = whiten(
             astype(self.core, wide_dtype(C)), eps(C), pivot_rtol, indefinite_pivot_rtol
         )
@@ -99,7 +114,7 @@ class NystromApproximation(ProductOnly):
     @property
     def rank(self) -> Any:
         """Columns kept: the rank of H_k."""
-        return self.indices.size - self.num_dropped
+        return self.num_columns - self.num_dropped
 
     def project(self, block: Array) -> Array:
         """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype."""
@@ -124,25 +139,18 @@ class NystromApproximation(ProductOnly):
 
         return woodbury_inverse(self, damping, chunk_size=chunk_size)
 
-    def logdet(self, damping: Any) -> Any:
-        """Return ``log det(H_k + damping * I)``; `damping` must be positive."""
-        check_damping(damping)
-        xp = array_namespace(self.eigenvalues)
-        rest = self.shape[0] - self.indices.size
-        damping = damping + 0 * self.eigenvalues[0]  # a 0-d array, also where it came as a float
-        return concrete(xp.sum(xp.log(self.eigenvalues + damping)) + rest * xp.log(damping))
-
     def __repr__(self) -> str:
         return (
-            f"NystromApproximation(n={self.shape[0]}, columns={self.indices.size}, "
-            f"rank={self.rank}, dropped={self.num_dropped}, negative={self.num_negative})"
+            f"NystromApproximation(n={self.shape[0]}, columns={self.num_columns}, "
+            f"rank={self.rank}, dropped={self.num_dropped}, negative={self.num_negative}"
+            f"{'' if self.stopped is None else f', stopped={self.stopped!r}'})"
         )
 
 
 @quietly
 def nystrom(
     A: Any,
-    rank: int | None = None,
+    rank: int | str | None = None,
     *,
     indices: Any = None,
     sampling: str = "uniform",
@@ -150,6 +158,11 @@ def nystrom(
     chunk_size: int | None = None,
     pivot_rtol: float | None = None,
     indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
+    diagonal: Any = None,
+    damping: Any = None,
+    b: Array | None = None,
+    rtol: float | None = None,
+    max_rank: int | None = None,
 ) -> NystromApproximation:
     """Approximate `A` from `rank` of its columns: ``C W^+ C.T`` (Eq. 4 of [1]_).
 
@@ -158,22 +171,36 @@ def nystrom(
     A : linear operator, shape (n, n)
         Symmetric; the approximation is meant for positive semidefinite matrices. Directions of
         negative curvature are dropped and counted.
-    rank : int, optional
-        Columns to sample, from 1 to n. Either this or `indices`.
+    rank : int or "auto", optional
+        Columns to take, from 1 to n; ``"auto"`` takes more until they are enough. Either this or
+        `indices`.
     indices : sequence of distinct ints, optional
         The columns to take. The way to go inside ``jax.jit``.
-    sampling : {"uniform", "diagonal", "diagonal_squared"}
-        See :func:`lowrank_inverse.sampling.sample_columns`.
+    sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
+        Columns drawn, see :func:`lowrank_inverse.sampling.sample_columns`; or chosen one by what
+        the others left over, see :func:`lowrank_inverse.pivoted_cholesky` (fewer than `rank` if
+        no more is left than rounding); or products with `rank` orthonormal Gaussian vectors in
+        the place of columns [2]_, for operators whose columns are not cheaper than products.
     rng : int or numpy.random.Generator, optional
-        Seed of the sampling.
+        Seed of the sampling. Random numbers are drawn on the host, the same for every library.
     chunk_size : int, optional
-        Columns asked for at a time. Default: all at once.
+        Columns asked for at a time. Default: all at once. Pivots, too, are then proposed in such
+        blocks where a column costs a product; by default one by one.
     pivot_rtol : float, optional
         Eigenvalues of W up to this fraction of the largest are dropped. Default: machine
         epsilon, or `indefinite_pivot_rtol` where W has a clearly negative eigenvalue, for then
         small positive ones are as little to be trusted.
     indefinite_pivot_rtol : float
         1e-2 makes the better preconditioner of a slightly indefinite matrix.
+    diagonal : array of shape (n,), or DiagonalEstimate, optional
+        Weights for ``"diagonal"`` and ``"diagonal_squared"`` where `A` has no diagonal.
+    damping, b, rtol, max_rank : optional, with ``rank="auto"``
+        The columns are doubled, from 16 up to `max_rank` (default: the lesser of n and 1000).
+        With `damping`, until the residual trace is at most that, or the columns are as many as
+        :meth:`NystromApproximation.sufficient_rank` asks for. With `damping` and a right-hand
+        side `b`, of shape (n,) or (n, m), until :func:`lowrank_inverse.certify` proves a relative
+        error of at most `rtol`, for a product or two a column each time. With neither, until the
+        residual trace is at most `rtol` times the trace. Default of `rtol`: 1e-3.
 
     Returns
     -------
@@ -184,15 +211,22 @@ def nystrom(
     ValueError
         If `rank` or `indices` are out of range, both or neither are given, or a column holds
         NaN or Inf.
+    TypeError
+        If the sampling needs a diagonal and `A` has none.
 
     Notes
     -----
-    `rank` products with `A` (none if it can read its columns); memory ``n * rank`` numbers.
+    `rank` products with `A` (none if it can read its columns); memory ``n * rank`` numbers, and
+    twice that while pivots or Gaussian vectors are chosen. For the Gaussian sketch the shift of
+    [2]_ is not needed: eigenvalues of W that rounding may have made are dropped instead, so that
+    ``H_k <= A`` holds, which :func:`lowrank_inverse.certify` builds on.
 
     References
     ----------
     .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
        Differentiation. AISTATS 2023.
+    .. [2] J. A. Tropp, A. Yurtsever, M. Udell, V. Cevher. Fixed-Rank Approximation of a
+       Positive-Semidefinite Matrix from Streaming Data. NeurIPS 2017.
 
     Examples
     --------
@@ -203,22 +237,88 @@ def nystrom(
     >>> approx = li.nystrom(A, 8, rng=0)
     >>> print(approx.rank, bool(np.allclose(approx @ np.ones(200), A @ np.ones(200))))
     5 True
+    >>> print(li.nystrom(A, "auto", sampling="rpcholesky", rng=0).stopped)
+    residual_trace
     """
     A = aslinearoperator(A)
-    indices = choose_indices(A, rank, indices, sampling, rng)
-    C = columns(A, indices, chunk_size=chunk_size)
-    check_finite("columns of A", C)
-    return NystromApproximation(C, indices, pivot_rtol, indefinite_pivot_rtol)
-
-
-def choose_indices(A: Any, rank: int | None, indices: Any, sampling: str, rng: RNG) -> np.ndarray:
-    """Return the caller's `indices`, checked, or draw `rank` of them."""
     n = int(A.shape[0])
+
+    def build(sketch: Sketch) -> NystromApproximation:
+        return _approximation(sketch, pivot_rtol, indefinite_pivot_rtol)
+
     if (rank is None) == (indices is None):
         raise ValueError("give exactly one of `rank` (columns to sample) and `indices`.")
+    adaptive = isinstance(rank, str)
+    check_rank(rank, most=n)
+    check_sampling(sampling)
+    unused = {"damping": damping, "b": b, "rtol": rtol, "max_rank": max_rank}
+    if not adaptive and any(value is not None for value in unused.values()):
+        names = ", ".join(f"`{name}`" for name, value in unused.items() if value is not None)
+        raise ValueError(f"{names} have a meaning only with rank='auto'; got rank={rank!r}.")
     if indices is not None:
-        return check_indices(indices, n)
-    return sample_columns(A, check_count("rank", rank, most=n), sampling=sampling, rng=rng)
+        indices = check_indices(indices, n)
+        C = columns(A, indices, chunk_size=chunk_size)
+        check_finite("columns of A", C)
+        return build(Sketch(C, indices, num_products=indices.size))
+    if adaptive:
+        return adaptive_approximation(
+            A,
+            build,
+            sampling=sampling,
+            rng=rng,
+            chunk_size=chunk_size,
+            weights=diagonal,
+            damping=damping,
+            b=b,
+            rtol=rtol,
+            max_rank=max_rank,
+        )
+    rank = check_count("rank", rank, most=n)
+    source = make_source(
+        A, rank, sampling=sampling, rng=rng, chunk_size=chunk_size, weights=diagonal
+    )
+    source.grow(rank)
+    return build(source.sketch())
+
+
+def _approximation(
+    sketch: Sketch, pivot_rtol: float | None, indefinite_pivot_rtol: float
+) -> NystromApproximation:
+    C, indices = sketch.columns, sketch.indices
+    core_eigenvalues = None
+    if sketch.witness is not None:
+        core_eigenvalues = _bordered_eigenvalues(C, indices, *sketch.witness)
+        pivot_rtol = indefinite_pivot_rtol if pivot_rtol is None else pivot_rtol
+    approx = NystromApproximation(
+        C, indices, pivot_rtol, indefinite_pivot_rtol, core=sketch.core, trace=sketch.trace
+    )
+    approx.num_products = sketch.num_products
+    if core_eigenvalues is not None:
+        approx.core_eigenvalues = core_eigenvalues
+        xp = array_namespace(core_eigenvalues)
+        negative = xp.sum(astype(negative_eigenvalues(core_eigenvalues, eps(C)), xp.int32))
+        approx.num_negative = max(approx.num_negative, int(negative))
+    return approx
+
+
+def _bordered_eigenvalues(C: Array, indices: Any, row: int, entry: float) -> Array:
+    """Return the eigenvalues of A at `indices` and `row`, with ``A[row, row] = entry``."""
+    xp = array_namespace(C)
+    wide = wide_dtype(C)
+    W = astype(symmetric_part(take(C, indices)), wide)
+    border = astype(take(C, np.array([row])), wide)
+    corner = like(np.array([[entry]]), C, wide)
+    top, bottom = xp.concat([W, border.T], axis=1), xp.concat([border, corner], axis=1)
+    return xp.linalg.eigvalsh(xp.concat([top, bottom], axis=0))
+
+
+def check_rank(rank: Any, most: int | None = None) -> None:
+    """Raise unless `rank` is None, ``"auto"`` or a count."""
+    if isinstance(rank, str):
+        if rank != "auto":
+            raise ValueError(f"`rank` must be a whole number or 'auto'; got {rank!r}.")
+    elif rank is not None:
+        check_count("rank", rank, most=most)
 
 
 class Whitening(NamedTuple):
@@ -240,7 +340,7 @@ def whiten(
     xp = array_namespace(W)
     w, V = xp.linalg.eigh(W)
     largest = xp.max(xp.abs(w))
-    negative = w < -unit * w.shape[0] * largest
+    negative = negative_eigenvalues(w, unit)
     if pivot_rtol is None:
         tolerance = largest * xp.where(
             xp.any(negative), indefinite_pivot_rtol + 0 * largest, unit + 0 * largest
@@ -256,6 +356,12 @@ def whiten(
         concrete(xp.sum(astype(negative, xp.int32), dtype=xp.int32)),
         w,
     )
+
+
+def negative_eigenvalues(w: Array, unit: float) -> Array:
+    """Say which eigenvalues of a matrix known to a precision `unit` are clearly negative."""
+    xp = array_namespace(w)
+    return w < -unit * w.shape[0] * xp.max(xp.abs(w))
 
 
 def is_indefinite(core_eigenvalues: Array, damping: Any, unit: float) -> Any:

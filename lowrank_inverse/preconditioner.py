@@ -33,7 +33,7 @@ class NystromPreconditioner(ProductOnly):
 
     def __init__(self, approx: NystromApproximation, damping: Any) -> None:
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
-        self._approx = approx
+        self.approx = approx
         g = approx.eigenvalues
         xp = array_namespace(g)
         damping = scalar_like(damping, g)
@@ -46,4 +46,4 @@ class NystromPreconditioner(ProductOnly):
 
     def _multiply(self, block: Array) -> Array:
         weights = self._weights if block.ndim == 1 else self._weights[:, None]
-        return block + self._approx.expand(weights * self._approx.project(block))
+        return block + self.approx.expand(weights * self.approx.project(block))

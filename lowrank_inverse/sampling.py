@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._array import check_count, check_finite, is_traced, to_host
+from lowrank_inverse._array import check_block, check_count, check_finite, to_host
 from lowrank_inverse._typing import RNG
-from lowrank_inverse.operators import diagonal
+from lowrank_inverse.operators import aslinearoperator
+from lowrank_inverse.pivoted import known_diagonal, pivoted_cholesky
 
-SAMPLINGS = ("uniform", "diagonal", "diagonal_squared")
+DRAWN = ("uniform", "diagonal", "diagonal_squared")
+SAMPLINGS = (*DRAWN, "greedy", "rpcholesky", "gaussian")
 
 
 def check_sampling(sampling: str) -> None:
@@ -22,7 +24,9 @@ def check_sampling(sampling: str) -> None:
         )
 
 
-def sample_columns(A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = None) -> np.ndarray:
+def sample_columns(
+    A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = None, diagonal: Any = None
+) -> np.ndarray:
     """Draw distinct column indices of `A`.
 
     Parameters
@@ -30,12 +34,17 @@ def sample_columns(A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = N
     A : linear operator, shape (n, n)
     rank : int
         How many, from 1 to n.
-    sampling : {"uniform", "diagonal", "diagonal_squared"}
+    sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky"}
         With equal probability, or proportional to ``|A[i, i]|`` or ``A[i, i] ** 2`` (Remark 1
         of [1]_, after [2]_), without replacement. Columns whose weight is zero are drawn,
-        uniformly, only when the others are used up.
+        uniformly, only when the others are used up. Or, reading the columns, those of
+        :func:`lowrank_inverse.pivoted_cholesky`: ``"greedy"`` or ``"rpcholesky"``; there may be
+        fewer than `rank`.
     rng : int or numpy.random.Generator, optional
         Seed. One seed gives the same columns on every backend.
+    diagonal : array of shape (n,), or DiagonalEstimate, optional
+        Weights in the place of the diagonal, for an `A` that has none; see
+        :func:`lowrank_inverse.estimate_diagonal`.
 
     Returns
     -------
@@ -59,15 +68,20 @@ def sample_columns(A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = N
     n = int(A.shape[0])
     rank = check_count("rank", rank, most=n)
     generator = np.random.default_rng(rng)
+    if sampling == "gaussian":
+        raise ValueError(
+            "sampling='gaussian' draws no columns. Use nystrom(A, rank, sampling='gaussian')."
+        )
     if sampling == "uniform":
         return generator.choice(n, rank, replace=False).astype(np.int64)
-    d = diagonal(A)
-    if is_traced(d):
-        raise TypeError(
-            f"sampling={sampling!r} needs the values of the diagonal, which are unknown while jax "
-            "traces. Choose the columns outside and pass `indices`."
-        )
-    check_finite("diagonal of A", d)
+    if sampling not in DRAWN:
+        return pivoted_cholesky(A, rank, method=sampling, rng=generator).pivots
+    if diagonal is None:
+        d = known_diagonal(aslinearoperator(A), f"sampling={sampling!r}")
+    else:
+        d = getattr(diagonal, "value", diagonal)
+        check_block("diagonal", d, n)
+        check_finite("diagonal", d)
     host = to_host(d).astype(np.float64)
     with np.errstate(divide="ignore"):
         log_weights = np.log(np.abs(host))  # squares would over- or underflow

@@ -7,6 +7,7 @@ from typing import Any
 
 from lowrank_inverse._array import check_scalar, describe
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.certificate import certificate_cost
 from lowrank_inverse.certificate import certify as certify_solution
 from lowrank_inverse.operators import FunctionOperator, aslinearoperator
 from lowrank_inverse.prepared import PreparedInverse, apply_cost, block_width, direct_solution
@@ -83,7 +84,8 @@ def solve(
     state : Solution, optional
         Of a similar system: where CG and NystromCG start.
     certify : bool
-        Fill `error_bound`, at one more product a column. `A` must be positive semidefinite
+        Fill `error_bound`, at one more product a column and, where `A` does not tell its norm,
+        two to estimate it. `A` must be positive semidefinite
         and the damping positive.
 
     Returns
@@ -115,8 +117,9 @@ def solve(
         A, solution.value, b, settings.damping, inverse=inverse.nystrom_inverse
     )
     width = block_width(b)
+    cost = width + certificate_cost(A) + apply_cost(inverse.nystrom_inverse, width)
     return solution._replace(
-        num_products=num_products + width + apply_cost(inverse.nystrom_inverse, width),
+        num_products=num_products + cost,
         error_bound=bounds.error_bound,
     )
 

@@ -25,13 +25,9 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
+from lowrank_inverse.estimates import estimate_diagonal
 from lowrank_inverse.neumann import neumann
-from lowrank_inverse.nystrom import (
-    NystromApproximation,
-    choose_indices,
-    is_indefinite,
-    nystrom,
-)
+from lowrank_inverse.nystrom import NystromApproximation, check_rank, is_indefinite, nystrom
 from lowrank_inverse.operators import aslinearoperator, columns
 from lowrank_inverse.preconditioner import NystromPreconditioner
 from lowrank_inverse.prepared import (
@@ -41,12 +37,15 @@ from lowrank_inverse.prepared import (
     direct_solution,
     with_apply_cost,
 )
-from lowrank_inverse.sampling import check_sampling
+from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.solution import Solution, check_system
-from lowrank_inverse.state import kept_factor, start
+from lowrank_inverse.sources import known_or_none
+from lowrank_inverse.state import kept_columns, start
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
+AUTO_SHARE = 0.1
+"""Of the damping, that a rank which grows may leave to a direct inverse."""
 STORAGES = ("stored", "chunked", "streamed")
 
 
@@ -56,13 +55,14 @@ class Nystrom:
 
     Parameters
     ----------
-    rank : int
-        Columns to sample, one product each.
+    rank : int or "auto"
+        Columns to sample, one product each. ``"auto"``: as many as leave about a tenth of the
+        damping; see :func:`lowrank_inverse.nystrom`.
     damping : float
         Positive, unless a ridge makes up for it. Small dampings need many columns; see
         :func:`lowrank_inverse.certify`.
-    sampling : {"uniform", "diagonal", "diagonal_squared"}
-        Which columns; see :func:`lowrank_inverse.sampling.sample_columns`.
+    sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
+        Which columns; see :func:`lowrank_inverse.nystrom`.
     storage : {"stored", "chunked", "streamed"}
         Hold all columns; or a chunk of them, computed again where needed
         (:func:`lowrank_inverse.chunked_inverse`); or none
@@ -74,6 +74,11 @@ class Nystrom:
         ends earlier at a relative residual of 1e-5.
     indices : sequence of ints, shape (k,), optional
         The columns to take, in place of `rank` and `sampling`; kept as a tuple unless traced.
+    max_rank : int, optional
+        For ``rank="auto"``. Default: the lesser of n and 1000.
+    diagonal_products : int, optional
+        Products to spend on the weights of ``"diagonal"`` and ``"diagonal_squared"`` where the
+        operator has no diagonal; see :func:`lowrank_inverse.estimate_diagonal`.
 
     References
     ----------
@@ -81,13 +86,15 @@ class Nystrom:
        Differentiation. AISTATS 2023.
     """
 
-    rank: int = 20
+    rank: Any = 20
     damping: Any = 1e-2
     sampling: str = "uniform"
     storage: str = "stored"
     chunk_size: int | None = None
     refine: int = 0
     indices: Any = None
+    max_rank: int | None = None
+    diagonal_products: int | None = None
 
     def __post_init__(self) -> None:
         _check_columns(self)
@@ -100,18 +107,25 @@ class Nystrom:
             check_count("chunk_size", self.chunk_size)
         if self.refine != 0:
             check_count("refine", self.refine)
+        held = self.rank == "auto" or self.sampling not in DRAWN
+        if held and self.indices is None and self.storage in ("chunked", "streamed"):
+            raise ValueError(
+                f"rank={self.rank!r} with sampling={self.sampling!r} holds its columns; got "
+                f"storage={self.storage!r}. Use storage='stored', or pass `indices`."
+            )
 
     def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``; `state` is not used."""
         check_damping(self.damping)
         A = aslinearoperator(A)
-        indices = _indices(self, A, rng)
         inverse: Any
         if self.storage == "stored":
-            source: Any = nystrom(A, indices=indices, chunk_size=self.chunk_size)
-            inverse = source.inverse(self.damping)
+            aim = AUTO_SHARE * self.damping
+            source: Any = _approximation(self, A, rng, aim, chunk_size=self.chunk_size)
+            inverse, spent = source.inverse(self.damping), 0
         else:
             build = chunked_inverse if self.storage == "chunked" else streamed_inverse
+            indices, spent = _indices(self, A, rng)
             inverse = source = build(A, indices, self.damping, chunk_size=self.chunk_size or 1)
         unit = eps(inverse.like)
 
@@ -129,7 +143,7 @@ class Nystrom:
             A,
             run,
             apply=None if self.refine else inverse.__matmul__,
-            num_products=source.num_products,
+            num_products=source.num_products + spent,
             rank=source.rank,
             negative_curvature=is_indefinite(source.core_eigenvalues, self.damping, unit),
             nystrom_inverse=inverse,
@@ -143,11 +157,12 @@ class NystromCG:
 
     Parameters
     ----------
-    rank, sampling, indices
-        As in :class:`Nystrom`.
+    rank, sampling, indices, max_rank, diagonal_products
+        As in :class:`Nystrom`; but ``rank="auto"`` takes as many columns as leave about the
+        damping, and without a damping, a thousandth of the trace.
     damping : float
         0 or more.
-    rtol, max_steps
+    rtol, max_steps, check_every
         As in :func:`lowrank_inverse.cg`.
 
     Notes
@@ -161,12 +176,15 @@ class NystromCG:
        Matrix Anal. Appl. 44, 2023.
     """
 
-    rank: int = 20
+    rank: Any = 20
     damping: Any = 0.0
     sampling: str = "uniform"
     rtol: float = 1e-5
     max_steps: int | None = None
     indices: Any = None
+    check_every: int = 1
+    max_rank: int | None = None
+    diagonal_products: int | None = None
 
     def __post_init__(self) -> None:
         _check_columns(self)
@@ -179,17 +197,13 @@ class NystromCG:
         The columns of a :class:`lowrank_inverse.HypergradientState` serve again while they can.
         """
         A = aslinearoperator(A)
-
-        def compute() -> tuple[Array, Any]:
-            indices = _indices(self, A, rng)
-            C = columns(A, indices)
-            check_finite("columns of A", C)
-            return C, indices
-
-        rank = self.rank if self.indices is None else len(self.indices)
-        factor = kept_factor(state, int(A.shape[0]), rank, compute)
-        approx = NystromApproximation(
-            factor.columns, factor.indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
+        limit = {"indefinite_pivot_rtol": PRECONDITIONER_PIVOT_RTOL}
+        approx, factor = kept_columns(
+            state,
+            self,
+            int(A.shape[0]),
+            fresh=lambda: _approximation(self, A, rng, self.damping, **limit),
+            again=lambda C, indices: NystromApproximation(C, indices, **limit),
         )
         preconditioner = NystromPreconditioner(approx, self.damping)
 
@@ -202,6 +216,7 @@ class NystromCG:
                 preconditioner=preconditioner,
                 rtol=self.rtol,
                 max_steps=self.max_steps,
+                check_every=self.check_every,
             )
 
         return PreparedInverse(
@@ -226,6 +241,7 @@ class CG:
     rtol: float = 1e-5
     atol: float = 0.0
     max_steps: int | None = None
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         _check_iteration(self)
@@ -244,6 +260,7 @@ class CG:
                 rtol=self.rtol,
                 atol=self.atol,
                 max_steps=self.max_steps,
+                check_every=self.check_every,
             )
 
         return PreparedInverse(A, run)
@@ -347,8 +364,14 @@ class Identity:
 
 
 def _check_columns(settings: Any) -> None:
-    check_count("rank", settings.rank)
+    if settings.rank is None:
+        raise TypeError("`rank` must be a whole number or 'auto'; got None.")
+    check_rank(settings.rank)
     check_sampling(settings.sampling)
+    if settings.max_rank is not None:
+        check_count("max_rank", settings.max_rank)
+    if settings.diagonal_products is not None:
+        check_count("diagonal_products", settings.diagonal_products)
     if settings.indices is not None and not is_traced(settings.indices):
         indices = tuple(check_indices(settings.indices, sys.maxsize).tolist())
         object.__setattr__(settings, "indices", indices)
@@ -357,14 +380,50 @@ def _check_columns(settings: Any) -> None:
 def _check_iteration(settings: Any) -> None:
     check_scalar("damping", settings.damping)
     check_scalar("rtol", settings.rtol)
+    check_count("check_every", settings.check_every)
     if settings.max_steps is not None:
         check_count("max_steps", settings.max_steps)
 
 
-def _indices(settings: Any, A: Any, rng: RNG) -> np.ndarray:
+def _weights(settings: Any, A: Any, rng: Any) -> tuple[Any, int]:
+    """Return an estimate of the diagonal where one was asked for and is needed, and its price."""
+    wanted = settings.diagonal_products is not None and settings.sampling.startswith("diagonal")
+    if not wanted or known_or_none(A) is not None:
+        return None, 0
+    estimate = estimate_diagonal(A, settings.diagonal_products, rng=rng)
+    return estimate, estimate.num_products
+
+
+def _indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
+    """Return the columns to take, and the products that it took to choose them."""
+    n = int(A.shape[0])
     if settings.indices is not None:
-        return choose_indices(A, None, settings.indices, settings.sampling, rng)
-    return choose_indices(A, settings.rank, None, settings.sampling, rng)
+        return check_indices(settings.indices, n), 0
+    generator = np.random.default_rng(rng)
+    weights, spent = _weights(settings, A, generator)
+    rank = check_count("rank", settings.rank, most=n)
+    drawn = sample_columns(A, rank, sampling=settings.sampling, rng=generator, diagonal=weights)
+    return drawn, spent
+
+
+def _approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments: Any) -> Any:
+    """Return the Nyström approximation of the settings; a rank that grows aims at `aim`."""
+    if settings.indices is not None:
+        return nystrom(A, indices=settings.indices, **arguments)
+    generator = np.random.default_rng(rng)
+    weights, spent = _weights(settings, A, generator)
+    if settings.rank == "auto":
+        arguments |= {"damping": aim if _is_positive(aim) else None, "max_rank": settings.max_rank}
+    approx = nystrom(
+        A,
+        settings.rank,
+        sampling=settings.sampling,
+        rng=generator,
+        diagonal=weights,
+        **arguments,
+    )
+    approx.num_products += spent
+    return approx
 
 
 def _is_positive(damping: Any) -> bool:

@@ -26,6 +26,7 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._typing import Array
 from lowrank_inverse.cg import cg
+from lowrank_inverse.sampling import DRAWN
 from lowrank_inverse.solution import Reason, Solution, code, ended, tolerance
 
 NUM_SETTLING = 3
@@ -61,7 +62,8 @@ class HypergradientState(NamedTuple):
     beyond that is lost, and what it takes less is won back. When the losses reach the k products
     that fresh columns cost, the next call computes them: as with skis that are rented until the
     rent has reached their price, at most about twice the least is spent. Columns of the bare
-    Hessian are kept, so that a new damping or ridge is taken into account at once.
+    Hessian are kept, so that a new damping or ridge is taken into account at once. A Gaussian
+    sketch is no set of columns, and is made anew at every call.
 
     Products in one outer step: 1 to start, 1 for each step, 1 to confirm, and k where the columns
     are fresh. Memory ``n * (k + 1)`` numbers.
@@ -119,8 +121,9 @@ class Factor(NamedTuple):
 
     Attributes
     ----------
-    columns : array, shape (n, k)
-    indices : integers, shape (k,)
+    columns : array, shape (n, k), or None
+        None for a Gaussian sketch, which is no set of columns and is never kept.
+    indices : integers, shape (k,), or None
         On the host unless traced.
     num_products : int
         What they cost in this call.
@@ -128,7 +131,7 @@ class Factor(NamedTuple):
         Whether they were computed in this call.
     """
 
-    columns: Array
+    columns: Array | None
     indices: Any
     num_products: Any
     refreshed: Any
@@ -171,33 +174,64 @@ def adopt(state: Any, b: Array) -> Any:
     return HypergradientState(*map(moved, state))
 
 
-def kept_factor(state: Any, n: int, rank: int, compute: Callable[[], tuple[Array, Any]]) -> Factor:
-    """Return the columns in `state` while they are worth it, else those that `compute` returns.
+def kept_columns(
+    state: Any,
+    settings: Any,
+    n: int,
+    *,
+    fresh: Callable[[], Any],
+    again: Callable[[Array, Any], Any],
+) -> tuple[Any, Factor]:
+    """Return an approximation from the columns in `state` while they are worth it, else anew.
 
     Parameters
     ----------
     state : HypergradientState or anything else
-    n, rank : int
-        Shape of the columns wanted; those of another shape are not kept.
-    compute : callable () -> (columns, indices)
-        At `rank` products.
+    settings : NystromCG
+        Says how many columns are wanted; others are not kept.
+    n : int
+        Rows of the columns.
+    fresh : callable () -> NystromApproximation
+    again : callable (columns, indices) -> NystromApproximation
     """
-    columns = getattr(state, "columns", None)
-    if columns is None or tuple(columns.shape) != (n, rank):
-        return Factor(*compute(), rank, True)
-    stale = state.excess >= rank
+    if not _wanted(state, settings, n):
+        return _first(fresh())
+    stale = state.excess >= state.columns.shape[1]
     if not is_traced(stale):
         if bool(stale):
-            return Factor(*compute(), rank, True)
-        return Factor(columns, check_indices(state.indices, n), 0, False)
-    xp = array_namespace(columns)
+            return _first(fresh())
+        indices = check_indices(state.indices, n)
+        return again(state.columns, indices), Factor(state.columns, indices, 0, False)
+    xp = array_namespace(state.columns)
+    cost = []
 
-    def fresh() -> tuple[Array, Array]:
-        C, indices = compute()
-        return C, xp.asarray(indices, dtype=state.indices.dtype)
+    def renew() -> tuple[Array, Array]:
+        approx = fresh()
+        cost.append(approx.num_products)
+        return approx.columns, xp.asarray(approx.indices, dtype=state.indices.dtype)
 
-    C, indices = sys.modules["jax"].lax.cond(stale, fresh, lambda: (columns, state.indices))
-    return Factor(C, indices, xp.where(stale, rank, 0), stale)
+    C, indices = sys.modules["jax"].lax.cond(stale, renew, lambda: (state.columns, state.indices))
+    return again(C, indices), Factor(C, indices, xp.where(stale, cost[0], 0), stale)
+
+
+def _first(approx: Any) -> tuple[Any, Factor]:
+    kept = approx.indices is not None
+    columns, indices = (approx.columns, approx.indices) if kept else (None, None)
+    return approx, Factor(columns, indices, approx.num_products, True)
+
+
+def _wanted(state: Any, settings: Any, n: int) -> bool:
+    """Whether the columns in a state are such as the settings ask for."""
+    columns = getattr(state, "columns", None)
+    if columns is None or columns.shape[0] != n or settings.sampling == "gaussian":
+        return False
+    if settings.indices is not None:
+        return bool(columns.shape[1] == len(settings.indices))
+    if settings.rank == "auto":
+        return True
+    # Pivots end where no more is left than rounding.
+    exact = settings.sampling in DRAWN
+    return bool(columns.shape[1] == settings.rank if exact else columns.shape[1] <= settings.rank)
 
 
 @quietly
@@ -251,7 +285,7 @@ def next_state(
     x = solution.value
     xp = array_namespace(x)
     value = xp.where(xp.all(xp.isfinite(x)), x, xp.zeros_like(x))
-    if factor is None or start_norm is None:
+    if factor is None or factor.columns is None or start_norm is None:
         return HypergradientState(value)
     steps = astype(solution.num_steps, x.dtype)
     # Below rounding there is nothing left to fall, and no log of 0.

@@ -56,7 +56,7 @@ class ChunkedWoodburyInverse(Operator):
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
         self._updates: list[tuple[Array, Array]] = []
         xp = array_namespace(approx.columns)
-        k = approx.indices.size
+        k = approx.num_columns
         chunk_size = check_count("chunk_size", chunk_size)
         for start in range(0, k, chunk_size):
             stop = min(start + chunk_size, k)

@@ -832,6 +832,54 @@ def test_a_well_conditioned_solve_costs_one_product_more_than_its_steps(library)
     assert A.num_products == solution.num_products == int(solution.num_steps) + 1
 
 
+# Looks at the stopping test, and the caller's own
+
+
+@pytest.mark.parametrize("width", [None, WIDTH])
+@pytest.mark.parametrize("name", ["conditioned", "half"])
+def test_rare_looks_at_the_stopping_test_change_nothing_but_the_products(library, width, name):
+    A = library.asarray(conditioned(10) if name == "conditioned" else matrix(name))
+    b = library.asarray(rhs(width=width))
+    often = li.cg(A, b)
+    operator = CountingOperator(A)
+    seldom = li.cg(operator, b, check_every=7)
+    for field in ("value", "residual_norm", "num_steps", "converged", "reason"):
+        np.testing.assert_array_equal(getattr(host(seldom), field), getattr(host(often), field))
+    assert seldom.num_products == operator.num_products > often.num_products
+    sweeps = len(operator.widths)
+    assert sweeps % 7 == 1  # seven at a time, and one to confirm
+
+
+@pytest.mark.parametrize("width", [None, WIDTH])
+def test_a_callback_hears_of_every_step(library, width):
+    A, b = library.asarray(conditioned(100)), library.asarray(1e3 * rhs(width=width))
+    heard = []
+    solution = host(li.cg(A, b, callback=lambda *args: heard.append([host(a) for a in args])))
+    totals = [np.sum(num_steps) for num_steps, _ in heard]
+    assert np.all(np.diff(totals) > 0)
+    assert totals[-1] == np.sum(solution.num_steps)
+    assert len(heard) >= np.max(solution.num_steps)
+    assert all(np.shape(norms) == solution.residual_norm.shape for _, norms in heard)
+    rounding = 100 * library.eps * norm(1e3 * rhs(width=width))  # carried and true residual
+    assert np.all(np.abs(heard[-1][1] - solution.residual_norm) < rounding)
+
+
+def test_a_callback_is_traced_with_the_solve():
+    jax = pytest.importorskip("jax")
+    heard = []
+
+    def solve_heard(A, b):
+        def callback(num_steps, residual_norm):
+            jax.debug.callback(lambda steps: heard.append(int(steps)), num_steps)
+
+        return li.cg(A, b, callback=callback)
+
+    A, b = conditioned(10).astype("float32"), rhs().astype("float32")
+    solution = jax.jit(solve_heard)(jax.numpy.asarray(A), jax.numpy.asarray(b))
+    jax.effects_barrier()
+    assert sorted(heard) == list(range(1, int(solution.num_steps) + 1))
+
+
 # Bad input
 
 
@@ -917,6 +965,12 @@ def test_a_negative_tolerance_is_refused(name, value):
     A, b = a_system()
     with pytest.raises(ValueError, match=f"`{name}` must be finite and >= 0"):
         li.cg(A, b, **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_looks_that_are_no_positive_whole_number_are_refused(value):
+    with pytest.raises((TypeError, ValueError), match="`check_every` must be"):
+        li.cg(*a_system(), check_every=value)
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError)])

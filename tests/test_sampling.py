@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import chi2
 
 import lowrank_inverse as li
-from lowrank_inverse.sampling import SAMPLINGS, sample_columns
+from lowrank_inverse.sampling import DRAWN, sample_columns
 from tests.problems import CountingOperator, N, matrix
 
 WEIGHTS = np.array([0.0, 4.0, 1.0, 0.5, 0.0, 2.0, 0.25, 0.25])
@@ -30,13 +30,13 @@ def chi_square_is_plausible(counts, probabilities):
     return statistic < chi2.ppf(1 - IMPROBABLE, np.sum(possible) - 1)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_the_first_column_is_drawn_in_proportion_to_its_weight(sampling):
     A, rng = np.diag(WEIGHTS), np.random.default_rng(0)
     first = [sample_columns(A, 1, sampling=sampling, rng=rng)[0] for _ in range(DRAWS)]
     counts = np.bincount(first, minlength=8)
     assert chi_square_is_plausible(counts, EXPECTED[sampling])
-    others = [EXPECTED[other] for other in SAMPLINGS if other != sampling]
+    others = [EXPECTED[other] for other in DRAWN if other != sampling]
     assert not any(chi_square_is_plausible(counts + 1e-9, other + 1e-12) for other in others)
 
 
@@ -68,7 +68,7 @@ def test_uniform_sampling_takes_every_column_equally_often(rank):
     assert np.max(deviation) < 5
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_columns_are_distinct_and_all_of_them_at_full_rank(sampling):
     A = np.diag(WEIGHTS)
     for seed in range(20):
@@ -112,7 +112,7 @@ def test_a_diagonal_over_hundreds_of_orders_of_magnitude_is_no_obstacle(sampling
     assert sorted(drawn) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_one_seed_gives_the_same_columns_on_every_backend(eager, sampling):
     diagonal = np.round(16 * np.diagonal(matrix("polynomial"))) / 16  # exact in float32
     expected = sample_columns(np.diag(diagonal), 8, sampling=sampling, rng=5)
@@ -121,7 +121,7 @@ def test_one_seed_gives_the_same_columns_on_every_backend(eager, sampling):
     assert type(found) is np.ndarray
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_a_seed_repeats_itself_and_another_seed_differs(sampling):
     A = np.diag(np.arange(1.0, 101))
     first, again = (sample_columns(A, 20, sampling=sampling, rng=7) for _ in range(2))
@@ -129,7 +129,7 @@ def test_a_seed_repeats_itself_and_another_seed_differs(sampling):
     assert set(first) != set(sample_columns(A, 20, sampling=sampling, rng=8))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_a_generator_is_used_and_moved_on(sampling):
     A, rng = np.diag(np.arange(1.0, 101)), np.random.default_rng(7)
     first = sample_columns(A, 20, sampling=sampling, rng=rng)
@@ -151,7 +151,7 @@ def test_no_global_generator_is_read_or_moved():
         random.seed(seed)
         torch.manual_seed(seed)
         before = np.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()  # noqa: NPY002
-        for sampling in SAMPLINGS:
+        for sampling in DRAWN:
             drawn.append(tuple(sample_columns(A, 5, sampling=sampling, rng=3)))
         for solver in (li.NystromCG(5, damping=0.1), li.Neumann(0.1), li.Nystrom(5, refine=1)):
             li.solve(A, b, solver=solver, rng=3)

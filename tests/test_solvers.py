@@ -374,9 +374,11 @@ def test_the_sampling_is_passed_on(sampling):
 
 
 def test_defaults_are_those_documented():
-    assert dataclasses.astuple(li.Nystrom()) == (20, 1e-2, "uniform", "stored", None, 0, None)
-    assert dataclasses.astuple(li.NystromCG()) == (20, 0.0, "uniform", 1e-5, None, None)
-    assert dataclasses.astuple(li.CG()) == (0.0, 1e-5, 0.0, None)
+    nystrom = (20, 1e-2, "uniform", "stored", None, 0, None, None, None)
+    assert dataclasses.astuple(li.Nystrom()) == nystrom
+    nystrom_cg = (20, 0.0, "uniform", 1e-5, None, None, 1, None, None)
+    assert dataclasses.astuple(li.NystromCG()) == nystrom_cg
+    assert dataclasses.astuple(li.CG()) == (0.0, 1e-5, 0.0, None, 1)
     assert dataclasses.astuple(li.Neumann()) == (0.0, 10, None)
     assert dataclasses.astuple(li.Exact()) == (0.0,)
     assert dataclasses.astuple(li.Identity()) == (1.0,)

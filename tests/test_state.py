@@ -192,6 +192,38 @@ def test_columns_of_another_rank_are_not_kept():
     assert result.state.columns.shape == (N, 4)
 
 
+@pytest.mark.parametrize("ridge", [None, RIDGES["one for each"]], ids=["no ridge", "for each"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 10, "sampling": "diagonal"},
+        {"rank": 10, "sampling": "rpcholesky"},
+        {"rank": "auto", "sampling": "greedy"},
+    ],
+    ids=["diagonal", "rpcholesky", "auto"],
+)
+def test_columns_are_kept_however_they_were_chosen(settings, ridge):
+    solver = li.NystromCG(damping=0.05, rtol=1e-8, **settings)
+    first = outer_step(drifting(0), solver=solver, ridge=ridge)
+    second = outer_step(drifting(1), first.state, solver=solver, ridge=ridge)
+    assert not second.inverse.factor.refreshed
+    assert second.inverse.num_products == 0
+    assert np.array_equal(second.state.indices, first.state.indices)
+    assert relative_error(second.solution.value, dense(drifting(1), 0.05, ridge)) < 1e-6
+
+
+@pytest.mark.parametrize("ridge", [None, RIDGES["one for each"]], ids=["no ridge", "for each"])
+def test_a_gaussian_sketch_is_made_anew_at_each_call(ridge):
+    solver = li.NystromCG(rank=10, damping=0.05, rtol=1e-8, sampling="gaussian")
+    state = None
+    for step in range(2):
+        result = outer_step(drifting(step), state, solver=solver, ridge=ridge)
+        state = result.state
+        assert result.inverse.factor.refreshed
+        assert state.columns is None
+    assert relative_error(result.solution.value, dense(drifting(1), 0.05, ridge)) < 1e-6
+
+
 def test_the_state_may_go_from_one_solver_to_another():
     first = outer_step(drifting(0)).state
     cg = outer_step(drifting(0), first, solver=li.CG(1e-3, rtol=1e-8))
@@ -303,3 +335,6 @@ def test_a_state_of_another_size_is_refused():
     state = outer_step(matrix("linear"), solver=SOLVER).state
     with pytest.raises(ValueError, match=r"`state` must come from .* shape \(12,"):
         outer_step(np.eye(12), state, b=np.ones(12), solver=li.CG())
+    small = li.NystromCG(rank=4, damping=0.1)
+    with pytest.raises(ValueError, match="`state` must come from a system"):
+        outer_step(np.eye(12), state, b=np.ones(12), solver=small, ridge=np.ones(12))
