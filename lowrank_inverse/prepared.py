@@ -32,7 +32,7 @@ class PreparedInverse(ProductOnly):
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
     preconditioner : operator or None
         What stands for the inverse in conjugate gradients, where there is such a thing.
-    factor : lowrank_inverse.state.Factor or None
+    factor : lowrank_inverse.kept.Factor or None
         The columns of a NystromCG, for the state of the next call.
     """
 

@@ -26,6 +26,7 @@ from lowrank_inverse._array import (
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.estimates import estimate_diagonal
+from lowrank_inverse.kept import kept_columns
 from lowrank_inverse.neumann import neumann
 from lowrank_inverse.nystrom import NystromApproximation, check_rank, is_indefinite, nystrom
 from lowrank_inverse.operators import aslinearoperator, columns
@@ -40,7 +41,7 @@ from lowrank_inverse.prepared import (
 from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.solution import Solution, check_system
 from lowrank_inverse.sources import known_or_none
-from lowrank_inverse.state import kept_columns, start
+from lowrank_inverse.state import start
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2

@@ -7,7 +7,8 @@ import pytest
 
 import lowrank_inverse as li
 from lowrank_inverse.implicit import hypergradient_info, implicit_gradient
-from lowrank_inverse.state import Factor, next_state, start
+from lowrank_inverse.kept import Factor
+from lowrank_inverse.state import next_state, start
 from tests.conftest import host
 from tests.oracles import damped_solve, relative_error
 from tests.problems import CountingOperator, N, indices, matrix, rhs, symmetric

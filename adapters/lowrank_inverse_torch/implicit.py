@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lowrank_inverse.implicit import inverse_product
+from lowrank_inverse.ridge import inverse_product
 from lowrank_inverse.solve import as_settings
 from lowrank_inverse_torch._guard import evaluate_loss, explained, untouched
 from lowrank_inverse_torch.curvature import HessianOperator, Modules
