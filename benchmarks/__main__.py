@@ -11,6 +11,11 @@ COMMANDS = {
     "certificate": ("benchmarks.certificate", "how tight the error bounds are"),
     "psd": ("benchmarks.psd", "steps and time to solve positive semidefinite systems"),
     "kernel-ridge": ("benchmarks.kernel_ridge", "kernel ridge regression: error, time, memory"),
+    "state": ("benchmarks.state", "state over outer steps: errors at equal products"),
+    "minibatch": (
+        "benchmarks.minibatch",
+        "a fresh minibatch in each product, against a frozen one",
+    ),
     "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
     "table5": ("benchmarks.table5", "Table 5 of the paper: time and memory of a hypergradient"),
     "peers": ("benchmarks.peers", "a hypergradient against those of other packages"),

@@ -45,17 +45,24 @@ class TorchCleaning:
         self, theta: np.ndarray, w: np.ndarray, solver: Any, seed: int
     ) -> tuple[np.ndarray, int]:
         """Differentiate the validation loss by the weights; also the products it took."""
+        out = self.differentiate(theta, w, solver, seed)
+        return out.grads.numpy(), int(out.info.num_products)
+
+    def differentiate(
+        self, theta: np.ndarray, w: np.ndarray, solver: Any, seed: int, state: Any = None
+    ) -> Any:
+        """Return all that a hypergradient is."""
         live = torch.tensor(theta, requires_grad=True)
         weights = torch.tensor(w, requires_grad=True)
-        out = hypergradient(
+        return hypergradient(
             lambda: self._inner(live, weights),
             lambda: self._outer(live),
             live,
             weights,
             solver=solver,
             ridge=self.ridge,
+            state=state,
             rng=seed,
             accumulate_grad=False,
             chunk_size=50,
         )
-        return out.grads.numpy(), int(out.info.num_products)

@@ -18,6 +18,7 @@ from lowrank_inverse.pivoted import PivotedCholesky, pivoted_cholesky
 from lowrank_inverse.solution import Reason, Solution
 from lowrank_inverse.solve import as_solve, solve
 from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
+from lowrank_inverse.state import HypergradientState
 from lowrank_inverse.storage import load, save
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse, woodbury_inverse
 
@@ -29,6 +30,7 @@ __all__ = [
     "DiagonalEstimate",
     "Exact",
     "FunctionOperator",
+    "HypergradientState",
     "Identity",
     "KernelOperator",
     "Neumann",

@@ -36,6 +36,8 @@ class PreparedInverse(ProductOnly):
         :func:`lowrank_inverse.memory.plan_storage`.
     preconditioner : operator or None
         What stands for the inverse in conjugate gradients, where there is such a thing.
+    factor : lowrank_inverse.kept.Factor or None
+        The columns of a NystromCG, for the state of the next call.
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class PreparedInverse(ProductOnly):
         nystrom_inverse: Any = None,
         preconditioner: Any = None,
         storage: StoragePlan | None = None,
+        factor: Any = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
         self.like = getattr(A, "like", None)
         self._run, self._apply = run, apply
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
-        self.preconditioner, self.storage = preconditioner, storage
+        self.preconditioner, self.storage, self.factor = preconditioner, storage, factor
 
     def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block).value

@@ -129,25 +129,6 @@ def check_system(
     check_finite(name, x0)
 
 
-def start(state: Any, b: Array) -> Array | None:
-    """Return the solution in `state`, where a solve for `b` may start; None for no state."""
-    if state is None:
-        return None
-    if not isinstance(state, Solution):
-        raise TypeError(
-            f"`state` must be the Solution of an earlier solve; got {describe(state)}. A "
-            "hypergradient has it as `.state`."
-        )
-    namespace(b=b, state=state.value)
-    if tuple(state.value.shape) != tuple(b.shape) or state.value.dtype != b.dtype:
-        raise ValueError(
-            f"`state` must come from a system of the same size, dtype {b.dtype} and shape "
-            f"{tuple(b.shape)}; its value is {describe(state.value)}."
-        )
-    check_finite("state", state.value)
-    return state.value
-
-
 def tolerance(b: Array, rtol: float, atol: float = 0.0) -> Array:
     """Return ``max(rtol * norm(b), atol)`` for each column."""
     check_scalar("rtol", rtol)

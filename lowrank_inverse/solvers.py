@@ -19,12 +19,14 @@ from lowrank_inverse._array import (
     concrete,
     eps,
     is_traced,
+    quietly,
     symmetric_part,
     wide_dtype,
 )
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.estimates import estimate_diagonal
+from lowrank_inverse.kept import kept_columns
 from lowrank_inverse.memory import (
     STORAGES,
     STREAMED_DAMPING,
@@ -33,7 +35,7 @@ from lowrank_inverse.memory import (
     plan_storage,
 )
 from lowrank_inverse.neumann import neumann
-from lowrank_inverse.nystrom import check_rank, is_indefinite, nystrom
+from lowrank_inverse.nystrom import NystromApproximation, check_rank, is_indefinite, nystrom
 from lowrank_inverse.operators import aslinearoperator, columns
 from lowrank_inverse.preconditioner import NystromPreconditioner
 from lowrank_inverse.prepared import (
@@ -44,8 +46,9 @@ from lowrank_inverse.prepared import (
     with_apply_cost,
 )
 from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
-from lowrank_inverse.solution import Solution, check_system, start
+from lowrank_inverse.solution import Solution, check_system
 from lowrank_inverse.sources import empty_like, known_or_none
+from lowrank_inverse.state import start
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
@@ -245,11 +248,20 @@ class NystromCG:
         _check_columns(self)
         _check_iteration(self)
 
+    @quietly
     def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given."""
+        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given.
+
+        The columns of a :class:`lowrank_inverse.HypergradientState` serve again while they can.
+        """
         A = aslinearoperator(A)
-        approx = _approximation(
-            self, A, rng, self.damping, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
+        limit = {"indefinite_pivot_rtol": PRECONDITIONER_PIVOT_RTOL}
+        approx, factor = kept_columns(
+            state,
+            self,
+            int(A.shape[0]),
+            fresh=lambda: _approximation(self, A, rng, self.damping, **limit),
+            again=lambda C, indices: NystromApproximation(C, indices, **limit),
         )
         preconditioner = NystromPreconditioner(approx, self.damping)
 
@@ -268,8 +280,9 @@ class NystromCG:
         return PreparedInverse(
             A,
             run,
-            num_products=approx.num_products,
+            num_products=factor.num_products,
             rank=approx.rank,
+            factor=factor,
             negative_curvature=is_indefinite(
                 approx.core_eigenvalues, self.damping, eps(approx.columns)
             ),

@@ -237,6 +237,42 @@ def test_the_certificate_table_shows_bounds_that_hold_and_tighten_with_an_invers
     )
 
 
+# State over outer steps, and minibatches.
+
+
+def test_with_state_the_error_is_a_tenth_of_cold_cg_at_equal_products(tmp_path):
+    pytest.importorskip("sklearn", reason="the data are those of scikit-learn")
+    pytest.importorskip("torch", reason="it runs in PyTorch")
+    from benchmarks import state
+
+    assert state.main(["--seeds", "1", "--steps", "8", "--output", str(tmp_path)]) == 0
+    content = written(tmp_path, "state")
+    cold, _, warm, kept = (content["means"][name][0] for name in content["runs"][0])
+    assert warm < cold / 4
+    assert kept < warm / 2
+    assert kept < cold / 10
+    for run in content["runs"][0].values():
+        assert len(run["errors"]) == len(run["products"]) == 8
+        assert abs(np.mean(run["products"]) - 12.5) < 1
+    with pytest.raises(SystemExit):
+        state.main(["--steps", "1"])
+
+
+def test_a_mean_of_frozen_minibatches_is_closer_than_fresh_ones(tmp_path):
+    pytest.importorskip("sklearn", reason="the data are those of scikit-learn")
+    pytest.importorskip("torch", reason="it runs in PyTorch")
+    from benchmarks import minibatch
+
+    assert minibatch.main(["--seeds", "1", "--draws", "2", "--output", str(tmp_path)]) == 0
+    (run,) = written(tmp_path, "minibatch")["runs"]
+    cosines = {name: np.mean([cosine for cosine, _ in pairs]) for name, pairs in run.items()}
+    whole, ten, four, one, fresh = cosines.values()
+    assert whole > 0.99
+    assert whole > ten > four > max(one, fresh)
+    with pytest.raises(SystemExit):
+        minibatch.main(["--draws", "0"])
+
+
 # What they share.
 
 

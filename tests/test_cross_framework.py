@@ -182,7 +182,7 @@ def by_torch(case: Case, dtype: str) -> Answer:
         flat(out.ihvp, ("bias", "weight")),
         out.info.num_products,
         out.info.rank,
-        int(out.state.reason),
+        int(out.solution.reason),
     )
 
 
@@ -231,7 +231,7 @@ def by_jax(case: Case, dtype: str, *, jit: bool = True) -> Answer:
             flat(out.ihvp),
             int(out.info.num_products),
             None if out.info.rank is None else int(out.info.rank),
-            int(out.state.reason),
+            int(out.solution.reason),
         )
 
 

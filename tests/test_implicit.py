@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import lowrank_inverse as li
-from lowrank_inverse.implicit import hypergradient_info, implicit_gradient, inverse_product
+from lowrank_inverse.implicit import hypergradient_info, implicit_gradient
+from lowrank_inverse.ridge import inverse_product
 from tests.conftest import host
 from tests.oracles import damped_solve, norm, nystrom, relative_error
 from tests.problems import CountingOperator, N, indices, matrix, rhs

@@ -137,7 +137,7 @@ def test_a_state_of_another_shape_is_refused():
 
 
 def test_a_state_that_is_no_solution_is_refused():
-    with pytest.raises(TypeError, match="`state` must be the Solution of an earlier solve"):
+    with pytest.raises(TypeError, match="`state` must be a HypergradientState"):
         li.solve(np.eye(3), np.ones(3), solver=li.CG(), state=np.ones(3))
 
 

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from lowrank_inverse import diagnostics
 from lowrank_inverse._array import describe
 from lowrank_inverse.implicit import hypergradient_info, implicit_gradient
 from lowrank_inverse.solution import Solution
 from lowrank_inverse.solvers import Nystrom, NystromCG
+from lowrank_inverse.state import HypergradientState
 from lowrank_inverse_jax.curvature import HessianOperator, full_precision, scalar
 from lowrank_inverse_jax.params import Parameters, as_parameters
 
@@ -29,6 +31,11 @@ __all__ = ["Hypergradient", "HypergradientInfo", "hypergradient"]
         "inner_grad_norm",
         "negative_curvature",
         "rank",
+        "num_steps",
+        "reason",
+        "refreshed",
+        "inner_step",
+        "error_bound",
     ],
     meta_fields=["hparams_without_path"],
 )
@@ -50,6 +57,12 @@ class HypergradientInfo:
         Columns or eigenvalues that the solver kept, where it has any.
     hparams_without_path : tuple of str
         Hyperparameters on which neither loss depends; their gradient is zero. Static.
+    num_steps, reason : array of int, shape ()
+        Steps of the solver, and the code of the :class:`lowrank_inverse.Reason` why it ended.
+    refreshed : bool or None
+        Whether NystromCG computed its columns in this call, rather than keep those of the state.
+    inner_step, error_bound : array, shape ()
+        As in :class:`lowrank_inverse.implicit.HypergradientInfo`.
     """
 
     num_products: Any
@@ -58,6 +71,23 @@ class HypergradientInfo:
     negative_curvature: Any
     rank: Any
     hparams_without_path: tuple[str, ...]
+    num_steps: Any = None
+    reason: Any = None
+    refreshed: Any = None
+    inner_step: Any = None
+    error_bound: Any = None
+
+    def findings(self) -> tuple[diagnostics.Finding, ...]:
+        """Return what is wrong; see :func:`lowrank_inverse.diagnostics.findings`."""
+        return diagnostics.findings(self)
+
+    def explain(self) -> str:
+        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        return diagnostics.explain(self)
+
+    def warn(self) -> None:
+        """Issue a warning for each finding."""
+        diagnostics.warn(self)
 
 
 class Hypergradient(NamedTuple):
@@ -71,10 +101,12 @@ class Hypergradient(NamedTuple):
         Gradient of the outer loss at fixed parameters, and what comes through the parameters.
     ihvp : structure of `params`
         ``(H + ridge + damping)^{-1}`` times the outer gradient.
-    state : Solution
-        Of the linear system; give it to the next call as `state` for a warm start.
+    state : HypergradientState
+        Give it to the next call as `state`: a warm start, and a preconditioner that is kept.
     info : HypergradientInfo
         Cost and trust.
+    solution : Solution
+        Of the linear system.
     aux : tuple
         With `has_aux`, what the inner and the outer loss returned beside their values, else ().
     """
@@ -83,9 +115,14 @@ class Hypergradient(NamedTuple):
     direct: Any
     implicit: Any
     ihvp: Any
-    state: Solution
+    state: HypergradientState
     info: HypergradientInfo
+    solution: Solution
     aux: Any = ()
+
+    def explain(self) -> str:
+        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        return self.info.explain()
 
 
 def hypergradient(
@@ -99,7 +136,7 @@ def hypergradient(
     has_aux: bool = False,
     solver: Any,
     ridge: Any = None,
-    state: Solution | None = None,
+    state: HypergradientState | Solution | None = None,
     key: Any = None,
     rng: Any = None,
     chunk_size: int = 8,
@@ -125,8 +162,9 @@ def hypergradient(
         `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) array or in
         the structure of `params`. It is treated exactly, never sampled. Give a callable where it
         depends on the hyperparameters.
-    state : Solution, optional
-        ``.state`` of an earlier call, where CG and NystromCG start.
+    state : HypergradientState, optional
+        ``.state`` of an earlier call, which CG and NystromCG continue; the Solution of a similar
+        system is a start too.
     key : jax PRNG key, optional
         From which columns are drawn uniformly, also inside ``jax.jit``.
     rng : int or numpy.random.Generator, optional
@@ -212,14 +250,15 @@ def hypergradient(
             inner_loss(params, hparams, *inner_args)[1],
             outer_loss(params, hparams, *outer_args)[1],
         )
-    info = hypergradient_info(result, outer_grad, gradient, without_path)
+    info = hypergradient_info(result, outer_grad, gradient, without_path, theta.vector)
     return Hypergradient(
         grads=phi.restore(direct + implicit),
         direct=phi.restore(direct),
         implicit=phi.restore(implicit),
         ihvp=theta.restore(result.solution.value),
-        state=result.solution,
+        state=result.state,
         info=HypergradientInfo(**info._asdict()),
+        solution=result.solution,
         aux=aux,
     )
 

@@ -14,14 +14,18 @@ from lowrank_inverse_torch.curvature import (
     hvp,
 )
 from lowrank_inverse_torch.hypergradient import Hypergradient, hypergradient
+from lowrank_inverse_torch.implicit import implicit_minimizer
 from lowrank_inverse_torch.influence import InfluenceFunction
+from lowrank_inverse_torch.plugs import as_solve
 
 __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "Hypergradient",
     "InfluenceFunction",
+    "as_solve",
     "hessian_columns",
     "hvp",
     "hypergradient",
+    "implicit_minimizer",
 ]

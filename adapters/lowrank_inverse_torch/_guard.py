@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 RandomStates = dict[torch.device, Tensor]
 
+_COMPILED = (
+    "A compiled module has no second derivative. Evaluate the module that was given to "
+    "torch.compile (`compiled._orig_mod`)."
+)
 _NOT_REENTRANT = "Checkpoint with torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
 
 # Part of torch's message -> what to do about it.
@@ -21,11 +25,8 @@ _REMEDIES = (
         "Fused attention has no second derivative. Evaluate the model within `with "
         "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`.",
     ),
-    (
-        "aot_autograd",
-        "A compiled module has no second derivative. Evaluate the module that was given to "
-        "torch.compile (`compiled._orig_mod`).",
-    ),
+    ("aot_autograd", _COMPILED),
+    ("donated buffers", _COMPILED),
     ("use_reentrant", _NOT_REENTRANT),
     ("Checkpointing is not compatible with .grad()", _NOT_REENTRANT),
     (

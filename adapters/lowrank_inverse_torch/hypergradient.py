@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, autograd, nn
 
 from lowrank_inverse.implicit import HypergradientInfo, hypergradient_info, implicit_gradient
-from lowrank_inverse.solution import Solution
+from lowrank_inverse.solution import Reason, Solution
+from lowrank_inverse.state import HypergradientState
 from lowrank_inverse_torch._graph import refuse_cut_graphs
 from lowrank_inverse_torch._guard import evaluate_loss, explained, untouched
 from lowrank_inverse_torch.curvature import HessianOperator, Loss, Modules
@@ -32,18 +33,25 @@ class Hypergradient(NamedTuple):
         What comes through the parameters.
     ihvp : structure of `params`
         ``(H + ridge + damping)^{-1}`` times the outer gradient.
-    state : Solution
-        Of the linear system; give it to the next call as `state` for a warm start.
+    state : HypergradientState
+        Give it to the next call as `state`: a warm start, and a preconditioner that is kept.
     info : HypergradientInfo
         Cost and trust, as Python numbers.
+    solution : Solution
+        Of the linear system.
     """
 
     grads: Any
     direct: Any
     implicit: Any
     ihvp: Any
-    state: Solution
+    state: HypergradientState
     info: HypergradientInfo
+    solution: Solution
+
+    def explain(self) -> str:
+        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        return self.info.explain()
 
 
 def hypergradient(
@@ -54,7 +62,7 @@ def hypergradient(
     *,
     solver: Any,
     ridge: Any = None,
-    state: Solution | None = None,
+    state: HypergradientState | Solution | None = None,
     accumulate_grad: bool = True,
     rng: Any = None,
     chunk_size: int = 1,
@@ -82,8 +90,9 @@ def hypergradient(
         `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) tensor or in
         the structure of `params`. It is treated exactly, never sampled, and may depend on
         `hparams`.
-    state : Solution, optional
-        ``.state`` of an earlier call, where CG and NystromCG start.
+    state : HypergradientState, optional
+        ``.state`` of an earlier call, which CG and NystromCG continue; the Solution of a similar
+        system is a start too.
     accumulate_grad : bool
         Add the result to ``.grad`` of the hyperparameters, as ``backward()`` would.
     rng : int or numpy.random.Generator, optional
@@ -160,18 +169,23 @@ def hypergradient(
         _accumulate(hparams.tensors, result.grads)
     theta = params.flatten(params.tensors)
     inner_grad = H.gradient if coefficients is None else H.gradient + coefficients * theta
-    info = hypergradient_info(result, outer_grad, inner_grad, without_path)
+    info = hypergradient_info(result, outer_grad, inner_grad, without_path, theta)
     return Hypergradient(
         grads=_restore(hparams, result.grads),
         direct=_restore(hparams, direct),
         implicit=_restore(hparams, result.implicit),
         ihvp=params.restore(result.solution.value),
-        state=result.solution,
+        state=result.state,
         info=info._replace(
             relative_residual=info.relative_residual.item(),
             inner_grad_norm=info.inner_grad_norm.item(),
             negative_curvature=bool(info.negative_curvature),
+            num_steps=int(info.num_steps),
+            reason=Reason(int(info.reason)),
+            inner_step=info.inner_step.item(),
+            error_bound=info.error_bound.item(),
         ),
+        solution=result.solution,
     )
 
 

@@ -151,7 +151,7 @@ def test_neumann_finds_a_step_size_that_converges():
     problem = Problem()
     oracle = problem.dense()
     out = jitted(problem, solver=li.Neumann(num_terms=200))
-    assert out.state.message == "converged"
+    assert out.solution.message == "converged"
     assert relative(out.grads, oracle.at(oracle.ihvp())) < 1e-4
 
 
@@ -645,7 +645,7 @@ def test_num_products_is_what_the_hessian_was_asked_for(operators, solver, ridge
     out = Problem().hypergradient(solver=solver, rng=0, ridge=ridge)
     (operator,) = operators
     assert out.info.num_products == operator.count
-    assert out.state.num_products == operator.count
+    assert out.solution.num_products == operator.count
 
 
 def test_inner_grad_norm_is_zero_at_the_minimum_and_the_norm_elsewhere():
@@ -709,8 +709,8 @@ def test_a_warm_start_from_the_solution_takes_no_steps(solver, ridge):
     problem = Problem()
     cold = problem.hypergradient(solver=solver, ridge=ridge, rng=0)
     warm = problem.hypergradient(solver=solver, ridge=ridge, rng=0, state=cold.state)
-    assert int(cold.state.num_steps) > 2
-    assert int(warm.state.num_steps) == 0
+    assert int(cold.solution.num_steps) > 2
+    assert int(warm.solution.num_steps) == 0
     assert relative(warm.grads, cold.grads) < 1e-12
 
 
@@ -722,7 +722,7 @@ def test_a_warm_start_from_a_similar_problem_saves_steps():
         problem.hypergradient(hparams=hparams, solver=li.CG(), state=state)
         for state in (None, before.state)
     )
-    assert int(warm.state.num_steps) <= int(cold.state.num_steps) - 2
+    assert int(warm.solution.num_steps) <= int(cold.solution.num_steps) - 2
     assert relative(warm.grads, cold.grads) < 1e-4
 
 

@@ -218,9 +218,9 @@ def test_a_bilevel_loop_of_optax_optimizers_learns_the_hyperparameters():
         params, hparams, states, out = outer_step(params, hparams, states, warm)
         warm = out.state
         values.append(float(outer(params, hparams, *clean)))
-        steps.append(int(out.state.num_steps))
+        steps.append(int(out.solution.num_steps))
         traces.append(fit.calls)
-        assert bool(out.state.converged)
+        assert bool(out.solution.converged)
     assert values[-1] < 0.9 * values[0]
     assert min(steps[2:]) < steps[0]  # warm starts
     assert traces[0] < traces[1]

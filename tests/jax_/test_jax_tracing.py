@@ -83,8 +83,8 @@ def test_under_jit_it_equals_the_eager_hypergradient_and_its_record(solver, damp
     for field in ("num_products", "negative_curvature", "rank"):
         found, wanted = getattr(out.info, field), getattr(eager.info, field)
         assert found is wanted is None or int(found) == int(wanted)
-    assert out.state.message == eager.state.message
-    assert int(out.state.num_steps) == int(eager.state.num_steps)
+    assert out.solution.message == eager.solution.message
+    assert int(out.solution.num_steps) == int(eager.solution.num_steps)
     assert float(out.info.inner_grad_norm) == pytest.approx(float(eager.info.inner_grad_norm))
 
 
@@ -121,12 +121,12 @@ def test_the_state_may_be_carried_by_a_scan_over_outer_steps():
         hparams, state = carry
         out = problem.hypergradient(hparams=hparams, solver=li.CG(), state=state)
         hparams = jax.tree_util.tree_map(lambda h, g: h - 1e-4 * g, hparams, out.grads)
-        return (hparams, out.state), out.state.num_steps
+        return (hparams, out.state), out.solution.num_steps
 
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4))
     _, steps = run((problem.hparams, first.state))
     assert int(steps[0]) == 0
-    assert int(jnp.max(steps)) < int(first.state.num_steps)
+    assert int(jnp.max(steps)) < int(first.solution.num_steps)
 
 
 def test_the_damping_may_be_traced():
@@ -162,8 +162,8 @@ def test_a_loss_that_is_not_finite_goes_unchecked_under_jit_and_is_reported():
         solver=li.CG(),
     )
     out = run(problem.params, problem.hparams)
-    assert out.state.message == "nonfinite"
-    assert not bool(out.state.converged)
+    assert out.solution.message == "nonfinite"
+    assert not bool(out.solution.converged)
     assert np.isnan(float(out.info.relative_residual))
 
 
@@ -245,8 +245,8 @@ def test_vmap_over_hparams_equals_a_loop(solver):
         found = jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], mapped)
         assert relative(found.grads, out.grads) < 1e-8
         assert relative(found.ihvp, out.ihvp) < 1e-8
-        assert abs(int(found.state.num_steps) - int(out.state.num_steps)) <= 1
-        assert int(found.state.reason) == int(out.state.reason)
+        assert abs(int(found.solution.num_steps) - int(out.solution.num_steps)) <= 1
+        assert int(found.solution.reason) == int(out.solution.reason)
 
 
 @pytest.mark.slow

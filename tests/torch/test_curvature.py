@@ -927,9 +927,8 @@ def test_reentrant_checkpoints_are_refused_even_where_they_only_hide_parameters(
 def test_compiled_modules_raise_with_the_remedy():
     model = torch.compile(mlp(), backend="aot_eager")
     x = torch.randn(6, 3)
-    H = HessianOperator(lambda: cross_entropy(model(x)), model)
     with pytest.raises(RuntimeError, match=r"compiled\._orig_mod"):
-        H.columns([0])
+        HessianOperator(lambda: cross_entropy(model(x)), model).columns([0])
 
 
 def test_gauss_newton_refuses_outputs_whose_backward_cannot_be_differentiated():

@@ -301,7 +301,7 @@ def test_neumann_finds_a_step_size_that_converges():
     problem = Problem()
     oracle = problem.dense()
     out = problem.hypergradient(solver=li.Neumann(num_terms=200))
-    assert out.state.message == "converged"
+    assert out.solution.message == "converged"
     assert relative(out.grads, oracle.at(oracle.ihvp())) < 1e-4
 
 
@@ -1253,7 +1253,7 @@ def test_num_products_is_what_the_hessian_was_asked_for(operators, solver, ridge
     out = problem.hypergradient(solver=solver, ridge=ridge, rng=0)
     assert len(operators) == 1
     assert out.info.num_products == operators[0].count == operators[0].num_products
-    assert out.state.num_products == out.info.num_products
+    assert out.solution.num_products == out.info.num_products
     assert isinstance(out.info.num_products, int)
 
 
@@ -1289,7 +1289,7 @@ def test_converged_is_said_of_the_system_that_was_asked_for_whatever_the_ridge(s
     ridge = torch.logspace(-6, 4, N_LINEAR, dtype=torch.float64)
     out = problem.hypergradient(solver=solver, ridge=ridge, rng=0)
     rtol = getattr(solver, "rtol", 1e-5)
-    assert bool(out.state.converged) <= (out.info.relative_residual <= rtol)
+    assert bool(out.solution.converged) <= (out.info.relative_residual <= rtol)
 
 
 def test_inner_grad_norm_is_zero_at_the_minimum_and_the_norm_elsewhere():
@@ -1420,10 +1420,10 @@ def test_an_outer_gradient_of_zero_leaves_the_direct_part():
 def test_a_warm_start_from_the_solution_takes_no_steps(solver, ridge):
     problem = Problem(linear)
     cold = problem.hypergradient(solver=solver, ridge=ridge, rng=0)
-    assert int(cold.state.num_steps) > 0
+    assert int(cold.solution.num_steps) > 0
     warm = problem.hypergradient(solver=solver, ridge=ridge, rng=1, state=cold.state)
-    assert int(warm.state.num_steps) == 0
-    assert bool(warm.state.converged)
+    assert int(warm.solution.num_steps) == 0
+    assert bool(warm.solution.converged)
     assert relative(warm.grads, cold.grads) < 1e-12
 
 
@@ -1435,7 +1435,7 @@ def test_a_warm_start_from_a_similar_problem_saves_steps():
             value += 1e-4 * torch.ones_like(value)
     cold = problem.hypergradient(solver=li.CG())
     warm = problem.hypergradient(solver=li.CG(), state=before.state)
-    assert int(warm.state.num_steps) < int(cold.state.num_steps) / 2
+    assert int(warm.solution.num_steps) < int(cold.solution.num_steps) / 2
     assert warm.info.num_products < cold.info.num_products
     assert relative(warm.grads, cold.grads) < 1e-4
 

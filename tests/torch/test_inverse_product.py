@@ -13,8 +13,8 @@ from lowrank_inverse.implicit import (
     HypergradientInfo,
     hypergradient_info,
     implicit_gradient,
-    inverse_product,
 )
+from lowrank_inverse.ridge import inverse_product
 
 N, M = 12, 5
 
