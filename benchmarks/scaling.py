@@ -128,6 +128,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, metavar="K")
     parser.add_argument("--rank", type=int, default=20, help="at which n varies (default: 20)")
     parser.add_argument("--size", type=int, default=10**6, help="at which k varies (default: 1e6)")
+    parser.add_argument(
+        "--budgets",
+        type=int,
+        nargs="*",
+        default=NUMBERS,
+        metavar="M",
+        help="in vectors of n numbers, of the largest n (default: %(default)s)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="of each call (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
@@ -164,7 +172,7 @@ def main(arguments: list[str]) -> int:
     cases = [("n", storage, n, options.rank, None) for storage in STORAGES for n in options.sizes]
     cases += [("k", storage, options.size, k, None) for storage in STORAGES for k in options.ranks]
     # A little more, for a width is a whole number, and so n is only about what was asked for.
-    budgets = [4.1 * largest * numbers + 32 * options.rank**2 for numbers in NUMBERS]
+    budgets = [4.1 * largest * numbers + 32 * options.rank**2 for numbers in options.budgets]
     cases += [("budget", "auto", largest, options.rank, budget) for budget in budgets]
     series: dict[str, dict[str, list[Found]]] = {"n": {}, "k": {}, "budget": {}}
     for against, storage, n, k, budget in tqdm(cases, desc=name, unit="case"):
