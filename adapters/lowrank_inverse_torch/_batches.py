@@ -133,19 +133,22 @@ class CurvatureOperator(Generic[G]):
     def _products(self, order: Sequence[int], stack: Stack) -> Tensor:
         """Multiply with the vectors numbered in `order`; the answer has them by number."""
         # One product is one contiguous row here; the transposed view has them as columns.
-        rows = torch.zeros(len(order), self.params.n, dtype=self.dtype, device=self.device)
+        rows = torch.empty(len(order), self.params.n, dtype=self.dtype, device=self.device)
+        put = self.params.copy_to
 
         def multiply(graph: G) -> None:
+            nonlocal put
             for start in range(0, len(order), self.chunk_size):
                 chunk = order[start : start + self.chunk_size]
                 vectors = stack(chunk)
                 if len(chunk) == 1:  # without vmap, which cannot batch everything
                     products = graph.product([None if v is None else v[0] for v in vectors])
-                    self.params.add_to(rows[chunk[0]], products)
+                    put(rows[chunk[0]], products)
                     continue
                 products = graph.product(vectors, batched=True)
                 for row, j in enumerate(chunk):
-                    self.params.add_to(rows[j], [None if p is None else p[row] for p in products])
+                    put(rows[j], [None if p is None else p[row] for p in products])
+            put = self.params.add_to  # to what the first graph wrote
 
         if len(order) > 0:
             self._for_each_graph(multiply)

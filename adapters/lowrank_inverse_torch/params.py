@@ -92,6 +92,15 @@ class Parameters:
             if tensor is not None:
                 row[start:stop] += tensor.detach().reshape(stop - start)
 
+    def copy_to(self, row: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """Write tensors to a flat vector of shape (n,); None writes zeros."""
+        places = zip(tensors, self.offsets[:-1], self.offsets[1:], strict=True)
+        for tensor, start, stop in places:
+            if tensor is None:
+                row[start:stop] = 0
+            else:
+                row[start:stop] = tensor.detach().reshape(stop - start)
+
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Split a vector, shape (n,), or a block, shape (n, m), into tensors.
 
