@@ -128,6 +128,10 @@ def explain(info: Any) -> str:
     if info.refreshed is not None:
         fresh = bool(_number(info, "refreshed"))
         lines[0] += f"; {'fresh' if fresh else 'kept'} columns, of which {info.rank} are of use"
+    plan = info.storage
+    if plan is not None:
+        size = f"{plan.num_bytes / 2**20:.3g} MiB"
+        lines.append(f"{size} for columns and chunks, columns {plan.storage}")
     reason = _number(info, "reason")
     ended = "" if math.isnan(reason) else f"; ended at {Reason(int(reason)).name.lower()}"
     lines.append(f"relative residual {_number(info, 'relative_residual'):.1e}{ended}")

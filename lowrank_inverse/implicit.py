@@ -10,6 +10,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse import diagnostics
 from lowrank_inverse._array import check_finite, column_norm, dot
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.memory import StoragePlan
 from lowrank_inverse.prepared import PreparedInverse
 from lowrank_inverse.ridge import smallest_shift, solve_with_state
 from lowrank_inverse.solution import Reason, Solution
@@ -48,6 +49,9 @@ class HypergradientInfo(NamedTuple):
         At least the error of the inverse product over its norm, for a Hessian that is positive
         semidefinite: the residual norm over that of the product and over the smallest of ridge
         plus damping. NaN without ridge and damping, and where negative curvature was met.
+    storage : StoragePlan or None
+        How the columns of a Nystrom solver were held; see
+        :func:`lowrank_inverse.memory.plan_storage`.
     """
 
     num_products: Any
@@ -61,6 +65,7 @@ class HypergradientInfo(NamedTuple):
     refreshed: Any = None
     inner_step: Any = None
     error_bound: Any = None
+    storage: StoragePlan | None = None
 
     def findings(self) -> tuple[diagnostics.Finding, ...]:
         """Return what is wrong; see :func:`lowrank_inverse.diagnostics.findings`."""
@@ -174,6 +179,7 @@ def hypergradient_info(
         refreshed=None if inverse.factor is None else inverse.factor.refreshed,
         inner_step=step,
         error_bound=xp.where(bounded, solution.residual_norm / safe / scale, nan),
+        storage=inverse.storage,
     )
 
 

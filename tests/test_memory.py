@@ -197,3 +197,32 @@ def test_indices_of_the_caller_may_be_kept_in_less():
     approx = li.nystrom(matrix("exponential"), indices=chosen, column_dtype="float32")
     np.testing.assert_array_equal(approx.indices, chosen)
     assert approx.columns.dtype == np.float32
+
+
+# In a hypergradient
+
+
+def test_a_hypergradient_says_how_its_columns_were_held():
+    torch = pytest.importorskip("torch")
+    import lowrank_inverse_torch as lit
+
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(30, N, generator=generator, dtype=torch.float64)
+    theta = torch.zeros(N, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(30, dtype=torch.float64, requires_grad=True)
+
+    def inner():
+        return (weight * (X @ theta - 1) ** 2).mean()
+
+    budget = held_bytes(N, 2, 8)
+    out = lit.hypergradient(
+        inner,
+        lambda: ((theta - 1) ** 2).sum(),
+        theta,
+        weight,
+        solver=li.Nystrom(K, 0.1, storage="auto", memory_budget=budget),
+        rng=0,
+    )
+    assert out.info.storage == ("streamed", 1, budget)
+    assert out.info.num_products == 2 * K + 2 + 1
+    assert "columns streamed" in out.info.explain()

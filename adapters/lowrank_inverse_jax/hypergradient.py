@@ -14,6 +14,7 @@ from jax.interpreters import partial_eval
 from lowrank_inverse import diagnostics
 from lowrank_inverse._array import describe
 from lowrank_inverse.implicit import hypergradient_info, implicit_gradient
+from lowrank_inverse.memory import StoragePlan
 from lowrank_inverse.solution import Solution
 from lowrank_inverse.solvers import Nystrom, NystromCG
 from lowrank_inverse.state import HypergradientState
@@ -37,7 +38,7 @@ __all__ = ["Hypergradient", "HypergradientInfo", "hypergradient"]
         "inner_step",
         "error_bound",
     ],
-    meta_fields=["hparams_without_path"],
+    meta_fields=["hparams_without_path", "storage"],
 )
 @dataclasses.dataclass(frozen=True)
 class HypergradientInfo:
@@ -63,6 +64,8 @@ class HypergradientInfo:
         Whether NystromCG computed its columns in this call, rather than keep those of the state.
     inner_step, error_bound : array, shape ()
         As in :class:`lowrank_inverse.implicit.HypergradientInfo`.
+    storage : StoragePlan or None
+        How the columns of a Nystrom solver were held. Static.
     """
 
     num_products: Any
@@ -76,6 +79,7 @@ class HypergradientInfo:
     refreshed: Any = None
     inner_step: Any = None
     error_bound: Any = None
+    storage: StoragePlan | None = None
 
     def findings(self) -> tuple[diagnostics.Finding, ...]:
         """Return what is wrong; see :func:`lowrank_inverse.diagnostics.findings`."""
