@@ -354,12 +354,21 @@ def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
     dtype = X.dtype if dtype is None else dtype
     if X.dtype == small.dtype:
         return astype(beside(X, small) @ small, dtype)
+
+    def block(rows: slice) -> Array:
+        part = astype(beside(X.T[:, rows], small), small.dtype)
+        return astype(part.T @ small, dtype)
+
     xp = array_namespace(small)
-    parts = [
-        astype(astype(beside(X.T[:, rows], small), small.dtype).T @ small, dtype)
-        for rows in row_blocks(X, X.shape[1])
-    ]
-    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+    slices = row_blocks(X, X.shape[1])
+    if is_jax_array(small):
+        return xp.concat([block(rows) for rows in slices], axis=0)
+    # Written where it stays: parts kept between large temporaries break up the heap.
+    shape = (X.shape[0], *small.shape[1:])
+    result = xp.empty(shape, dtype=dtype, device=device(small))
+    for rows in slices:
+        result[rows, ...] = block(rows)
+    return result
 
 
 def symmetric_part(x: Array) -> Array:

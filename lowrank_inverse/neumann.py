@@ -8,9 +8,11 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
+    add_scaled,
     astype,
     check_count,
     check_scalar,
+    choose,
     column_norm,
     column_scale,
     dot,
@@ -31,6 +33,7 @@ RUNNING = -1
 class _State(NamedTuple):
     x: Array
     r: Array
+    norm: Array
     num_steps: Array
     reason: Array
     overflowed: Array
@@ -115,14 +118,14 @@ def neumann(
 
     def term(state: _State) -> _State:
         active = going(state)
-        x = xp.where(active, state.x + step_size * state.r, state.x)
-        r = xp.where(active, b - (A @ x + damping * x), state.r)
-        norm, last = column_norm(r), column_norm(state.r)
+        x = choose(active, add_scaled(state.x, step_size, state.r), state.x)
+        r = choose(active, b - add_scaled(A @ x, damping, x), state.r)
+        norm, last = column_norm(r), state.norm
         change = state.r - r  # step_size * B r, of the last r
         finite = xp.isfinite(norm)
         clear = active & finite & (last > floor)
         reason = xp.where(
-            clear & (dot(state.r / last, change / last) < 0),
+            clear & (dot(state.r / last, change) < 0),
             code(state.reason, Reason.NEGATIVE_CURVATURE),
             state.reason,
         )
@@ -133,8 +136,9 @@ def neumann(
         unexplained = ~finite & (reason == RUNNING)
         reason = xp.where(active & unexplained, code(reason, Reason.NONFINITE), reason)
         return _State(
-            xp.where(finite, x, state.x),
-            xp.where(finite, r, state.r),
+            choose(finite, x, state.x),
+            choose(finite, r, state.r),
+            xp.where(finite, norm, state.norm),
             state.num_steps + astype(active & finite, xp.int32),
             reason,
             state.overflowed | ~finite,
@@ -145,12 +149,12 @@ def neumann(
     steps = astype(xp.zeros_like(norm), xp.int32)
     reason = xp.where(norm > 0, code(steps, RUNNING), code(steps, Reason.CONVERGED))
     reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
-    first = _State(xp.zeros_like(b), b, steps, reason, ~xp.isfinite(norm), 0)
+    first = _State(xp.zeros_like(b), b, norm, steps, reason, ~xp.isfinite(norm), 0)
     end = while_loop(lambda state: xp.any(going(state)), term, first)
     reason = xp.where(end.reason == RUNNING, code(steps, Reason.MAX_STEPS), end.reason)
     return Solution(
         value=end.x * scale,
-        residual_norm=column_norm(end.r) * scale,
+        residual_norm=end.norm * scale,
         num_steps=end.num_steps,
         num_products=setup + end.num_blocks * width,
         converged=ended(reason, Reason.CONVERGED),
