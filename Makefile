@@ -9,6 +9,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
+# Two processes of one thread each; a module's tests stay together, for they share compilations.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export NO_MKDOCS_2_WARNING := 1
@@ -33,10 +36,10 @@ demo: $(STAMP)
 	$(PY) -m benchmarks leaveoneout
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 check: $(STAMP)
 	$(PY) -m ruff check .

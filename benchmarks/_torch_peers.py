@@ -30,8 +30,8 @@ def prepare(path: str, batch: int, seed: int, small: bool, training: int) -> Fou
     found = lit.hypergradient(
         wide.inner, wide.outer, wide.model, wide.w, solver=solver, accumulate_grad=False
     )
-    if not found.state.converged:
-        raise RuntimeError(f"the reference did not converge: {found.state.message}")
+    if not found.solution.converged:
+        raise RuntimeError(f"the reference did not converge: {found.solution.message}")
     reference = found.grads.numpy()
     np.savez(path, reference=reference, num_params=len(problem.params), **arrays)
     return {
@@ -41,7 +41,7 @@ def prepare(path: str, batch: int, seed: int, small: bool, training: int) -> Fou
         "highest": highest,
         "damping": damping,
         "step": step,
-        "steps": int(found.state.num_steps),
+        "steps": int(found.solution.num_steps),
     }
 
 
