@@ -9,8 +9,8 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.flatten_util  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from jax.flatten_util import ravel_pytree  # noqa: E402
 
 import lowrank_inverse_jax as lij  # noqa: E402
 from tests.conftest import x64  # noqa: E402
@@ -56,7 +56,7 @@ def test_columns_products_and_hypergradients_equal_the_dense_answers(device, sol
     with x64(True):
         params, weight, x, y = arrays(device)
         host, host_weight, host_x, host_y = arrays("cpu")
-        flat, build = jax.flatten_util.ravel_pytree(host)
+        flat, build = ravel_pytree(host)
         A = jax.hessian(lambda v: inner(build(v), host_weight, host_x, host_y))(flat)
         H = lij.HessianOperator(lambda p: inner(p, weight, x, y), params)
         np.testing.assert_allclose(H.columns([0, 7, 40]), A[:, [0, 7, 40]], rtol=1e-9, atol=1e-12)
