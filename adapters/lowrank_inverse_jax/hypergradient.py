@@ -296,6 +296,11 @@ def _with_drawn_columns(solver: Any, key: Any, rng: Any, n: int) -> Any:
             f"`key` draws columns uniformly; got sampling={solver.sampling!r}. Choose them outside "
             "and pass `indices` in the settings."
         )
+    if isinstance(solver.rank, str):
+        raise ValueError(
+            f"`key` draws a number of columns that is known; got rank={solver.rank!r}. Find the rank "
+            "outside, or use `rng`."
+        )
     if solver.rank > n:
         raise ValueError(f"`rank` must be from 1 to {n}; got {solver.rank}.")
     drawn = jax.random.choice(key, n, (solver.rank,), replace=False)

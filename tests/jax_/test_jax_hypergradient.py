@@ -882,6 +882,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "`key` draws columns uniformly",
     ),
+    "key and a rank that grows": (
+        {"solver": li.NystromCG(rank="auto"), "key": jax.random.PRNGKey(0)},
+        ValueError,
+        "`key` draws a number of columns",
+    ),
     "key and rank": (
         {"solver": li.Nystrom(rank=N + 1), "key": jax.random.PRNGKey(0)},
         ValueError,
