@@ -298,8 +298,8 @@ def _with_drawn_columns(solver: Any, key: Any, rng: Any, n: int) -> Any:
         )
     if isinstance(solver.rank, str):
         raise ValueError(
-            f"`key` draws a number of columns that is known; got rank={solver.rank!r}. Find the rank "
-            "outside, or use `rng`."
+            f"`key` draws a number of columns that is known; got rank={solver.rank!r}. Find the "
+            "rank outside, or use `rng`."
         )
     if solver.rank > n:
         raise ValueError(f"`rank` must be from 1 to {n}; got {solver.rank}.")
