@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,16 @@ def host(x: Any) -> Any:
     if type(x).__module__.startswith("torch"):
         return x.detach().cpu().numpy()
     return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def types_of_jax_as_they_were() -> Iterator[None]:
+    """Put back what a benchmark run in this process sets for all of jax."""
+    before = "jax" in sys.modules and sys.modules["jax"].config.jax_enable_x64
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.config.jax_enable_x64 != before:
+        jax.config.update("jax_enable_x64", before)
 
 
 def x64(enabled: bool) -> Any:
