@@ -115,6 +115,10 @@ def draw(series: dict[str, dict[str, list[Found]]], path: Path) -> None:
                 numbers = [(f[size], 4 * f["n"] * f["k"] / MIB) for f in any_of]
                 axis.loglog(*zip(*numbers, strict=True), "k--", label="k n numbers")
             axis.set(xlabel=size, ylabel=label)
+            if size == "k":
+                ticks = sorted({f["k"] for found in series["k"].values() for f in found})
+                axis.set_xticks(ticks, [str(k) for k in ticks])
+                axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend()
     figure.savefig(path, dpi=150)
