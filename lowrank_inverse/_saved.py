@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowrank_inverse._array import to_host
 from lowrank_inverse._factor import from_record
-from lowrank_inverse._store import write
+from lowrank_inverse._files import replace_file
 
 
 class Saved(NamedTuple):
@@ -48,9 +47,4 @@ def save_file(path: str | os.PathLike[str], saved: Saved) -> None:
     arrays = {"record": np.asarray(json.dumps(saved.record))}
     if saved.columns is not None and saved.indices is not None:
         arrays |= {"columns": to_host(saved.columns), "indices": saved.indices}
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-
-    write(Path(path), save)
+    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays))

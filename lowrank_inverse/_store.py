@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_inverse._array import like, to_host
+from lowrank_inverse._files import replace_file
 from lowrank_inverse._typing import Array
 
 
@@ -41,7 +42,8 @@ class Store:
                     f"{', '.join(other)} differ. Give an empty folder, or remove this one."
                 )
             return
-        write(about, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
+        text = json.dumps(key, indent=1).encode("utf-8")
+        replace_file(about, lambda file: file.write(text))
 
     def get(self, name: str, compute: Callable[[], Array], template: Array) -> Array:
         """Return the array `name` from the folder, or compute and keep it."""
@@ -51,23 +53,8 @@ class Store:
         if path.exists():
             return like(np.load(path, allow_pickle=False), template)
         value = compute()
-
-        def save(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.save(file, to_host(value), allow_pickle=False)
-
-        write(path, save)
+        replace_file(path, lambda file: np.save(file, to_host(value), allow_pickle=False))
         return value
-
-
-def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def digest(*parts: Any) -> str:

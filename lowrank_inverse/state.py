@@ -18,6 +18,7 @@ from lowrank_inverse._array import (
     namespace,
     to_host,
 )
+from lowrank_inverse._files import replace_file
 from lowrank_inverse._typing import Array
 from lowrank_inverse.kept import Factor
 from lowrank_inverse.solution import Reason, Solution, code, ended
@@ -89,8 +90,7 @@ class HypergradientState(NamedTuple):
         arrays: dict[str, Any] = {
             name: to_host(x) for name, x in self._asdict().items() if x is not None
         }
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
+        replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> HypergradientState:

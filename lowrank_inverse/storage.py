@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._array import describe, is_array, is_traced, like_device, to_host, wide_dtype
 from lowrank_inverse._array import like as make_like
+from lowrank_inverse._files import replace_file
 from lowrank_inverse._typing import Array
 from lowrank_inverse.nystrom import NystromApproximation, nystrom
 
@@ -73,7 +73,7 @@ def save(path: str | os.PathLike[str], approx: NystromApproximation) -> None:
         if name not in DERIVED
     }
     header = json.dumps({"format": FORMAT, "version": VERSION, "state": state})
-    _replace(path, _writer(path, arrays, header))
+    replace_file(path, _writer(path, arrays, header))
 
 
 def load(path: str | os.PathLike[str], *, like: Array | None = None) -> NystromApproximation:
@@ -204,19 +204,6 @@ def _writer(path: Path, arrays: dict[str, np.ndarray], header: str) -> Callable[
         content = _safetensors().numpy.save(arrays, metadata={HEADER: header})
         return lambda file: file.write(content)
     return lambda file: np.savez(file, allow_pickle=False, **arrays, **{HEADER: np.array(header)})
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a new file beside `path`, and put it in its place when it is whole."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
