@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, is_jax_array
+from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
     astype,
-    check_finite,
     column_scale,
     describe,
     is_narrow,
@@ -16,9 +15,11 @@ from lowrank_inverse._array import (
     power_of_two,
 )
 from lowrank_inverse._typing import Array
-from lowrank_inverse.operators import columns, index_chunks
+from lowrank_inverse.operators import finite_columns, index_chunks, join_columns
 
 STORAGES = ("stored", "chunked", "streamed", "auto")
+ITEMSIZES: dict[str | None, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Bytes of a number in the dtypes that columns may be kept in."""
 DEFAULT_CHUNK = 8
 STREAMED_DAMPING = 1e-3
 """Of the largest eigenvalue: below it, the streamed form in less than float64 loses digits."""
@@ -159,17 +160,11 @@ def read_columns(
         k×k.
     """
     if dtype is None and not offload:
-        C = columns(A, indices, chunk_size=chunk_size)
-        check_finite("columns of A", C)
-        return HeldColumns(C)
-    chunks = index_chunks(indices, DEFAULT_CHUNK if chunk_size is None else chunk_size)
-    held: list[Array] = []
+        return HeldColumns(finite_columns(A, indices, chunk_size=chunk_size))
     scales: list[Array] = []
-    rows: Any = None
-    start = 0
-    for chunk in chunks:
-        C = A.columns(chunk)
-        check_finite("columns of A", C)
+
+    def held(chunk: Any) -> Array:
+        C = finite_columns(A, chunk)
         if is_narrow(C):
             raise ValueError(
                 "`column_dtype` and `offload` need float64 for what is k×k, which this library or "
@@ -179,25 +174,18 @@ def read_columns(
             scale = power_of_two(column_scale(C))
             scales.append(scale)
             C = astype(C / scale, narrow_dtype(dtype, C))
-        C = on_host(C) if offload else C
-        if is_jax_array(C):
-            held.append(C)
-            continue
-        if rows is None:  # filled in place: joining parts would hold them twice
-            xp = array_namespace(C)
-            rows = xp.empty((len(indices), C.shape[0]), dtype=C.dtype, device=C.device)
-        rows[start : start + C.shape[1], :] = C.T
-        start += C.shape[1]
-    xp = array_namespace(C)
-    joined = rows.T if rows is not None else xp.concat(held, axis=1)
-    return HeldColumns(joined, array_namespace(scales[0]).concat(scales) if scales else None)
+        return on_host(C) if offload else C
+
+    chunks = index_chunks(indices, DEFAULT_CHUNK if chunk_size is None else chunk_size)
+    C = join_columns((held(chunk) for chunk in chunks), len(indices))
+    return HeldColumns(C, array_namespace(scales[0]).concat(scales) if scales else None)
 
 
 def check_column_dtype(dtype: Any) -> None:
     """Raise unless `dtype` is None or the name of a dtype that columns may be kept in."""
-    if dtype not in (None, "float16", "bfloat16", "float32"):
+    if dtype is not None and dtype not in ITEMSIZES:
         raise ValueError(
-            f"`column_dtype` must be 'float16', 'bfloat16', 'float32' or None; got {dtype!r}."
+            f"`column_dtype` must be {', '.join(map(repr, ITEMSIZES))} or None; got {dtype!r}."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -12,13 +12,10 @@ from lowrank_inverse._array import (
     beside,
     check_count,
     check_indices,
-    check_scalar,
-    concrete,
     eps,
     is_narrow,
     like,
     quietly,
-    row_blocks,
     symmetric_part,
     take,
     tall_dot,
@@ -32,8 +29,14 @@ from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.sources import Sketch, empty_like, make_source
 from lowrank_inverse.spectral import SpectralFunctions
-
-INDEFINITE_PIVOT_RTOL = 1e-4
+from lowrank_inverse.whitening import (
+    INDEFINITE_PIVOT_RTOL,
+    left_singular,
+    negative_eigenvalues,
+    spectrum,
+    whiten,
+    whitened_gram,
+)
 
 
 class NystromApproximation(SpectralFunctions):
@@ -117,10 +120,10 @@ class NystromApproximation(SpectralFunctions):
         self.core_eigenvalues = whitening.core_eigenvalues
         self._basis: tuple[Array, Array] | None = None
         if is_narrow(C):
-            self._basis = _left_singular(C @ self.whitening)
+            self._basis = left_singular(C @ self.whitening)
             self.eigenvalues = self._basis[1] ** 2
         else:
-            self.eigenvalues, rotation = spectrum(_whitened_gram(C, self.whitening))
+            self.eigenvalues, rotation = spectrum(whitened_gram(C, self.whitening))
             self._map = self.whitening @ rotation
 
     @property
@@ -357,91 +360,6 @@ def check_rank(rank: Any, most: int | None = None) -> None:
             raise ValueError(f"`rank` must be a whole number or 'auto'; got {rank!r}.")
     elif rank is not None:
         check_count("rank", rank, most=most)
-
-
-class Whitening(NamedTuple):
-    """T with ``T T.T = W^+``, shape (k, k): a zero column for each eigenvalue dropped."""
-
-    matrix: Array
-    num_dropped: Any
-    num_negative: Any
-    core_eigenvalues: Array
-
-
-def whiten(
-    W: Array,
-    unit: float,
-    pivot_rtol: float | None = None,
-    indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
-) -> Whitening:
-    """Return the whitening of the symmetric k×k matrix `W`, known to a precision `unit`."""
-    xp = array_namespace(W)
-    w, V = xp.linalg.eigh(W)
-    largest = xp.max(xp.abs(w))
-    negative = negative_eigenvalues(w, unit)
-    if pivot_rtol is None:
-        tolerance = largest * xp.where(
-            xp.any(negative), indefinite_pivot_rtol + 0 * largest, unit + 0 * largest
-        )
-    else:
-        check_scalar("pivot_rtol", pivot_rtol)
-        tolerance = pivot_rtol * largest
-    keep = w > tolerance
-    scale = xp.where(keep, 1 / xp.sqrt(xp.where(keep, w, xp.ones_like(w))), xp.zeros_like(w))
-    return Whitening(
-        V * scale,
-        concrete(xp.sum(astype(~keep, xp.int32), dtype=xp.int32)),
-        concrete(xp.sum(astype(negative, xp.int32), dtype=xp.int32)),
-        w,
-    )
-
-
-def negative_eigenvalues(w: Array, unit: float) -> Array:
-    """Say which eigenvalues of a matrix known to a precision `unit` are clearly negative."""
-    xp = array_namespace(w)
-    return w < -unit * w.shape[0] * xp.max(xp.abs(w))
-
-
-def is_indefinite(core_eigenvalues: Array, damping: Any, unit: float) -> Any:
-    """Whether the core proves ``A + damping * I`` indefinite, beyond rounding by `unit`.
-
-    The eigenvalues of a principal submatrix lie between those of the matrix (Cauchy).
-    """
-    xp = array_namespace(core_eigenvalues)
-    noise = unit * core_eigenvalues.shape[0] * xp.max(xp.abs(core_eigenvalues))
-    return concrete(xp.min(core_eigenvalues) + damping < -noise)
-
-
-def spectrum(gram: Array) -> tuple[Array, Array]:
-    """Return eigenvalues (largest first, negative rounding set to 0) and eigenvectors."""
-    xp = array_namespace(gram)
-    g, Z = xp.linalg.eigh(symmetric_part(gram))
-    g = xp.where(g > 0, g, xp.zeros_like(g))
-    return xp.flip(g), xp.flip(Z, axis=1)
-
-
-def _whitened_gram(C: Array, T: Array) -> Array:
-    """Return ``F.T F`` for ``F = C T``, by blocks of rows.
-
-    ``T.T (C.T C) T`` squares the condition number of W, which is at most ``1 / eps(C)``. Columns
-    as wide as T cannot afford that: then F is formed before it is squared.
-    """
-    total = 0 * T
-    wide = C.dtype == T.dtype
-    for rows in row_blocks(C, C.shape[1]):
-        # Transposed before it is cut: columns that lie one after the other in memory stay so.
-        part = astype(beside(C.T[:, rows], T), T.dtype)
-        part = T.T @ part if wide else part
-        total = total + part @ part.T
-    return total if wide else T.T @ total @ T
-
-
-def _left_singular(F: Array) -> tuple[Array, Array]:
-    """Return the left singular vectors of a tall `F`, shape (n, k), and the singular values."""
-    xp = array_namespace(F)
-    Q, R = xp.linalg.qr(F)
-    U, s, _ = xp.linalg.svd(R)
-    return Q @ U, s
 
 
 def _rows_times(s: Array, block: Array) -> Array:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 
 from lowrank_inverse._array import (
     check_count,
+    check_finite,
     check_indices,
     check_scalar,
     describe,
     is_array,
     like,
+    like_device,
     scalar_like,
     scatter,
 )
@@ -231,8 +233,35 @@ def columns(A: Any, indices: Any, *, chunk_size: int | None = None) -> Array:
     chunks = list(index_chunks(indices, chunk_size))
     if len(chunks) == 1:
         return A.columns(indices)
-    parts = [A.columns(chunk) for chunk in chunks]
-    return array_namespace(parts[0]).concat(parts, axis=1)
+    return join_columns((A.columns(chunk) for chunk in chunks), indices.size)
+
+
+def finite_columns(A: Any, indices: Any, *, chunk_size: int | None = None) -> Array:
+    """Return the columns ``A[:, indices]``; raise if they hold NaN or Inf."""
+    C = columns(A, indices, chunk_size=chunk_size)
+    check_finite("columns of A", C)
+    return C
+
+
+def join_columns(parts: Iterable[Array], count: int) -> Array:
+    """Return blocks of `count` columns in all side by side, none of them held twice.
+
+    Save in jax, whose arrays cannot be filled in place.
+    """
+    held: list[Array] = []
+    rows: Any = None
+    start = 0
+    for part in parts:
+        if is_jax_array(part):
+            held.append(part)
+            continue
+        if rows is None:
+            xp = array_namespace(part)
+            shape = (count, part.shape[0])
+            rows = xp.empty(shape, dtype=part.dtype, device=like_device(part))
+        rows[start : start + part.shape[1], :] = part.T
+        start += part.shape[1]
+    return array_namespace(held[0]).concat(held, axis=1) if rows is None else rows.T
 
 
 def diagonal(A: Any) -> Array:

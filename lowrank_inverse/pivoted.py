@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_cupy_array, is_jax_array, is_torch_array
+from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
     astype,
@@ -16,6 +16,7 @@ from lowrank_inverse._array import (
     eps,
     is_traced,
     like,
+    on_cpu,
     quietly,
     take,
     tall_times,
@@ -23,7 +24,7 @@ from lowrank_inverse._array import (
     wide_dtype,
 )
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.operators import aslinearoperator, columns
+from lowrank_inverse.operators import aslinearoperator, finite_columns
 
 METHODS = ("greedy", "rpcholesky")
 BLOCK_SIZE = 64
@@ -286,9 +287,7 @@ class Pivoting:
 
     def _read_columns(self, indices: np.ndarray) -> Array:
         self.num_products += indices.size
-        C = columns(self._A, indices, chunk_size=self._chunk_size)
-        check_finite("columns of A", C)
-        return C
+        return finite_columns(self._A, indices, chunk_size=self._chunk_size)
 
     def _select(
         self,
@@ -332,7 +331,7 @@ class Pivoting:
 
     def _append(self, pivots: np.ndarray, L: np.ndarray, C: Array | None) -> None:
         C = self._read_columns(pivots) if C is None else C
-        R = _workspace(C)
+        R = to_host(C) if on_cpu(C) else C  # in NumPy the same pivots for every library
         for part in self._factor:
             R = R - part @ take(part, pivots).T
         F = tall_times(R, like(np.linalg.inv(L).T, R, wide_dtype(R)))
@@ -379,17 +378,6 @@ def _first_largest(values: np.ndarray, indices: np.ndarray) -> int:
     """Return where the largest value is, among equals that of the lowest index."""
     where = np.flatnonzero(values == np.max(values))
     return int(where[np.argmin(indices[where])])
-
-
-def _workspace(x: Array) -> Array:
-    """Return `x` in NumPy if it lies in the memory of the host, else as it is."""
-    if is_torch_array(x):
-        on_host = device(x).type == "cpu"
-    elif is_jax_array(x):
-        on_host = all(d.platform == "cpu" for d in x.devices())
-    else:
-        on_host = not is_cupy_array(x)
-    return to_host(x) if on_host else x
 
 
 def _is_like(x: Array, other: Array) -> bool:

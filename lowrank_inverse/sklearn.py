@@ -20,11 +20,11 @@ except ImportError as error:
 
 from lowrank_inverse._array import check_count, check_scalar
 from lowrank_inverse.kernels import KernelOperator
-from lowrank_inverse.nystrom import spectrum, whiten
 from lowrank_inverse.operators import FunctionOperator
 from lowrank_inverse.sampling import sample_columns
 from lowrank_inverse.solve import solve
 from lowrank_inverse.solvers import Exact, NystromCG
+from lowrank_inverse.whitening import spectrum, whiten
 
 __all__ = ["KernelRidge", "NystromRidge"]
 

@@ -13,7 +13,6 @@ from lowrank_inverse._array import (
     astype,
     check_count,
     check_damping,
-    check_finite,
     check_indices,
     check_scalar,
     concrete,
@@ -28,6 +27,7 @@ from lowrank_inverse.cg import cg
 from lowrank_inverse.estimates import estimate_diagonal
 from lowrank_inverse.kept import kept_columns
 from lowrank_inverse.memory import (
+    ITEMSIZES,
     STORAGES,
     STREAMED_DAMPING,
     StoragePlan,
@@ -35,8 +35,8 @@ from lowrank_inverse.memory import (
     plan_storage,
 )
 from lowrank_inverse.neumann import neumann
-from lowrank_inverse.nystrom import NystromApproximation, check_rank, is_indefinite, nystrom
-from lowrank_inverse.operators import aslinearoperator, columns
+from lowrank_inverse.nystrom import NystromApproximation, check_rank, nystrom
+from lowrank_inverse.operators import aslinearoperator, finite_columns
 from lowrank_inverse.preconditioner import NystromPreconditioner
 from lowrank_inverse.prepared import (
     PreparedInverse,
@@ -49,12 +49,12 @@ from lowrank_inverse.sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.solution import Solution, check_system
 from lowrank_inverse.sources import empty_like, known_or_none
 from lowrank_inverse.state import start
+from lowrank_inverse.whitening import is_indefinite
 from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
 AUTO_SHARE = 0.1
 """Of the damping, that a rank which grows may leave to a direct inverse."""
-ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,15 @@ class Nystrom:
         """Say how the columns are to be held; None where their number is not known before."""
         if self.indices is None and self.rank == "auto":
             return None
-        dtype = empty_like(A).dtype
+        empty = empty_like(A)
         return plan_storage(
             int(A.shape[0]),
             self.rank if self.indices is None else np.shape(self.indices)[0],
-            np.dtype(str(dtype).rsplit(".", 1)[-1]).itemsize,
+            array_namespace(empty).finfo(empty.dtype).bits // 8,
             storage=self.storage,
             chunk_size=self.chunk_size,
             memory_budget=self.memory_budget,
-            column_itemsize=ITEMSIZES.get(self.column_dtype or ""),
+            column_itemsize=ITEMSIZES.get(self.column_dtype),
         )
 
 
@@ -371,8 +371,7 @@ class Exact:
         """Return the inverse of ``A + damping * I``; `state` is not used."""
         A = aslinearoperator(A)
         n = int(A.shape[0])
-        H = columns(A, np.arange(n))
-        check_finite("columns of A", H)
+        H = finite_columns(A, np.arange(n))
         xp = array_namespace(H)
         w, V = xp.linalg.eigh(symmetric_part(astype(H, wide_dtype(H))))
         # Without a damping, what may be the rounding of H is taken for zero.

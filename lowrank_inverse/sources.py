@@ -9,7 +9,7 @@ import numpy as np
 from lowrank_inverse._array import check_finite, is_traced, like, tall_dot, to_host
 from lowrank_inverse._operator import prototype
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.operators import columns, diagonal, index_chunks
+from lowrank_inverse.operators import diagonal, finite_columns, index_chunks
 from lowrank_inverse.pivoted import METHODS, Pivoting, joined
 from lowrank_inverse.sampling import sample_columns
 
@@ -45,9 +45,8 @@ class DrawnColumns:
     def grow(self, count: int, *, trace: float = 0.0) -> None:
         """Read columns up to `count`; `trace` is not used."""
         if count > self.size:
-            C = columns(self._A, self._order[self.size : count], chunk_size=self._chunk_size)
-            check_finite("columns of A", C)
-            self._parts.append(C)
+            wanted = self._order[self.size : count]
+            self._parts.append(finite_columns(self._A, wanted, chunk_size=self._chunk_size))
             self.size = count
 
     def sketch(self) -> Sketch:
@@ -90,8 +89,7 @@ class PivotedColumns:
         num_products = found.num_products
         if indices.size == 0:
             indices = np.zeros(1, dtype=np.int64)
-            C = columns(self._A, indices)
-            check_finite("columns of A", C)
+            C = finite_columns(self._A, indices)
             num_products += 1
             entries = np.abs(to_host(C)[:, 0])
             if witness is None and np.any(entries > 0):  # beside a zero on the diagonal

@@ -11,7 +11,6 @@ from lowrank_inverse._array import (
     astype,
     check_count,
     check_damping,
-    check_finite,
     check_indices,
     column_scale,
     eps,
@@ -28,8 +27,9 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._operator import Operator
 from lowrank_inverse._typing import Array
-from lowrank_inverse.nystrom import NystromApproximation, spectrum, whiten
-from lowrank_inverse.operators import aslinearoperator, index_chunks
+from lowrank_inverse.nystrom import NystromApproximation
+from lowrank_inverse.operators import aslinearoperator, finite_columns, index_chunks
+from lowrank_inverse.whitening import spectrum, whiten
 
 
 class WoodburyInverse(Operator):
@@ -213,14 +213,14 @@ def chunked_inverse(A: Any, indices: Any, damping: Any, *, chunk_size: int) -> R
     num_products = 0
     scale: Any = None
     for i in range(len(chunks)):
-        first = _finite_columns(A, chunks[i])
+        first = finite_columns(A, chunks[i])
         num_products += chunks[i].size
         scale = _scale_of(first) if scale is None else scale
         first = first / scale
         for j in range(i, len(chunks)):
             second = first
             if j > i:
-                second = _finite_columns(A, chunks[j]) / scale
+                second = finite_columns(A, chunks[j]) / scale
                 num_products += chunks[j].size
             blocks[i, j] = tall_dot(first, second)
             blocks[j, i] = blocks[i, j].T
@@ -274,7 +274,7 @@ def streamed_inverse(
     core_parts, gram_parts = [], []
     scale: Any = None
     for chunk in index_chunks(indices, chunk_size):
-        C = _finite_columns(A, chunk)
+        C = finite_columns(A, chunk)
         scale = _scale_of(C) if scale is None else scale
         C = C / scale
         core_parts.append(take(C, indices))
@@ -290,12 +290,6 @@ def streamed_inverse(
         chunk_size=None,
         num_products=2 * indices.size,
     )
-
-
-def _finite_columns(A: Any, indices: np.ndarray) -> Array:
-    C = A.columns(indices)
-    check_finite("columns of A", C)
-    return C
 
 
 def _scale_of(C: Array) -> Array:
