@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -116,15 +116,17 @@ class Factor:
         stored = getattr(settings, "storage", "stored") == "stored"
         source = source if isinstance(settings, solvers.NystromCG) else None
         self.A = KeptColumns(A, source, keep=stored) if kept is None else kept
-        self.settings = with_damping(settings, l2 + damping)
+        self.takes_damping = solvers.has_damping(settings)
+        if self.takes_damping:
+            settings = replace(settings, damping=l2 + damping)
+        self.settings = settings
         self._inverse: PreparedInverse | None = None
 
     @property
     def inverse(self) -> PreparedInverse:
         """What the settings become, prepared when first used."""
         if self._inverse is None:
-            takes_damping = hasattr(self.settings, "damping") and is_dataclass(self.settings)
-            A = self.A if takes_damping else shifted(self.A, self.l2 + self.damping)
+            A = self.A if self.takes_damping else shifted(self.A, self.l2 + self.damping)
             self._inverse = self.settings.prepare(A, rng=self.seed)
         return self._inverse
 
@@ -158,13 +160,6 @@ class Factor:
             f"{_rounded_up(enough - self.l2):.2g} would do; curvature='ggn' is never negative for "
             "a loss that is convex in the outputs; or train the model further."
         )
-
-
-def with_damping(settings: Any, damping: float) -> Any:
-    """Return the settings with another damping, where they have one."""
-    if is_dataclass(settings) and hasattr(settings, "damping"):
-        return replace(settings, damping=damping)  # type: ignore[type-var]
-    return settings
 
 
 def auto_damping(A: Any, seed: int) -> float:

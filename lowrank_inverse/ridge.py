@@ -22,7 +22,7 @@ from lowrank_inverse.prepared import (
 )
 from lowrank_inverse.solution import Solution
 from lowrank_inverse.solve import as_settings
-from lowrank_inverse.solvers import Nystrom, NystromCG
+from lowrank_inverse.solvers import Nystrom, NystromCG, has_damping
 from lowrank_inverse.state import HypergradientState, adopt, next_state, start
 
 
@@ -52,7 +52,7 @@ def solve_with_state(
         return _run(settings, H, b, rng, state)
     if getattr(ridge, "ndim", 0) == 0:
         check_scalar("ridge", ridge)
-        if not _has_damping(settings):
+        if not has_damping(settings):
             return _run(settings, shifted(H, ridge), b, rng, state)
         damped = dataclasses.replace(settings, damping=settings.damping + ridge)
         return _run(damped, H, b, rng, state)
@@ -145,12 +145,6 @@ def _unscale_factor(factor: Factor, s: Array, state: Any) -> Factor:
     elif not factor.refreshed:
         bare = state.columns
     return factor._replace(columns=bare)
-
-
-def _has_damping(settings: Any) -> bool:
-    return dataclasses.is_dataclass(settings) and any(
-        field.name == "damping" for field in dataclasses.fields(settings)
-    )
 
 
 def _add_diagonal(H: Any, d: Array) -> FunctionOperator:

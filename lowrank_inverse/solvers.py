@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -418,6 +418,11 @@ class Identity:
             return direct_solution(A, 0.0, b, self.scale * b, 0)
 
         return PreparedInverse(A, run, apply=lambda b: self.scale * b)
+
+
+def has_damping(settings: Any) -> bool:
+    """Whether these are settings with a damping of their own."""
+    return is_dataclass(settings) and hasattr(settings, "damping")
 
 
 def _check_columns(settings: Any) -> None:

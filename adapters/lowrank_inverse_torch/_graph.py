@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -189,18 +189,23 @@ def _pull_back(
 
 def refuse_cut_graphs(tensors: Sequence[Tensor | None]) -> None:
     """Raise where part of a graph is hidden: autograd.grad would take it for constant."""
-    stack: list[Any] = []
-    for tensor in tensors:
-        if tensor is not None:
-            stack.append(tensor.grad_fn)
-            if not tensor.requires_grad and tensor.count_nonzero() > 0:
-                raise RuntimeError(_NO_GRAPH)
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if not tensor.requires_grad and tensor.count_nonzero() > 0:
+            raise RuntimeError(_NO_GRAPH)
+    for node in graph_nodes(given):
+        if node.name() in _CUTS:
+            raise RuntimeError(_CUTS[node.name()])
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield each node of the graphs behind `tensors` once."""
+    stack: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen: set[Any] = set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() in _CUTS:
-            raise RuntimeError(_CUTS[node.name()])
+        yield node
         stack.extend(parent for parent, _ in node.next_functions)

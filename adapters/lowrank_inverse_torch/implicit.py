@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lowrank_inverse.ridge import inverse_product
 from lowrank_inverse.solve import as_settings
+from lowrank_inverse_torch._graph import graph_nodes
 from lowrank_inverse_torch._guard import evaluate_loss, explained, untouched
 from lowrank_inverse_torch.curvature import HessianOperator, Modules
 
@@ -213,16 +214,10 @@ class _Problem:
             loss = self.loss(theta, [tensor.detach() for tensor in self.tensors])
             value = evaluate_loss(loss, name="inner_loss")
         leaves: dict[int, Tensor] = {}
-        seen, stack = set(), [value.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in graph_nodes([value]):
             variable = getattr(node, "variable", None)
             if isinstance(variable, Tensor) and id(variable) not in own:
                 leaves[id(variable)] = variable
-            stack.extend(parent for parent, _ in node.next_functions)
         return list(leaves.values())
 
 
