@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks._measure import use_threads
 from benchmarks._mnist import load_mnist
 from benchmarks._report import machine, publish, table
 
@@ -171,15 +172,17 @@ def main(arguments: list[str]) -> int:
         "--size", type=int, default=20000, help="points to iterate on (default: 20000)"
     )
     parser.add_argument(
-        "--most", type=int, default=10000, help="points to factorise (default: 10000)"
+        "--most", type=int, default=20000, help="points to factorise (default: 20000)"
     )
     parser.add_argument("--rank", type=int, default=1000, help="points sampled (default: 1000)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
     options = parser.parse_args(arguments)
     if options.size < 8 or options.rank < 2:
         parser.error(f"--size must be at least 8 and --rank 2; got {options.size}, {options.rank}")
+    use_threads(options.threads)
     there = ["friedman"] if options.data_dir is None else list(SETTINGS)
     names = there if options.sets is None else options.sets
     if "mnist" in names and options.data_dir is None:
@@ -201,7 +204,9 @@ def main(arguments: list[str]) -> int:
             f"{settings['alpha']}; {options.rank} points sampled, half as many columns as "
             "preconditioner."
         )
-        about = machine("numpy", "scipy", "scikit-learn", seed=options.seed)
+        about = machine(
+            "numpy", "scipy", "scikit-learn", threads=options.threads, seed=options.seed
+        )
         publish(options.output, f"kernel_ridge_{name}", text, about, results=results)
     return 0
 

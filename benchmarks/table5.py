@@ -24,7 +24,7 @@ from benchmarks._torch_speed import damping_and_step
 
 MODELS = {"mlp": "MLP", "lenet": "LeNet", "wrn": "WideResNet-28-2"}
 BATCHES = {
-    "cpu": {"mlp": 128, "lenet": 128, "wrn": 4},
+    "cpu": {"mlp": 256, "lenet": 128, "wrn": 4},
     "cuda": {"mlp": 1024, "lenet": 1024, "wrn": 128},
 }
 RANKS = [5, 10, 20, 40]
