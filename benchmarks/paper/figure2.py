@@ -27,12 +27,17 @@ def get(curves: Curves, method: str, control: str | float = decay.OWN) -> list[F
     return curves[decay.label(method, K, ALPHA, control)]
 
 
-def best(curves: Curves, method: str, early: int) -> list[Found]:
-    """Return the curves at the rate with the lowest mean loss after `early` steps."""
-    return min(
-        (get(curves, method, control) for control in decay.FIRST_STEPS),
-        key=lambda found: float(np.mean(decay.losses(found, early))),
-    )
+def best(curves: Curves, method: str, setting: decay.Setting) -> list[Found]:
+    """Return the curves at the rate with the lowest mean loss after the first steps.
+
+    A rate at which a seed diverges, be it later, is taken only where there is no other.
+    """
+
+    def key(found: list[Found]) -> tuple[bool, float]:
+        start, end = (np.array(decay.losses(found, at)) for at in (0, setting.control_steps))
+        return bool((end > start).any()), float(np.mean(decay.losses(found, setting.early)))
+
+    return min((get(curves, method, control) for control in decay.FIRST_STEPS), key=key)
 
 
 def as_published(curves: Curves, setting: decay.Setting) -> list[dict[str, str]]:
@@ -61,7 +66,7 @@ def at_equal_lengths(curves: Curves, setting: decay.Setting) -> list[dict[str, s
     """Return the rows of the control."""
     early, rows = setting.early, []
     for method in decay.METHODS:
-        chosen = best(curves, method, early)
+        chosen = best(curves, method, setting)
         rows.append(
             {
                 "inverse": method,
@@ -84,7 +89,7 @@ def judge(curves: Curves, setting: decay.Setting) -> list[Found]:
     own = {name: decay.losses(get(curves, name), early) for name in names}
     trained = {name: [c["training"][-1][-1] for c in get(curves, name)] for name in names}
     fair = {
-        name: decay.losses(best(curves, name, early), early)
+        name: decay.losses(best(curves, name, setting), early)
         for name in [*names, _methods.CG, _methods.IDENTITY]
     }
     found = get(curves, nystrom)
@@ -130,13 +135,13 @@ def draw(curves: Curves, setting: decay.Setting, path: Path) -> None:
         at = np.arange(len(training))[:, None] + 0.999 * steps
         bottom.plot(at.ravel(), training.ravel(), **{**style, "linewidth": 0.8})
         same.plot(decay.mean_curve(get(curves, method, decay.AS_NYSTROM)), **style)
-        tuned.plot(decay.mean_curve(best(curves, method, setting.early)), **style)
+        tuned.plot(decay.mean_curve(best(curves, method, setting)), **style)
     top.set(title="As published: outer SGD at rate 1", ylabel="validation loss")
     same.set(title="All steps as long as those of Nyström, Eq. (6)")
     tuned.set(title="Each at its best rate", xlabel="outer step")
     bottom.set(title="Inner problem, as published", xlabel="outer step", ylabel="training loss")
     for axis in (same, tuned):
-        axis.set(ylim=top.get_ylim(), xlim=top.get_xlim(), ylabel="validation loss")
+        axis.set(ylim=top.get_ylim(), ylabel="validation loss")
     figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
     plt.close(figure)
