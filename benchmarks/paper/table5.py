@@ -132,7 +132,7 @@ def beside_the_paper(measured: dict[str, Found]) -> list[dict[str, str]]:
             here = "seconds" in found and "seconds" in base
             rows.append(
                 {
-                    "method": f"{method}, k = {k}" if "k" not in method else f"{method} = {k}",
+                    "method": f"{method}, k = {k}",
                     "paper: s": f"{paper[0]:.2f}" if paper else "",
                     "GB": f"{paper[1]:.2f}" if paper else "",
                     "/ CG, l = 5": f"{paper[0] / PAPER['CG'][5][0]:.2f}" if paper else "",
