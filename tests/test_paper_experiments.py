@@ -24,6 +24,7 @@ from benchmarks import __main__ as command
 from benchmarks import table5 as speed
 from benchmarks._torch_speed import num_products
 from benchmarks.paper import (
+    _curves,
     _methods,
     _runs,
     _weight_decay,
@@ -308,14 +309,14 @@ def test_a_run_that_diverges_is_cut_short_and_said_to():
     curve = _weight_decay.follow(problem, _methods.IDENTITY, 5, 0.01, 1e6, 0)
     assert len(curve.validation) < 10
     assert np.isfinite(curve.validation).all()
-    losses = _weight_decay.losses([vars(curve), {"validation": [0.5] * 20}], 10)
+    losses = _curves.losses([vars(curve), {"validation": [0.5] * 20}], 10)
     assert losses == [np.inf, 0.5]
-    assert _weight_decay.entry(losses) == "diverges, 1 of 2"
-    assert _weight_decay.entry([0.5, 0.7], ".1f") == "0.6 ± 0.1"
+    assert _curves.entry(losses) == "diverges, 1 of 2"
+    assert _curves.entry([0.5, 0.7], ".1f") == "0.6 ± 0.1"
 
 
 def test_a_loss_is_lower_where_it_is_by_more_than_both_deviations():
-    lower = _weight_decay.lower
+    lower = _curves.lower
     assert lower([1.0, 1.2], [[2.0, 2.2], [np.inf, 1.0]]) == _runs.SUPPORTED
     assert lower([1.0, 2.0], [[1.1, 2.2], [9.0, 9.0]]) == _runs.IN_PART
     assert lower([1.0, 2.0], [[1.0, 1.0], [9.0, 9.0]]) == _runs.NOT_SUPPORTED
@@ -333,7 +334,7 @@ def test_a_loss_is_lower_where_it_is_by_more_than_both_deviations():
 )
 def test_a_choice_makes_no_difference_within_a_tenth_of_the_gain(second, verdict):
     values = {"k = 5": [0.3, 0.3], "k = 10": [second, second]}
-    assert _weight_decay.steady("paper", values, [0.7, 0.7])["verdict"] == verdict
+    assert _curves.steady("paper", values, [0.7, 0.7])["verdict"] == verdict
 
 
 def test_figure_2_runs_from_end_to_end_and_is_not_run_twice(tmp_path, calls, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks._measure import Found
 from benchmarks._report import publish, table
-from benchmarks.paper import _methods, _runs
+from benchmarks.paper import _curves, _methods, _runs
 from benchmarks.paper import _weight_decay as decay
 
 K, ALPHA = 5, 0.01
@@ -34,8 +34,8 @@ def best(curves: Curves, method: str, setting: decay.Setting) -> list[Found]:
     """
 
     def key(found: list[Found]) -> tuple[bool, float]:
-        start, end = (np.array(decay.losses(found, at)) for at in (0, setting.control_steps))
-        return bool((end > start).any()), float(np.mean(decay.losses(found, setting.early)))
+        start, end = (np.array(_curves.losses(found, at)) for at in (0, setting.control_steps))
+        return bool((end > start).any()), float(np.mean(_curves.losses(found, setting.early)))
 
     return min((get(curves, method, control) for control in decay.FIRST_STEPS), key=key)
 
@@ -48,14 +48,14 @@ def as_published(curves: Curves, setting: decay.Setting) -> list[dict[str, str]]
         rows.append(
             {
                 "inverse": method,
-                f"loss after {setting.early}": decay.entry(decay.losses(found, setting.early)),
-                f"after {setting.outer_steps}": decay.entry(
-                    decay.losses(found, setting.outer_steps)
+                f"loss after {setting.early}": _curves.entry(_curves.losses(found, setting.early)),
+                f"after {setting.outer_steps}": _curves.entry(
+                    _curves.losses(found, setting.outer_steps)
                 ),
-                "length of h": decay.typical(found, "norms"),
-                "over the exact": decay.over_exact(found),
+                "length of h": _curves.typical(found, "norms"),
+                "over the exact": _curves.over_exact(found),
                 "cosine": f"{np.mean([c['cosines'][0] for c in found]):.3f}",
-                "error of q": decay.typical(found, "errors"),
+                "error of q": _curves.typical(found, "errors"),
                 "products": f"{np.mean([c['products'] for c in found]):.0f}",
             }
         )
@@ -71,11 +71,11 @@ def at_equal_lengths(curves: Curves, setting: decay.Setting) -> list[dict[str, s
             {
                 "inverse": method,
                 **{
-                    control: decay.entry(decay.losses(get(curves, method, control), early))
+                    control: _curves.entry(_curves.losses(get(curves, method, control), early))
                     for control in (decay.AS_EXACT, decay.AS_NYSTROM)
                 },
-                "at the best rate": decay.entry(decay.losses(chosen, early)),
-                "the rate": decay.short(np.mean([c["rate"] for c in chosen])),
+                "at the best rate": _curves.entry(_curves.losses(chosen, early)),
+                "the rate": _curves.short(np.mean([c["rate"] for c in chosen])),
             }
         )
     return rows
@@ -86,32 +86,32 @@ def judge(curves: Curves, setting: decay.Setting) -> list[Found]:
     early, nystrom = setting.early, _methods.PAPER_NYSTROM
     rivals = [_methods.PAPER_CG, _methods.PAPER_NEUMANN]
     names = [nystrom, *rivals]
-    own = {name: decay.losses(get(curves, name), early) for name in names}
+    own = {name: _curves.losses(get(curves, name), early) for name in names}
     trained = {name: [c["training"][-1][-1] for c in get(curves, name)] for name in names}
     fair = {
-        name: decay.losses(best(curves, name, setting), early)
+        name: _curves.losses(best(curves, name, setting), early)
         for name in [*names, _methods.CG, _methods.IDENTITY]
     }
     found = get(curves, nystrom)
-    equal = decay.losses(get(curves, _methods.IDENTITY, decay.AS_NYSTROM), early)
+    equal = _curves.losses(get(curves, _methods.IDENTITY, decay.AS_NYSTROM), early)
     return [
         _runs.claim(
             "the Nyström method optimizes the weight decays faster than CG and Neumann do",
-            f"validation loss after {early} outer steps at the paper's rate: {decay.listed(own)}",
-            decay.lower(own[nystrom], [own[name] for name in rivals]),
+            f"validation loss after {early} outer steps at the paper's rate: {_curves.listed(own)}",
+            _curves.lower(own[nystrom], [own[name] for name in rivals]),
         ),
         _runs.claim(
             "with the Nyström method the inner problem's training loss comes down quickly",
-            f"training loss at the end of the last inner run: {decay.listed(trained)}",
-            decay.lower(trained[nystrom], [trained[name] for name in rivals]),
+            f"training loss at the end of the last inner run: {_curves.listed(trained)}",
+            _curves.lower(trained[nystrom], [trained[name] for name in rivals]),
         ),
         _runs.claim(
             "the task showcases the ability of the Nyström approximation",
-            f"its hypergradient is {decay.over_exact(found)} times as long as the exact one, its "
-            f"inverse product off by {decay.typical(found, 'errors')} in relative terms; the "
-            f"identity with steps of the same length: {decay.entry(equal)}; each at the best of "
-            f"{len(decay.FIRST_STEPS)} rates: {decay.listed(fair)}",
-            decay.lower(fair[nystrom], [v for name, v in fair.items() if name != nystrom]),
+            f"its hypergradient is {_curves.over_exact(found)} times as long as the exact one, its "
+            f"inverse product off by {_curves.typical(found, 'errors')} in relative terms; the "
+            f"identity with steps of the same length: {_curves.entry(equal)}; each at the best of "
+            f"{len(decay.FIRST_STEPS)} rates: {_curves.listed(fair)}",
+            _curves.lower(fair[nystrom], [v for name, v in fair.items() if name != nystrom]),
         ),
     ]
 
@@ -127,15 +127,15 @@ def draw(curves: Curves, setting: decay.Setting, path: Path) -> None:
         2, 2, figsize=(11.5, 7.6), layout="constrained"
     )
     for method in decay.METHODS:
-        style: dict[str, Any] = decay.STYLES[method]
+        style: dict[str, Any] = _curves.STYLES[method]
         found = get(curves, method)
-        top.plot(decay.mean_curve(found), label=method, **style)
-        training = decay.mean_curve(found, "training")
+        top.plot(_curves.mean_curve(found), label=method, **style)
+        training = _curves.mean_curve(found, "training")
         steps = np.linspace(0, 1, training.shape[1])
         at = np.arange(len(training))[:, None] + 0.999 * steps
         bottom.plot(at.ravel(), training.ravel(), **{**style, "linewidth": 0.8})
-        same.plot(decay.mean_curve(get(curves, method, decay.AS_NYSTROM)), **style)
-        tuned.plot(decay.mean_curve(best(curves, method, setting)), **style)
+        same.plot(_curves.mean_curve(get(curves, method, decay.AS_NYSTROM)), **style)
+        tuned.plot(_curves.mean_curve(best(curves, method, setting)), **style)
     top.set(title="As published: outer SGD at rate 1", ylabel="validation loss")
     same.set(title="All steps as long as those of Nyström, Eq. (6)")
     tuned.set(title="Each at its best rate", xlabel="outer step")
@@ -154,12 +154,12 @@ def main(arguments: list[str]) -> int:
         "figure2", options, ks=[K], alphas=[ALPHA], controls=CONTROLS
     )
     claims = judge(curves, setting)
-    start = decay.losses(get(curves, _methods.IDENTITY), 0)
+    start = _curves.losses(get(curves, _methods.IDENTITY), 0)
     text = "\n\n".join(
         [
             table(as_published(curves, setting)),
             f"Validation loss after so many outer steps of SGD at rate {setting.outer_rate:g}; "
-            f"before: {decay.entry(start)}.\n"
+            f"before: {_curves.entry(start)}.\n"
             "h: the hypergradient, q: the inverse product in it; their length, cosine and error at "
             "the first outer\nstep, against the exact ones of a formula.",
             table(at_equal_lengths(curves, setting)),
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
             "the length of the exact one, or\nof Nyström's by Eq. (6); and with the best of the "
             f"{len(decay.FIRST_STEPS)} rates at which the first step has length\n"
             f"{', '.join(f'{length:g}' for length in decay.FIRST_STEPS)}.",
-            decay.described(setting, options.seeds),
+            _curves.described(setting, options.seeds),
             _runs.told(claims),
         ]
     )
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
         text,
         about,
         claims=claims,
-        **decay.summary(curves, setting),
+        **_curves.summary(curves, setting),
     )
     draw(curves, setting, options.output / "figure2.png")
     print(f"Picture: {options.output / 'figure2.png'}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks._measure import Found
 from benchmarks._report import publish, table
-from benchmarks.paper import _methods, _runs
+from benchmarks.paper import _curves, _methods, _runs
 from benchmarks.paper import _weight_decay as decay
 
 K, ALPHAS = 5, [0.01, 0.1, 1.0]
@@ -21,8 +21,8 @@ def rows(curves: dict[str, list[Found]], setting: decay.Setting) -> list[dict[st
         line = {"inverse": method}
         for alpha in ALPHAS:
             found = curves[decay.label(method, K, alpha)]
-            line[f"α = ρ = {alpha:g}: loss"] = decay.entry(decay.losses(found, setting.early))
-            line[f"|h| / exact ({alpha:g})"] = decay.over_exact(found)
+            line[f"α = ρ = {alpha:g}: loss"] = _curves.entry(_curves.losses(found, setting.early))
+            line[f"|h| / exact ({alpha:g})"] = _curves.over_exact(found)
         lines.append(line)
     return lines
 
@@ -31,21 +31,21 @@ def judge(curves: dict[str, list[Found]], setting: decay.Setting) -> list[Found]
     """Hold the paper's claims against the curves."""
 
     def losses(method: str, alpha: float) -> list[float]:
-        return decay.losses(curves[decay.label(method, K, alpha)], setting.early)
+        return _curves.losses(curves[decay.label(method, K, alpha)], setting.early)
 
     nystrom, rivals = _methods.PAPER_NYSTROM, [_methods.PAPER_CG, _methods.PAPER_NEUMANN]
     pairs = [(rival, alpha) for rival in rivals for alpha in ALPHAS]
     won = [
         f"{rival} at {alpha:g}"
         for rival, alpha in pairs
-        if decay.lower(losses(nystrom, alpha), [losses(rival, alpha)]) == _runs.SUPPORTED
+        if _curves.lower(losses(nystrom, alpha), [losses(rival, alpha)]) == _runs.SUPPORTED
     ]
     share = len(won) / len(pairs)
     lengths = ", ".join(
-        f"{decay.over_exact(curves[decay.label(nystrom, K, alpha)])} at ρ = {alpha:g}"
+        f"{_curves.over_exact(curves[decay.label(nystrom, K, alpha)])} at ρ = {alpha:g}"
         for alpha in ALPHAS
     )
-    start = decay.losses(curves[decay.label(nystrom, K, ALPHAS[0])], 0)
+    start = _curves.losses(curves[decay.label(nystrom, K, ALPHAS[0])], 0)
     return [
         _runs.claim(
             "the Nyström method surpasses CG and Neumann in most cases",
@@ -58,7 +58,7 @@ def judge(curves: dict[str, list[Found]], setting: decay.Setting) -> list[Found]
             if share == 0.5
             else _runs.NOT_SUPPORTED,
         ),
-        decay.steady(
+        _curves.steady(
             "it is robust to the choice of ρ",
             {f"ρ = {alpha:g}": losses(nystrom, alpha) for alpha in ALPHAS},
             start,
@@ -79,11 +79,11 @@ def draw(curves: dict[str, list[Found]], path: Path) -> None:
     )
     for axis, method in zip(axes.flat, decay.METHODS, strict=True):
         for alpha in ALPHAS:
-            curve = decay.mean_curve(curves[decay.label(method, K, alpha)])
+            curve = _curves.mean_curve(curves[decay.label(method, K, alpha)])
             axis.plot(curve, label=f"α = ρ = {alpha:g}")
         axis.set_title(method, fontsize=9)
     # What diverges is left to run out of the picture.
-    top = float(np.mean(decay.losses(next(iter(curves.values())), 0)))
+    top = float(np.mean(_curves.losses(next(iter(curves.values())), 0)))
     axes[0, 0].set_ylim(0.25, 1.15 * top)
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss")
@@ -105,11 +105,11 @@ def main(arguments: list[str]) -> int:
             f"Validation loss after {setting.early} outer steps of SGD at rate "
             f"{setting.outer_rate:g}. |h| / exact: the length of the first hypergradient over\n"
             "that of the exact one.",
-            decay.described(setting, options.seeds),
+            _curves.described(setting, options.seeds),
             _runs.told(claims),
         ]
     )
-    results = decay.summary(curves, setting)
+    results = _curves.summary(curves, setting)
     publish(options.output, "figure3", text, about, claims=claims, **results)
     draw(curves, options.output / "figure3.png")
     print(f"Picture: {options.output / 'figure3.png'}")

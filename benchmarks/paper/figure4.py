@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks._measure import Found
 from benchmarks._report import publish, table
-from benchmarks.paper import _methods, _runs
+from benchmarks.paper import _curves, _methods, _runs
 from benchmarks.paper import _weight_decay as decay
 
 KS, RHO = [5, 10, 20], 0.01
@@ -19,8 +19,8 @@ def rows(curves: dict[str, list[Found]], setting: decay.Setting) -> list[dict[st
         line = {"inverse": method}
         for k in KS:
             found = curves[decay.label(method, k, RHO)]
-            line[f"k = {k}: loss"] = decay.entry(decay.losses(found, setting.early))
-            line[f"error of q ({k})"] = decay.typical(found, "errors")
+            line[f"k = {k}: loss"] = _curves.entry(_curves.losses(found, setting.early))
+            line[f"error of q ({k})"] = _curves.typical(found, "errors")
         lines.append(line)
     return lines
 
@@ -29,13 +29,13 @@ def judge(curves: dict[str, list[Found]], setting: decay.Setting) -> list[Found]
     """Hold the paper's claims against the curves."""
     nystrom = {k: curves[decay.label(_methods.PAPER_NYSTROM, k, RHO)] for k in KS}
     errors = ", ".join(
-        f"{decay.typical(found, 'errors')} at k = {k}" for k, found in nystrom.items()
+        f"{_curves.typical(found, 'errors')} at k = {k}" for k, found in nystrom.items()
     )
     return [
-        decay.steady(
+        _curves.steady(
             "the curves of the Nyström method differ only marginally between k = 5, 10 and 20",
-            {f"k = {k}": decay.losses(found, setting.early) for k, found in nystrom.items()},
-            decay.losses(nystrom[KS[0]], 0),
+            {f"k = {k}": _curves.losses(found, setting.early) for k, found in nystrom.items()},
+            _curves.losses(nystrom[KS[0]], 0),
             f"; relative error of its first inverse product: {errors}",
         )
     ]
@@ -54,7 +54,7 @@ def draw(curves: dict[str, list[Found]], path: Path) -> None:
     )
     for axis, method in zip(axes, shown, strict=True):
         for k in KS:
-            axis.plot(decay.mean_curve(curves[decay.label(method, k, RHO)]), label=f"k = {k}")
+            axis.plot(_curves.mean_curve(curves[decay.label(method, k, RHO)]), label=f"k = {k}")
         axis.set_title(method, fontsize=10)
         axis.set_xlabel("outer step")
     axes[0].set_ylabel("validation loss")
@@ -74,11 +74,11 @@ def main(arguments: list[str]) -> int:
             f"Validation loss after {setting.early} outer steps of SGD at rate "
             f"{setting.outer_rate:g}. Error of q: of the first inverse\nproduct, against the exact "
             "one, relative.",
-            decay.described(setting, options.seeds),
+            _curves.described(setting, options.seeds),
             _runs.told(claims),
         ]
     )
-    results = decay.summary(curves, setting)
+    results = _curves.summary(curves, setting)
     publish(options.output, "figure4", text, about, claims=claims, **results)
     draw(curves, options.output / "figure4.png")
     print(f"Picture: {options.output / 'figure4.png'}")
