@@ -28,7 +28,7 @@ KNOWN_RIDGE = "Nyström, ridge in closed form"
 METHODS = [*_methods.METHODS, KNOWN_RIDGE, EXACT]
 OWN, AS_EXACT, AS_NYSTROM = "own length", "length of the exact one", "length of Nyström"
 """How long a step is: as it comes, or with the length that another method would give it."""
-FIRST_STEPS = (0.3, 1.0, 3.0, 10.0)
+FIRST_STEPS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Or at a constant rate which gives the first step of every method this length."""
 
 

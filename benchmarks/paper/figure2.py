@@ -166,7 +166,8 @@ def main(arguments: list[str]) -> int:
             f"Validation loss after {setting.early} outer steps: with every h cut or stretched to "
             "the length of the exact one, or\nof Nyström's by Eq. (6); and with the best of the "
             f"{len(decay.FIRST_STEPS)} rates at which the first step has length\n"
-            f"{', '.join(f'{length:g}' for length in decay.FIRST_STEPS)}.",
+            f"{', '.join(f'{length:g}' for length in decay.FIRST_STEPS)}, one at which a seed "
+            f"diverges within {setting.control_steps} steps only where there is no other.",
             _curves.described(setting, options.seeds),
             _runs.told(claims),
         ]
