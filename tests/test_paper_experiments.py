@@ -501,7 +501,7 @@ def test_all_experiments_end_in_one_summary_and_are_not_run_again(tmp_path, fake
     assert summary["Two"]["claims"][0]["verdict"] == "supported"
     assert all(found["seconds"] > 0 for found in summary.values())
     text = (tmp_path / "paper.txt").read_text(encoding="utf-8")
-    assert "Verdicts: 3 supported." in text
+    assert "Verdicts: 3 supported, 0 in part, 0 not supported." in text
     assert max(map(len, text.split("\n\nVerdicts")[0].splitlines())) < 135
     assert everything.main(arguments) == 0
     assert fakes.names() == []

@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks._measure import Found, Records
 from benchmarks._report import machine, publish, table
+from benchmarks.paper import _runs
 
 INTERRUPTED = 130
 
@@ -118,7 +119,7 @@ def wrapped(row: dict[str, str]) -> list[dict[str, str]]:
     height = max(map(len, columns.values()))
     return [
         {
-            name: (lines[at] if at < len(lines) else "").ljust(WIDTHS[name])
+            name.ljust(WIDTHS[name]): (lines[at] if at < len(lines) else "").ljust(WIDTHS[name])
             for name, lines in columns.items()
         }
         for at in range(height + 1)
@@ -132,7 +133,7 @@ def left(names: list[str], results: dict[str, Found]) -> list[str]:
 
 def summarize(results: dict[str, Found], options: Any, about: Found) -> None:
     """Print and write the summary."""
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys((_runs.SUPPORTED, _runs.IN_PART, _runs.NOT_SUPPORTED), 0)
     for found in results.values():
         for claim in found.get("claims", []):
             counts[claim["verdict"]] = counts.get(claim["verdict"], 0) + 1
@@ -145,10 +146,10 @@ def summarize(results: dict[str, Found], options: Any, about: Found) -> None:
         for name, found in results.items()
     ]
     total = sum(found["seconds"] for found in results.values()) / 60
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none"
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     text = "\n\n".join(
         [
-            table(rows(results)),
+            table(rows(results)).rstrip(),
             f"Verdicts: {verdicts}.",
             table(minutes),
             f"Together {total:.1f} minutes with {options.workers} workers.",
