@@ -23,6 +23,11 @@ COMMANDS = {
     "influence": ("benchmarks.influence", "influence functions, ours beside other libraries"),
     "leaveoneout": ("benchmarks.leaveoneout", "influence against training without each image"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
+    "figure2": ("benchmarks.paper.figure2", "Figure 2: a weight decay for each parameter"),
+    "figure3": ("benchmarks.paper.figure3", "Figure 3: the same, by α and ρ"),
+    "figure4": ("benchmarks.paper.figure4", "Figure 4: the same, by the rank k"),
+    "paper-table5": ("benchmarks.paper.table5", "Table 5 on its network: the paper's claims"),
+    "paper": ("benchmarks.paper.everything", "all figures and tables of the paper, and a summary"),
 }
 
 

@@ -185,11 +185,15 @@ class Records:
     def get(self, name: str, measure: Callable[[], Found]) -> Found:
         """Return the measurement called `name`, made now unless it is there."""
         if name not in self.found:
-            self.found[name] = measure()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"machine": self.about, "measurements": self.found}
-            self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            self.put(name, measure())
         return self.found[name]
+
+    def put(self, name: str, found: Found) -> None:
+        """Keep the measurement called `name`, in the place of an earlier one."""
+        self.found[name] = found
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": self.about, "measurements": self.found}
+        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -117,6 +117,11 @@ def _against(name: str, found: Found, other: str, base: Found) -> list[str]:
     ]
 
 
+def has_peers() -> bool:
+    """Say whether the package of the paper is installed."""
+    return importlib.util.find_spec("hypergrad") is not None
+
+
 def main(arguments: list[str]) -> int:
     """Measure, print the table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks table5", description=__doc__)
@@ -150,7 +155,7 @@ def main(arguments: list[str]) -> int:
     )
     records = Records(options.output / f"{name}.json", about)
     methods = options.methods
-    absent = importlib.util.find_spec("hypergrad") is None
+    absent = not has_peers()
     if absent:
         methods = [method for method in methods if method not in PEERS]
     with tqdm(total=len(options.models) * len(options.ranks) * len(methods), desc=name) as progress:

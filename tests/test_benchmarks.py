@@ -283,7 +283,7 @@ def test_a_command_is_run_by_its_name(tmp_path, capsys):
     assert command.main([]) == 0
     usage = capsys.readouterr().out
     assert all(name in usage for name in command.COMMANDS)
-    assert command.main(["figure2"]) == 2
+    assert command.main(["figure0"]) == 2
 
 
 def test_a_table_has_its_names_to_the_left_and_its_numbers_to_the_right():

@@ -97,7 +97,8 @@ def solvers(k: int, alpha: float = 0.01, damping: float = 0.01) -> dict[str, Any
     return {
         PAPER_CG: PaperCG(k, alpha),
         CG: li.CG(damping=damping, rtol=0.0, max_steps=k),
-        PAPER_NEUMANN: li.Neumann(num_terms=k, step_size=alpha),
+        # That code's series has l + 1 terms.
+        PAPER_NEUMANN: li.Neumann(num_terms=k + 1, step_size=alpha),
         NEUMANN: li.Neumann(damping=damping, num_terms=k),
         PAPER_NYSTROM: PaperNystrom(k, damping),
         NYSTROM: li.Nystrom(rank=k, damping=damping),
