@@ -56,7 +56,7 @@ def descend(
 
 
 def flat(tensors: Any) -> Tensor:
-    """Return the numbers of some tensors as one vector in float64, where squares do not overflow."""
+    """Return tensors as one vector in float64, where the squares do not overflow."""
     return torch.cat([t.detach().reshape(-1).to(torch.float64) for t in tensors])
 
 
