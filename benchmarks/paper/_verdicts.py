@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -34,4 +35,4 @@ def cuts(paper: Any, here: Any) -> str:
         for field in fields(here)
         if getattr(paper, field.name) != getattr(here, field.name)
     ]
-    return "; ".join(changed) if changed else "nothing"
+    return textwrap.fill("; ".join(changed), 96) if changed else "nothing"

@@ -57,7 +57,7 @@ QUICK = Setting(
     updates=100,
     outer_rate=0.05,
     outer_batch=500,
-    gain=3**0.5,
+    gain=1.7,
 )
 
 
@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> int:
     indefinite = float(np.mean([np.mean(run["negative"]) for run in found[methods.CG]]))
     judged = claims(accuracy, indefinite)
     about = {**about, "setting": "quick" if options.quick else "paper", "seeds": options.seeds}
-    parts = [table(rows), EXPLAINED, skipped(found), f"Cut: {cuts(PAPER, setting)}."]
+    parts = [table(rows), EXPLAINED, skipped(found), f"Cut:\n{cuts(PAPER, setting)}."]
     text = "\n\n".join([part for part in parts if part] + [runs.told(judged)])
     results = {"settings": asdict(setting), "runs": found, "claims": judged}
     publish(options.output, "table2", text, about, **results)
