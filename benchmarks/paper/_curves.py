@@ -27,17 +27,23 @@ def columns(found: Sequence[Found]) -> dict[str, str]:
         f"{np.mean([check[0]['cosine'] for check in checks]):.2f}",
         f"{np.mean([check[-1]['cosine'] for check in checks]):.2f}",
         f"{np.median([check[0]['length'] for check in checks]):.2g}",
-        f"{np.mean([np.mean(run['negative']) for run in found]):.0%}",
-        f"{np.mean([np.mean(run['products']) for run in found]):.1f}",
+        f"{mean_of(found, 'negative'):.0%}",
+        f"{mean_of(found, 'products'):.1f}",
     )
     return dict(zip(names, values, strict=True))
 
 
+def mean_of(found: Sequence[Found], key: str) -> float:
+    """Return the mean of a quantity over all the hypergradients of some runs; NaN if none."""
+    values = [value for run in found for value in run[key]]
+    return float(np.mean(values)) if values else float("nan")
+
+
 def skipped(found: dict[str, Sequence[Found]]) -> str:
-    """Say which methods had hypergradients that were not finite, and so were left out."""
+    """Say which methods had updates that had to be left out."""
     counts = {name: sum(run["skipped"] for run in group) for name, group in found.items()}
     named = [f"{name} {count}" for name, count in counts.items() if count]
-    return f"Updates left out, not finite: {', '.join(named)}." if named else ""
+    return f"Updates left out, singular or not finite: {', '.join(named)}." if named else ""
 
 
 def draw(path: Path, panels: dict[str, dict[str, Sequence[Found]]]) -> None:

@@ -56,7 +56,7 @@ QUICK = Setting(
     blocks=3,
     filters=16,
     pooled=False,
-    updates=150,
+    updates=120,
     tasks=1,
     outer_rate=0.01,
     turned=False,
@@ -153,23 +153,27 @@ def run(
                 def inner(params: Any = params, task: Task = task) -> Any:
                     return loss(params, *task[:2]) - setting.pull * products(params, meta)
 
-            out = hypergradient(
-                *(inner, outer, params, meta),
-                solver=solver,
-                ridge=ridge,
-                rng=[seed, update, number],  # no state: the tasks have nothing in common
-            )
-            found["products"].append(float(out.info.num_products))
-            found["negative"].append(float(out.info.negative_curvature))
             with torch.no_grad():
                 values.append(float(outer()))
+            try:
+                out = hypergradient(
+                    *(inner, outer, params, meta),
+                    solver=solver,
+                    ridge=ridge,
+                    rng=[seed, update, number],  # no state: the tasks have nothing in common
+                )
+            except torch.linalg.LinAlgError:  # of Eq. (6), where a column is zero
+                continue
+            found["products"].append(float(out.info.num_products))
+            found["negative"].append(float(out.info.negative_curvature))
             if update in checks and number == 0:
                 truth = autograd.grad(loss(adapted(task, unroll=True), *task[2:]), meta)
                 found["checks"].append(against(out.grads, truth))
         found["losses"].append(float(np.mean(values)))
-        for p in meta:
-            p.grad /= setting.tasks
-        if all(torch.isfinite(p.grad).all() for p in meta):
+        grads = [p.grad for p in meta if p.grad is not None]
+        for grad in grads:
+            grad /= setting.tasks
+        if grads and all(torch.isfinite(grad).all() for grad in grads):
             optimizer.step()
         else:
             found["skipped"] += 1
