@@ -22,6 +22,11 @@ COMMANDS = {
     "scaling": ("benchmarks.scaling", "time and memory against n and k, and under a budget"),
     "influence": ("benchmarks.influence", "influence functions, ours beside other libraries"),
     "leaveoneout": ("benchmarks.leaveoneout", "influence against training without each image"),
+    "table2": (
+        "benchmarks.paper.table2",
+        "Table 2 of the paper: images distilled from MNIST",
+    ),
+    "table3": ("benchmarks.paper.table3", "Table 3 of the paper: iMAML on Omniglot"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
     "figure2": ("benchmarks.paper.figure2", "Figure 2: a weight decay for each parameter"),
     "figure3": ("benchmarks.paper.figure3", "Figure 3: the same, by α and ρ"),
