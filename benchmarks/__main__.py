@@ -23,6 +23,8 @@ COMMANDS = {
     "influence": ("benchmarks.influence", "influence functions, ours beside other libraries"),
     "leaveoneout": ("benchmarks.leaveoneout", "influence against training without each image"),
     "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
+    "table4": ("benchmarks.paper.table4", "Table 4 of the paper: data reweighting"),
+    "table6": ("benchmarks.paper.table6", "Table 6 of the paper: the same, by ρ and k"),
 }
 
 
