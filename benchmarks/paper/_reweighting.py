@@ -56,7 +56,7 @@ class Setting:
 
 FULL = Setting("wrn-28-10", 32, True, 5000, 128, 15_000, 1e-5, reference_steps=100)
 """The paper's, where it says: the size of a batch and the augmentation are those of Shu et al."""
-QUICK = Setting("cnn-16", 16, False, 1000, 50, 700, 1e-3, reference_steps=300)
+QUICK = Setting("cnn-16", 16, False, 1000, 50, 700, 3e-3, reference_steps=300)
 """Images averaged to 16×16, a fifth of each class, three convolutions, a twentieth of the steps.
 
 So few outer steps at the paper's rate would leave φ where it was: the rate is larger, and the same
