@@ -314,5 +314,6 @@ def compare(problem: Reweighting, by_name: dict[str, Any], damping: float) -> Fo
 
 
 def cosine(u: Tensor, v: Tensor) -> float:
-    """Return the cosine between vectors."""
-    return (u @ v / (u.norm() * v.norm())).item()
+    """Return the cosine between vectors, 0 where one is zero: CG may refuse its first step."""
+    length = (u.norm() * v.norm()).item()
+    return (u @ v).item() / length if length > 0 else 0.0
