@@ -196,7 +196,9 @@ def draw(path: Path, runs: dict[Any, Found], scores: Scores) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12.5, 7.5), layout="constrained", sharey="row")
+    figure, axes = plt.subplots(
+        *(2, len(scores)), figsize=(12.5, 7.5), layout="constrained", sharey="row", squeeze=False
+    )
     for (imbalance, by_method), (upper, lower) in zip(scores.items(), axes.T, strict=True):
         for place, (method, values) in enumerate(by_method.items()):
             colour = f"C{place}" if place < 10 else "black"
@@ -210,6 +212,6 @@ def draw(path: Path, runs: dict[Any, Found], scores: Scores) -> None:
         lower.set(xlabel="loss of an example")
     axes[0, 0].set_ylabel("test accuracy")
     axes[1, 0].set_ylabel("its weight, mean over seeds")
-    axes[1, 2].legend(fontsize=7)
+    axes[1, -1].legend(fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
