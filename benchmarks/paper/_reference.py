@@ -1,4 +1,4 @@
-"""An accurate solve for Hessians of any sign, to hold the methods against."""
+"""A longer solve, for Hessians of any sign, to hold the methods against."""
 
 from __future__ import annotations
 
