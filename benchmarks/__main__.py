@@ -33,6 +33,8 @@ COMMANDS = {
     "figure4": ("benchmarks.paper.figure4", "Figure 4: the same, by the rank k"),
     "paper-table5": ("benchmarks.paper.table5", "Table 5 on its network: the paper's claims"),
     "paper": ("benchmarks.paper.everything", "all figures and tables of the paper, and a summary"),
+    "table4": ("benchmarks.paper.table4", "Table 4 of the paper: data reweighting"),
+    "table6": ("benchmarks.paper.table6", "Table 6 of the paper: the same, by ρ and k"),
 }
 
 

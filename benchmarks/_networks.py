@@ -23,33 +23,48 @@ CLASSES = 10
 class Block(nn.Module):
     """Two convolutions before a sum (Zagoruyko and Komodakis, 2016)."""
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
+    def __init__(
+        self, before: int, after: int, stride: int, slope: float = 0.0, running: bool = False
+    ) -> None:
         super().__init__()
-        # Statistics of the batch: without buffers, which some of the peers do not take.
-        self.norm1 = nn.BatchNorm2d(before, track_running_stats=False)
+        self.slope = slope
+        self.norm1 = nn.BatchNorm2d(before, track_running_stats=running)
         self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(after, track_running_stats=False)
+        self.norm2 = nn.BatchNorm2d(after, track_running_stats=running)
         self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
         same = before == after and stride == 1
         self.shortcut = None if same else nn.Conv2d(before, after, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images to images."""
-        y = F.relu(self.norm1(x))
+        y = self._rectified(self.norm1(x))
         left = x if self.shortcut is None else self.shortcut(y)
-        return left + self.conv2(F.relu(self.norm2(self.conv1(y))))
+        return left + self.conv2(self._rectified(self.norm2(self.conv1(y))))
+
+    def _rectified(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, self.slope) if self.slope else F.relu(x)
 
 
-def wide_resnet(depth: int = 28, widen: int = 2) -> nn.Module:
-    """Return a WideResNet for images of 32×32; 28-2 has 1.5e6 parameters."""
+def wide_resnet(
+    depth: int = 28, widen: int = 2, *, slope: float = 0.0, running: bool = False
+) -> nn.Module:
+    """Return a WideResNet for images of 32×32; 28-2 has 1.5e6 parameters.
+
+    `slope` is that of leaky ReLUs below zero. With `running` statistics, evaluation does not depend
+    on the batch; without them there are no buffers, which some of the peers do not take.
+    """
     widths = [16, 16 * widen, 32 * widen, 64 * widen]
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
     for stage in range(3):
         for block in range((depth - 4) // 6):
             first = block == 0
             before = widths[stage] if first else widths[stage + 1]
-            layers.append(Block(before, widths[stage + 1], 2 if first and stage > 0 else 1))
-    layers += [nn.BatchNorm2d(widths[3], track_running_stats=False), nn.ReLU()]
+            stride = 2 if first and stage > 0 else 1
+            layers.append(Block(before, widths[stage + 1], stride, slope, running))
+    layers += [
+        nn.BatchNorm2d(widths[3], track_running_stats=running),
+        nn.LeakyReLU(slope) if slope else nn.ReLU(),
+    ]
     return nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[3], CLASSES)
     )

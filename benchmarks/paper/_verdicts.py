@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from benchmarks._report import table
 from benchmarks.paper._runs import IN_PART, NOT_SUPPORTED, SUPPORTED
 
 
@@ -22,17 +22,22 @@ def below(a: Sequence[float], b: Sequence[float], least: float = 0.0) -> bool:
     return bool(np.mean(a) < np.mean(b)) and not comparable(a, b, least)
 
 
+def above(a: Sequence[float], b: Sequence[float], least: float = 0.0) -> bool:
+    """Whether `a` is the higher one, and they are not comparable."""
+    return below(b, a, least)
+
+
 def verdict(holds: Sequence[bool]) -> str:
     """Return what a claim comes to that says several things: all, some or none of them hold."""
     return SUPPORTED if all(holds) else IN_PART if any(holds) else NOT_SUPPORTED
 
 
 def cuts(paper: Any, here: Any) -> str:
-    """Say in which fields two settings of one dataclass differ."""
-    changed = [
-        f"{field.name.replace('_', ' ')} {getattr(here, field.name)} "
-        f"(paper's setting: {getattr(paper, field.name)})"
-        for field in fields(here)
-        if getattr(paper, field.name) != getattr(here, field.name)
+    """Return a table of the fields in which two settings of one dataclass differ."""
+    full = asdict(paper)
+    rows = [
+        {"setting": name.replace("_", " "), "here": str(value), "in full": str(full[name])}
+        for name, value in asdict(here).items()
+        if value != full[name]
     ]
-    return textwrap.fill("; ".join(changed), 96) if changed else "nothing"
+    return table(rows) if rows else "The setting in full."

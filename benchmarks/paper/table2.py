@@ -227,7 +227,7 @@ def main(arguments: list[str]) -> int:
     ]
     judged = claims(accuracy, mean_of(found[methods.CG], "negative"))
     about = {**about, "setting": "quick" if options.quick else "paper", "seeds": options.seeds}
-    parts = [table(rows), EXPLAINED, skipped(found), f"Cut:\n{cuts(PAPER, setting)}."]
+    parts = [table(rows), EXPLAINED, skipped(found), cuts(PAPER, setting)]
     text = "\n\n".join([part for part in parts if part] + [runs.told(judged)])
     results = {"settings": asdict(setting), "runs": found, "claims": judged}
     publish(options.output, "table2", text, about, **results)

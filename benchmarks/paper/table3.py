@@ -277,7 +277,7 @@ def main(arguments: list[str]) -> int:
     ]
     judged = claims(accuracy)
     about = {**about, "setting": "quick" if options.quick else "paper", "seeds": options.seeds}
-    parts = [table(rows), EXPLAINED, skipped(both), f"Cut:\n{cuts(PAPER, setting)}."]
+    parts = [table(rows), EXPLAINED, skipped(both), cuts(PAPER, setting)]
     text = "\n\n".join([part for part in parts if part] + [runs.told(judged)])
     results = {
         "settings": asdict(setting),
