@@ -139,7 +139,7 @@ def diagnosis(runs: dict[Any, Found]) -> list[dict[str, str]]:
                 "negative": f"{negative:.0%}",
                 "products": f"{median('products'):.0f}",
                 "length": f"{end('length'):.2g}",
-                "to MINRES": f"{end('to the accurate'):.2f}",
+                "to MINRES": f"{end('to the reference'):.2f}",
                 "to identity": f"{end('to the identity'):.2f}",
             }
         )
