@@ -164,7 +164,7 @@ def assert_reported(folder, name, baselines, num_claims):
         assert claim["paper"] in text
         assert claim["ours"] in text
         assert claim["verdict"] in (_runs.SUPPORTED, _runs.IN_PART, _runs.NOT_SUPPORTED)
-    assert "paper's setting: " in text
+    assert "in full" in text
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
     return results
 
