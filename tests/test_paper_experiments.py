@@ -443,6 +443,14 @@ def test_table_5_does_not_judge_what_failed():
         measured[f"wrn, {table5.SPARING}, k = {k}"] |= {"mib": 30.0 if k == 20 else 10.0}
         measured[f"wrn, {table5.SPARING}, k = {k}"] |= {"seconds": 1e3}
     assert table5.judge(measured)[2]["verdict"] == _runs.IN_PART
+    ours, theirs = (measured[f"wrn, {form}, k = 20"] for form in (table5.STORED, table5.TOGETHER))
+    for times, verdict in (
+        ((2.0, 2.0), _runs.NOT_SUPPORTED),
+        ((0.5, 2.0), _runs.IN_PART),
+        ((0.5, 0.5), _runs.SUPPORTED),
+    ):
+        ours["seconds"], theirs["seconds"] = times
+        assert table5.judge(measured)[0]["verdict"] == verdict
     measured["wrn, CG, k = 20"] = {"failed": "no memory"}
     with pytest.raises(SystemExit, match="CG, k = 20 failed: no memory"):
         table5.judge(measured)

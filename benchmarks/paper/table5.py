@@ -18,7 +18,7 @@ from benchmarks import table5
 from benchmarks._measure import Found, Records, use_threads
 from benchmarks._report import machine, publish, table
 from benchmarks._torch_speed import num_products
-from benchmarks.paper import _runs
+from benchmarks.paper import _runs, _verdicts
 
 MODEL, NAME = "wrn", "paper_table5"
 SMALL = False  # a small network, to try it
@@ -43,7 +43,7 @@ class Setting:
     limit: float  # seconds that a call may take; what would take longer is left out
 
 
-FULL, QUICK = Setting(repeats=10, limit=600.0), Setting(repeats=2, limit=30.0)
+FULL, QUICK = Setting(repeats=10, limit=600.0), Setting(repeats=2, limit=90.0)
 
 
 def get(measured: dict[str, Found], method: str, k: int) -> Found:
@@ -68,7 +68,8 @@ def judge(measured: dict[str, Found]) -> list[Found]:
     """Hold the paper's claims against the measurements.
 
     A ratio supports its claim where it is at least half the paper's, and in part where it is above
-    1.1; memory is constant where it stays within a quarter.
+    1.1; memory is constant where it stays within a quarter. The paper's code takes all columns at a
+    time: that form decides, and where only the other one is as fast, the claim holds in part.
     """
     k = max(RANKS)
 
@@ -89,8 +90,7 @@ def judge(measured: dict[str, Found]) -> list[Found]:
 
     forms = {TOGETHER: "all columns at a time", STORED: "one column at a time"}
     gains = {form: faster("CG", form) for form in forms}
-    fastest = max(forms, key=lambda form: gains[form][0])
-    losses = {form: faster(form, fastest) for form in (SPARING, STREAMED)}
+    losses = {SPARING: faster(SPARING, TOGETHER), STREAMED: faster(STREAMED, STORED)}
     levels = [f["mib"] for rank in RANKS if "mib" in (f := get(measured, SPARING, rank))]
     constant = max(levels) <= 1.25 * min(levels)
     wanted = [paper("CG", TOGETHER, 0), paper(TOGETHER, "CG", 1), paper(SPARING, TOGETHER, 0)]
@@ -101,7 +101,7 @@ def judge(measured: dict[str, Found]) -> list[Found]:
             "; ".join(
                 f"{forms[form]}: {gain:.2g} x ({how})" for form, (gain, how) in gains.items()
             ),
-            verdict(gains[fastest][0], wanted[0]),
+            _verdicts.verdict([gain >= 0.5 * wanted[0] for gain, _ in gains.values()]),
         ),
         _runs.claim(
             f"it takes {wanted[1]:.1f} x the memory of CG",
