@@ -280,3 +280,12 @@ def cosine(u: Tensor, v: Tensor) -> float:
     """Return the cosine between vectors, 0 where one is zero: CG may refuse its first step."""
     length = (u.norm() * v.norm()).item()
     return (u @ v).item() / length if length > 0 else 0.0
+
+
+def brief(runs: dict[str, Found]) -> dict[str, Found]:
+    """Return runs with the median of what each outer step had, for the report."""
+    series = ("norms", "residuals", "inner gradients", "negative", "products")
+    return {
+        cell: run | {name: float(np.median(run[name])) for name in series if run[name]}
+        for cell, run in runs.items()
+    }
