@@ -58,7 +58,7 @@ class Setting:
 
 
 FULL = Setting("wrn-28-10", 32, True, 5000, 128, 15_000, 1e-5, reference_steps=100)
-"""The paper's, where it says: the size of a batch and the augmentation are those of Shu et al."""
+"""The paper's, where it says: the size of a batch and the augmentation are ours."""
 QUICK = Setting("cnn-16", 16, False, 1000, 50, 700, 3e-3, reference_steps=300)
 """Images averaged to 16×16, a fifth of each class, three convolutions, a twentieth of the steps.
 
@@ -272,3 +272,12 @@ def cosine(u: Tensor, v: Tensor) -> float:
     """Return the cosine between vectors, 0 where one is zero: CG may refuse its first step."""
     length = (u.norm() * v.norm()).item()
     return (u @ v).item() / length if length > 0 else 0.0
+
+
+def brief(runs: dict[str, Found]) -> dict[str, Found]:
+    """Return runs with the median of what each outer step had, for the report."""
+    series = ("norms", "residuals", "inner gradients", "negative", "products")
+    return {
+        cell: run | {name: float(np.median(run[name])) for name in series if run[name]}
+        for cell, run in runs.items()
+    }

@@ -27,6 +27,7 @@ from benchmarks.paper._reweighting import (
     FULL,
     LOSSES,
     QUICK,
+    brief,
 )
 from benchmarks.paper._runs import claim, parse, parser, run_all, spread, told
 from benchmarks.paper._verdicts import above, cuts, verdict
@@ -95,7 +96,12 @@ def main(arguments: list[str]) -> int:
         ]
     )
     publish(
-        options.output, "table4", text, about | {"seeds": options.seeds}, claims=claims, runs=found
+        options.output,
+        "table4",
+        text,
+        about | {"seeds": options.seeds},
+        claims=claims,
+        runs=brief(found),
     )
     draw(options.output / "table4.png", runs, scores)
     print(f"Picture: {options.output / 'table4.png'}")
