@@ -114,7 +114,7 @@ def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> 
     updates = 0 if method in (INITIAL, REAL) else setting.updates
     solver = methods.solvers(setting.k).get(method)
     checks = {0, updates // 2, updates - 1}
-    state, found = None, {"losses": [], "products": [], "negative": [], "checks": [], "skipped": 0}
+    found: Found = {"losses": [], "products": [], "negative": [], "checks": [], "skipped": 0}
     for update in range(updates):
         rows = rng.choice(len(train_x), setting.outer_batch, replace=False)
         x = torch.tensor(shrink(train_x[rows], setting.side), device=device)
@@ -134,13 +134,11 @@ def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> 
                 params,
                 few,
                 solver=solver,
-                state=state,  # which CG and Nyström-CG continue
-                rng=[seed, update],
+                rng=[seed, update],  # no state: on an indefinite Hessian, CG from it goes astray
             )
         except torch.linalg.LinAlgError:  # of Eq. (6), where a column is zero
             found["skipped"] += 1
             continue
-        state = out.state
         found["products"].append(float(out.info.num_products))
         found["negative"].append(float(out.info.negative_curvature))
         if update in checks:
@@ -150,7 +148,6 @@ def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> 
             optimizer.step()
         else:
             found["skipped"] += 1
-            state = None
     params = trained()
     with torch.no_grad():
         x = torch.tensor(shrink(test_x, setting.side), device=device)
