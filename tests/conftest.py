@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Before NumPy, PyTorch or JAX are loaded: one thread each, and JAX on the CPU.
@@ -179,3 +180,13 @@ def jax_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The library jax, for tests of its transformations."""
     with open_backend("jax", request.param) as opened:
         yield opened
+
+
+def assert_picture(path: Path) -> None:
+    """The file is a picture in which something is drawn."""
+    from matplotlib import image
+
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(path)
+    assert min(pixels.shape[:2]) > 300
+    assert len(np.unique(pixels[::5, ::5, 0])) > 20

@@ -16,10 +16,10 @@ from benchmarks import __main__ as command
 from benchmarks import accuracy, certificate
 from benchmarks._report import machine, publish, table
 from benchmarks.paper import figure1
+from tests.conftest import assert_picture
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-PNG = b"\x89PNG\r\n\x1a\n"
 METHODS = ["identity", "Neumann", "CG", "Nyström", "Nyström-CG", "exact"]
 STEPS = 2
 
@@ -30,16 +30,6 @@ def need_pictures() -> None:
 
 def written(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def assert_picture(path: Path) -> None:
-    """The file is a picture in which something is drawn."""
-    from matplotlib import image
-
-    assert path.read_bytes().startswith(PNG)
-    pixels = image.imread(path)
-    assert min(pixels.shape[:2]) > 300
-    assert len(np.unique(pixels[::5, ::5, 0])) > 20
 
 
 # Data hyper-cleaning.

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import _measure, _torch_peers, _torch_speed, peers, scaling, table5
 from benchmarks._networks import network
+from tests.conftest import assert_picture
 
 K = 3
 
@@ -197,7 +198,7 @@ def test_scaling_says_what_a_budget_chose(tmp_path, monkeypatch):
     text = (tmp_path / "scaling.txt").read_text(encoding="utf-8")
     assert "stored: slope" in text
     assert "`memory_budget` must be at least" in text
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert_picture(tmp_path / "scaling.png")
     choices = [
         f["chose"] for f in written(tmp_path, "scaling")["measurements"].values() if "chose" in f
     ]

@@ -28,6 +28,7 @@ from benchmarks.paper import (  # noqa: E402
     table2,
     table3,
 )
+from tests.conftest import assert_picture  # noqa: E402
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -165,7 +166,7 @@ def assert_reported(folder, name, baselines, num_claims):
         assert claim["ours"] in text
         assert claim["verdict"] in (_runs.SUPPORTED, _runs.IN_PART, _runs.NOT_SUPPORTED)
     assert "in full" in text
-    assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+    assert_picture(folder / f"{name}.png")
     return results
 
 

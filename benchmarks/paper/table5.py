@@ -144,8 +144,33 @@ def beside_the_paper(measured: dict[str, Found]) -> list[dict[str, str]]:
     return rows
 
 
+def draw(measured: dict[str, Found], path: Path) -> None:
+    """Draw time and memory against k, the paper's to the left and ours to the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True)
+    for number, method in enumerate(METHODS):
+        found = {k: measured.get(f"{MODEL}, {method}, k = {k}", {}) for k in RANKS}
+        here = {k: (f["seconds"], f["mib"]) for k, f in found.items() if "seconds" in f}
+        for column, values in enumerate((PAPER.get(method, {}), here)):
+            for which, axis in enumerate(axes[:, column]):
+                style = {"color": f"C{number}", "label": method if column == 1 else None}
+                if values:
+                    axis.plot(list(values), [v[which] for v in values.values()], "o-", **style)
+    for column, title in enumerate(("paper, an A100", "here")):
+        axes[0, column].set(title=title, yscale="log", ylabel="seconds")
+        axes[1, column].set(yscale="log", xticks=RANKS, xlabel="k = l")
+        axes[1, column].set_ylabel("peak of memory, MiB" if column else "peak of memory, GB")
+    axes[0, 1].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(arguments: list[str]) -> int:
-    """Measure, print the table and the claims, write JSON."""
+    """Measure, print the table and the claims, write JSON and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks paper-table5", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, minutes on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -194,4 +219,6 @@ def main(arguments: list[str]) -> int:
         ]
     )
     publish(options.output, NAME, text, about, claims=claims, measurements=measured)
+    draw(measured, options.output / f"{NAME}.png")
+    print(f"Picture: {options.output / NAME}.png")
     return 0
