@@ -311,7 +311,7 @@ def choose(condition: Array, x: Array, y: Array) -> Array:
 def column_scale(x: Array) -> Array:
     """Largest absolute entry of each column, 1 where that is zero or not finite."""
     xp = array_namespace(x)
-    largest = xp.max(xp.abs(x), axis=0)
+    largest = xp.maximum(xp.max(x, axis=0), -xp.min(x, axis=0))  # abs(x) would be a copy
     limit = 0.25 / float(xp.finfo(x.dtype).smallest_normal)  # beyond it XLA flushes 1 / scale to 0
     scale = xp.where(largest > limit, xp.full_like(largest, limit), largest)
     return xp.where((largest > 0) & xp.isfinite(largest), scale, xp.ones_like(largest))

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import check_indices, column_norm, is_traced, quietly, scalar_like
+from lowrank_inverse._array import (
+    add_scaled,
+    check_indices,
+    column_norm,
+    is_traced,
+    quietly,
+    scalar_like,
+)
 from lowrank_inverse._typing import Array
 from lowrank_inverse.cg import cg
 from lowrank_inverse.sampling import DRAWN
@@ -112,7 +119,7 @@ def warm_cg(
     xp = array_namespace(b)
     damping = scalar_like(options.get("damping", 0.0), b)
     x0 = xp.where(xp.any(b != 0), x0, xp.zeros_like(x0))
-    r = b - (A @ x0 + damping * x0)
+    r = b - add_scaled(A @ x0, damping, x0)
     norm = column_norm(r)
     finite = xp.isfinite(norm)
     x0 = xp.where(finite, x0, xp.zeros_like(x0))  # a start beyond all bounds is none

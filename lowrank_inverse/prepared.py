@@ -7,7 +7,15 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import astype, column_norm, column_scale, dot, quietly, scalar_like
+from lowrank_inverse._array import (
+    add_scaled,
+    astype,
+    column_norm,
+    column_scale,
+    dot,
+    quietly,
+    scalar_like,
+)
 from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import Array
 from lowrank_inverse.memory import StoragePlan
@@ -74,7 +82,7 @@ class PreparedInverse(ProductOnly):
 def direct_solution(A: Any, damping: Any, b: Array, x: Array, num_products: int) -> Solution:
     """Say how good the `x` of a direct method is, after `num_products`, at one more a column."""
     xp = array_namespace(b)
-    product = A @ x + scalar_like(damping, b) * x
+    product = add_scaled(A @ x, scalar_like(damping, b), x)
     norm = column_norm(b - product)
     steps = astype(xp.zeros_like(norm), xp.int32)
     reason = xp.where(

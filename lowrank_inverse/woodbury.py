@@ -41,7 +41,9 @@ class WoodburyInverse(Operator):
 
     def _multiply(self, block: Array) -> Array:
         coefficients = _over(self.approx.project(block), self.approx.eigenvalues + self.damping)
-        return (block - self.approx.expand(coefficients)) / self.damping
+        rest = block - self.approx.expand(coefficients)
+        rest /= self.damping  # in place, but for jax
+        return rest
 
 
 class ChunkedWoodburyInverse(Operator):
@@ -115,7 +117,9 @@ class RecomputedInverse(Operator):
         projected = self._map.T @ self._columns_dot(block)
         coefficients = self._map @ _over(projected, self.eigenvalues + self.damping)
         spread = scatter(astype(coefficients, self.dtype), self.indices, self.shape[0])
-        return (block - self.A @ spread) / self.damping
+        rest = block - self.A @ spread
+        rest /= self.damping
+        return rest
 
     def _columns_dot(self, block: Array) -> Array:
         """Return ``C.T @ block``, wide."""
