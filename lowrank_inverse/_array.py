@@ -298,6 +298,46 @@ def add_scaled(x: Array, factor: Any, y: Array) -> Array:
     return total
 
 
+def add_to(x: Array, factor: Array, y: Array) -> Array:
+    """Return ``x + factor * y``, written over `x` where that can be done.
+
+    For a long vector, memory taken anew costs far more than the arithmetic: the system hands it
+    out page by page.
+    """
+    if not _can_write(x, factor, y):
+        return add_scaled(x, factor, y)
+    if is_torch_array(x):
+        return x.addcmul_(factor, y)
+    for rows in row_blocks(x, math.prod(x.shape[1:])):
+        x[rows, ...] += factor * y[rows, ...]
+    return x
+
+
+def scale_and_add(x: Array, factor: Array, y: Array) -> Array:
+    """Return ``factor * x + y``, written over `x` where that can be done."""
+    if not _can_write(x, factor, y):
+        return add_scaled(y, factor, x)
+    x *= factor
+    x += y
+    return x
+
+
+def copy_where(condition: Array, x: Array, kept: Array) -> Array:
+    """Return ``choose(condition, x, kept)``, written over `kept` where that can be done."""
+    if condition.ndim == 0 and _can_write(kept, x) and on_cpu(condition):
+        if bool(condition):
+            kept[...] = x
+        return kept
+    return array_namespace(x).where(condition, x, kept)
+
+
+def _can_write(*operands: Any) -> bool:
+    """Whether arrays of this kind can be written over, with no graph recording what they were."""
+    if is_jax_array(operands[0]):
+        return False
+    return not any(getattr(x, "requires_grad", False) for x in operands)
+
+
 def choose(condition: Array, x: Array, y: Array) -> Array:
     """Return `x` where `condition` holds (one, or one a column), else `y`.
 

@@ -9,17 +9,21 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
     add_scaled,
+    add_to,
     astype,
     check_count,
     choose,
     column_norm,
     column_scale,
+    copy_where,
     describe,
     dot,
     eps,
     is_array,
+    is_traced,
     quietly,
     scalar_like,
+    scale_and_add,
 )
 from lowrank_inverse._loop import while_loop
 from lowrank_inverse._typing import Array
@@ -127,7 +131,7 @@ def cg(
     recursion claims a tolerance that the true residual does not confirm, it starts again from
     the true residual, for the correction, until that ceases to fall. Residuals are scaled to a
     largest entry of 1, so the scales of `A` and `b` change nothing but the scale of the answer.
-    Memory: 10 blocks of the size of `b`.
+    Memory: 9 blocks of the size of `b`.
 
     References
     ----------
@@ -214,6 +218,7 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
     # Below eps times its start the recursion says nothing about the true residual.
     target = xp.where(target > eps(r) * norm, target, eps(r) * norm)
     running = start.reason == RUNNING
+    damped = is_traced(damping) or damping != 0
 
     def going(state: _Sweep) -> Array:
         more = (state.smallest > target) & (state.num_steps < max_steps)
@@ -221,14 +226,19 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
 
     def step(state: _Sweep) -> _Sweep:
         active = going(state)
-        Ap = add_scaled(A @ state.p, damping, state.p)
-        curvature = dot(state.p, Ap)
+        product = A @ state.p  # of A alone: perhaps an array of the operator's own
+        curvature = dot(state.p, product)
+        if damped:
+            curvature = curvature + damping * dot(state.p, state.p)
         ok = active & xp.isfinite(curvature) & (curvature > 0)
         one, zero = xp.ones_like(curvature), xp.zeros_like(curvature)
         # A column that is done takes steps of length 0.
         alpha = xp.where(ok, state.rz / xp.where(ok, curvature, one), zero)
-        d = add_scaled(state.d, alpha, state.p)
-        r = add_scaled(state.r, -alpha, Ap)
+        # `d`, `r` and `p` are written over: their former values are not used below.
+        d = add_to(state.d, alpha, state.p)
+        r = add_to(state.r, -alpha, product)
+        if damped:
+            r = add_to(r, -alpha * damping, state.p)
         rr = dot(r, r)
         norm = xp.sqrt(rr)
         z = r if preconditioner is None else (preconditioner @ r) / z_scale
@@ -246,21 +256,23 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
         smaller = ok & (norm < state.smallest)
         num_steps = state.num_steps + astype(ok, xp.int32)
         if callback is not None:
-            callback(num_steps, xp.where(active, norm, column_norm(state.r)) * scale)
+            callback(num_steps, xp.where(active, norm, column_norm(r)) * scale)
         return _Sweep(
             d,
             r,
-            add_scaled(z, beta, state.p),
+            scale_and_add(state.p, beta, z),
             xp.where(ok, rz, state.rz),
-            choose(smaller, d, state.best_d),
+            copy_where(smaller, d, state.best_d),
             xp.where(smaller, norm, state.smallest),
             num_steps,
             flag,
             state.num_blocks + 1,
         )
 
-    z, z_scale = r, 1.0
-    if preconditioner is not None:
+    z_scale = 1.0
+    if preconditioner is None:
+        z = start.r / scale  # not r itself: the first direction is written over
+    else:
         z = _applied(preconditioner, r)
         z_scale = column_scale(z)  # its own scale must not under- or overflow in the recursion
         z = z / z_scale
@@ -268,13 +280,12 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
     flag = code(start.reason, RUNNING)
     flag = xp.where(running & (rz <= 0), code(flag, Reason.INDEFINITE_PRECONDITIONER), flag)
     flag = xp.where(running & ~xp.isfinite(rz), code(flag, Reason.NONFINITE), flag)
-    zeros = xp.zeros_like(r)
     first = _Sweep(
-        zeros,
+        xp.zeros_like(r),
         r,
         z,
         rz,
-        zeros,
+        xp.zeros_like(r),
         xp.full_like(norm, float("inf")),  # any step is better than none
         start.num_steps,
         flag,

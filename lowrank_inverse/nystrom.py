@@ -69,7 +69,7 @@ class NystromApproximation(SpectralFunctions):
         Products with `H` that the columns cost; those read from an array count too.
     trace, residual_trace : float or None
         Of H and of ``H - H_k``, where the diagonal of H was looked at: after pivoted Cholesky,
-        and for ``rank="auto"``.
+        with a Gaussian sketch if H has one, and for ``rank="auto"``.
     stopped : str or None
         Why ``rank="auto"`` took no more columns: ``"residual_trace"``, ``"effective_dimension"``,
         ``"certificate"``, ``"exhausted"`` (what is left is rounding) or ``"max_rank"``.
@@ -309,7 +309,13 @@ def nystrom(
         )
     rank = check_count("rank", rank, most=n)
     source = make_source(
-        A, rank, sampling=sampling, rng=rng, chunk_size=chunk_size, weights=diagonal
+        A,
+        rank,
+        sampling=sampling,
+        rng=rng,
+        chunk_size=chunk_size,
+        weights=diagonal,
+        want_trace=sampling == "gaussian",
     )
     source.grow(rank)
     return build(source.sketch())

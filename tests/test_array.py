@@ -10,8 +10,11 @@ import pytest
 from lowrank_inverse._array import (
     BLOCK_NUMBERS,
     MAX_BLOCKS,
+    add_to,
     column_norm,
+    copy_where,
     row_blocks,
+    scale_and_add,
     scatter,
     take,
     tall_dot,
@@ -113,3 +116,34 @@ def test_taking_undoes_scattering(eager):
         assert tuple(spread.shape) == (9, *values.shape[1:])
         np.testing.assert_array_equal(host(take(spread, indices)), values)
         assert np.count_nonzero(host(spread)) == np.count_nonzero(values)
+
+
+@pytest.mark.parametrize("width", [None, 2])
+def test_vectors_are_written_over_where_the_library_can(eager, width):
+    rng = np.random.default_rng(0)
+    shape = ROWS if width is None else (ROWS, width)
+    x, y = rng.standard_normal(shape), rng.standard_normal(shape)
+    factor = rng.standard_normal(() if width is None else width)
+    rounding = 1e-6 if eager.dtype == "float32" else 1e-15
+    for function, expected in (
+        (add_to, x + factor * y),
+        (scale_and_add, factor * x + y),
+    ):
+        before, addend = eager.asarray(x), eager.asarray(y)
+        found = function(before, eager.asarray(factor), addend)
+        assert relative_error(host(found), expected) < rounding
+        np.testing.assert_array_equal(host(addend), eager.seen(y))
+        assert (found is before) == (eager.name.split()[0] not in ("jax", "jax-eager"))
+
+
+def test_a_copy_is_taken_where_the_condition_holds(eager):
+    x, kept = np.array([[1.0, 2.0], [3.0, 4.0]]), np.zeros((2, 2))
+    mixed = copy_where(
+        eager.asarray(np.array([True, False])), eager.asarray(x), eager.asarray(kept)
+    )
+    np.testing.assert_array_equal(host(mixed), [[1, 0], [3, 0]])
+    for condition in (True, False):
+        source = eager.asarray(x[0])
+        found = copy_where(eager.asarray(np.array(condition)), source, eager.asarray(kept[0]))
+        np.testing.assert_array_equal(host(found), x[0] if condition else kept[0])
+        assert found is not source

@@ -623,6 +623,59 @@ def test_a_start_of_quite_another_size_than_the_right_hand_side_is_recovered_fro
     assert solution.residual_norm <= norm(backend.seen(A) @ rhs(seed=8))
 
 
+# Vectors are written over
+
+
+class Own:
+    """Gives out what is its own: its argument, or one array at every product."""
+
+    def __init__(self, A=None, like=None):
+        self.shape, self.A, self.dtype = (N, N), A, getattr(like, "dtype", np.dtype(float))
+        self.given = None if A is None else A @ like
+
+    def __matmul__(self, v):
+        if self.A is None:
+            return v
+        self.given[...] = self.A @ v
+        return self.given
+
+
+@pytest.mark.parametrize("width", [None, WIDTH])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_arrays_of_the_user_stay_as_they_are(library, width):
+    with open_backend(library, "float64") as opened:
+        A, M = opened.asarray(conditioned(100)), opened.asarray(np.linalg.inv(conditioned(10)))
+        b, x0 = opened.asarray(rhs(width=width)), opened.asarray(rhs(width=width, seed=4))
+        kept = [host(x).copy() for x in (A, M, b, x0)]
+        expected = li.cg(A, b, damping=0.1, x0=x0, preconditioner=M)
+        own = li.cg(Own(A, b), b, damping=0.1, x0=x0, preconditioner=Own(M, b))
+        np.testing.assert_array_equal(host(own.value), host(expected.value))
+        np.testing.assert_array_equal(host(own.num_steps), host(expected.num_steps))
+        for x, before in zip((A, M, b, x0), kept, strict=True):
+            np.testing.assert_array_equal(host(x), before)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_an_operator_may_return_its_argument(preconditioned):
+    solution = li.cg(Own(), rhs(), damping=1.0, preconditioner=Own() if preconditioned else None)
+    assert solution.num_steps == 1
+    assert relative_error(solution.value, rhs() / 2) < 1e-15
+
+
+def test_the_steps_can_be_differentiated_in_torch():
+    torch = pytest.importorskip("torch")
+    A, b = (torch.tensor(x, requires_grad=True) for x in (conditioned(10), rhs()))
+    weights = torch.tensor(rhs(seed=3))
+    solution = li.cg(A, b, damping=0.1, rtol=1e-14)
+    found = torch.autograd.grad(weights @ solution.value, (A, b))
+    B = conditioned(10) + 0.1 * np.eye(N)
+    x, adjoint = np.linalg.solve(B, rhs()), np.linalg.solve(B, rhs(seed=3))
+    assert relative_error(found[1].numpy(), adjoint) < 1e-6
+    symmetric_part = (found[0] + found[0].T).numpy() / 2
+    expected = -(np.outer(adjoint, x) + np.outer(x, adjoint)) / 2
+    assert relative_error(symmetric_part, expected) < 1e-6
+
+
 # Preconditioners
 
 
