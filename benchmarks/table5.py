@@ -117,13 +117,43 @@ def _against(name: str, found: Found, other: str, base: Found) -> list[str]:
     ]
 
 
+def draw(records: dict[str, Found], models: list[str], ranks: list[int], path: Path) -> None:
+    """Draw time over the floor and peak memory against k, one column of panels a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = (4.5 * len(models) + 3, 8)
+    figure, axes = plt.subplots(2, len(models), figsize=size, layout="constrained", squeeze=False)
+    for (upper, lower), model in zip(axes.T, models, strict=True):
+        for number, method in enumerate([*OURS, *PEERS]):
+            found = {k: records.get(f"{model}, {method}, k = {k}", {}) for k in ranks}
+            found = {k: entry for k, entry in found.items() if "seconds" in entry}
+            if found:
+                over = [entry["in products"] / (k + 2) for k, entry in found.items()]
+                line = "s--" if method in PEERS else "o-"
+                style = {"color": f"C{number % len(OURS)}", "label": method}
+                upper.plot(list(found), over, line, **style)
+                lower.plot(list(found), [entry["mib"] for entry in found.values()], line, **style)
+        upper.axhline(1.0, color="black", linestyle=":")
+        title = f"{MODELS[model]}, n = {records[f'{model}, graph']['n']}"
+        upper.set(title=title, yscale="log", ylabel="time / floor of k + 2 products")
+        lower.set(yscale="log", ylabel="peak of memory, MiB", xlabel="k", xticks=ranks)
+        upper.set(xticks=ranks)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def has_peers() -> bool:
     """Say whether the package of the paper is installed."""
     return importlib.util.find_spec("hypergrad") is not None
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print the table, write JSON."""
+    """Measure, print the table, write JSON and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks table5", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, metavar="K")
@@ -169,6 +199,9 @@ def main(arguments: list[str]) -> int:
         lines.append("hypergrad is not installed: pip install hypergrad==0.0.1 --no-deps")
     text = "\n\n".join([*tables, "\n".join(lines)])
     publish(options.output, name, text, about, measurements=records.found)
+    picture = options.output / f"{name}.png"
+    draw(records.found, measured, ranks, picture)
+    print(f"Picture: {picture}")
     return 0
 
 

@@ -141,6 +141,7 @@ def test_table_5_runs_and_is_taken_up_where_it_ended(tmp_path, monkeypatch, caps
     text = (tmp_path / "table5.txt").read_text(encoding="utf-8")
     assert "Nyström, stored" in text
     assert "of the floor" in text
+    assert_picture(tmp_path / "table5.png")
     with pytest.raises(SystemExit, match="2"):
         table5.main([*options, "0"])
     assert "must be at least 1" in capsys.readouterr().err
@@ -164,6 +165,7 @@ def test_the_peers_are_compared_with_the_converged_answer(tmp_path, monkeypatch)
     assert "hypergrad CG" not in found
     text = (tmp_path / "peers.txt").read_text(encoding="utf-8")
     assert "hypergrad CG: hypergrad is not installed" in text
+    assert_picture(tmp_path / "peers.png")
 
 
 def test_a_measurement_has_a_process_of_its_own_and_says_what_went_wrong():
