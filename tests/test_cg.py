@@ -676,6 +676,20 @@ def test_the_steps_can_be_differentiated_in_torch():
     assert relative_error(symmetric_part, expected) < 1e-6
 
 
+def test_the_steps_pass_through_the_transforms_of_torch():
+    torch = pytest.importorskip("torch")
+    A, b, weights = (torch.tensor(x) for x in (conditioned(10), rhs(), rhs(seed=3)))
+    expected = np.linalg.solve(conditioned(10) + 0.1 * np.eye(N), rhs(seed=3))
+
+    def scalar(b):
+        return weights @ li.cg(A, b, damping=0.1, rtol=1e-14).value
+
+    assert relative_error(torch.func.grad(scalar)(b).numpy(), expected) < 1e-6
+    along = torch.tensor(rhs(seed=5))
+    _, derivative = torch.func.jvp(scalar, (b,), (along,))
+    assert derivative.item() == pytest.approx(expected @ rhs(seed=5), rel=1e-6)
+
+
 # Preconditioners
 
 
