@@ -59,6 +59,16 @@ def publish(folder: Path, name: str, text: str, about: dict[str, Any], **results
     print(f"\n{text}\n\nWritten to {folder}: {name}.txt, {name}.json")
 
 
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws into files here and needs no screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

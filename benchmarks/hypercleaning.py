@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 import lowrank_inverse as li
-from benchmarks._report import machine, publish, table
+from benchmarks._report import machine, publish, pyplot, table
 
 NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES = 1000, 300, 10
 CORRUPTED = 0.5
@@ -153,11 +153,7 @@ def clean(
 
 def draw(runs: dict[str, Run], corrupted: np.ndarray, path: Path) -> None:
     """Draw the validation loss of every method, and the weights that the best one learned."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, run in runs.items():
         style = {"color": "black", "linestyle": "--"} if name == "exact" else {}

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import lowrank_inverse as li
-from benchmarks._report import machine, publish, table
+from benchmarks._report import machine, publish, pyplot, table
 from lowrank_inverse.evaluate import leave_one_out
 from lowrank_inverse_torch import InfluenceFunction
 
@@ -118,11 +118,7 @@ def influence_function(digits: Digits, theta: np.ndarray, l2: float) -> Influenc
 
 def draw(digits: Digits, scores: np.ndarray, queries: np.ndarray, path: Path) -> None:
     """Draw each query with the training images that helped and harmed it the most."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     size = 2 * NUM_SHOWN + 1
     figure, axes = plt.subplots(
         len(queries),

@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks._measure import Found, Records, apart, use_threads
-from benchmarks._report import machine, publish, table
+from benchmarks._report import machine, publish, pyplot, table
 
 TORCH, JAX = "benchmarks._torch_peers:compare", "benchmarks._jax_speed:compare"
 METHODS = {
@@ -135,12 +135,9 @@ def main(arguments: list[str]) -> int:
 
 def draw(found: dict[str, Found], path: Path) -> None:
     """Draw time, memory and error of every method that was measured, as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    plt = pyplot()
     methods = [method for method in METHODS if "seconds" in found.get(method, {})][::-1]
     panels = {
         "in products": "time, in products with the Hessian",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks._measure import MIB, Found, Peak, Records, apart, seconds, use_threads
 from benchmarks._networks import CLASSES, Reweighting, perceptron
-from benchmarks._report import machine, publish, table
+from benchmarks._report import machine, publish, pyplot, table
 
 SIZES = [10**4, 30_000, 10**5, 300_000, 10**6, 3_000_000, 10**7]
 RANKS = [5, 10, 20, 40, 80]
@@ -97,11 +97,7 @@ def slope(sizes: list[int], values: list[float]) -> float:
 
 def draw(series: dict[str, dict[str, list[Found]]], path: Path) -> None:
     """Draw time and memory against n and against k, on logarithmic axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for column, size in enumerate(("n", "k")):
         for row, (what, label) in enumerate((("seconds", "seconds"), ("mib", "peak memory, MiB"))):

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks._measure import MIB, Found, Records, apart, use_threads
-from benchmarks._report import machine, publish, table
+from benchmarks._report import machine, publish, pyplot, table
 from benchmarks._torch_speed import damping_and_step
 
 MODELS = {"mlp": "MLP", "lenet": "LeNet", "wrn": "WideResNet-28-2"}
@@ -119,11 +119,7 @@ def _against(name: str, found: Found, other: str, base: Found) -> list[str]:
 
 def draw(records: dict[str, Found], models: list[str], ranks: list[int], path: Path) -> None:
     """Draw time over the floor and peak memory against k, one column of panels a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     size = (4.5 * len(models) + 3, 8)
     figure, axes = plt.subplots(2, len(models), figsize=size, layout="constrained", squeeze=False)
     for (upper, lower), model in zip(axes.T, models, strict=True):
@@ -138,9 +134,10 @@ def draw(records: dict[str, Found], models: list[str], ranks: list[int], path: P
                 lower.plot(list(found), [entry["mib"] for entry in found.values()], line, **style)
         upper.axhline(1.0, color="black", linestyle=":")
         title = f"{MODELS[model]}, n = {records[f'{model}, graph']['n']}"
-        upper.set(title=title, yscale="log", ylabel="time / floor of k + 2 products")
-        lower.set(yscale="log", ylabel="peak of memory, MiB", xlabel="k", xticks=ranks)
-        upper.set(xticks=ranks)
+        upper.set(title=title, ylabel="time / floor of k + 2 products")
+        lower.set(xlabel="k", ylabel="peak of memory, MiB")
+        for axis in (upper, lower):
+            axis.set(yscale="log", xticks=ranks)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._measure import Found
+from benchmarks._report import pyplot
 
 EXPLAINED = (
     "cosine, length: of the hypergradient against the derivative through all inner steps, which\n"
@@ -48,11 +49,7 @@ def skipped(found: dict[str, Sequence[Found]]) -> str:
 
 def draw(path: Path, panels: dict[str, dict[str, Sequence[Found]]]) -> None:
     """Draw the loss on unseen data over the updates, and the test accuracy, one row a panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(
         *(len(panels), 2), figsize=(12, 4.6 * len(panels)), layout="constrained", squeeze=False
     )

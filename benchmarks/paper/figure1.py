@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import lowrank_inverse as li
 from benchmarks._measure import Found
-from benchmarks._report import machine, publish, table
+from benchmarks._report import machine, publish, pyplot, table
 from benchmarks.paper import _runs
 
 SIZE, RANK, DAMPING = 40, 20, 0.1
@@ -110,11 +110,7 @@ def judge(found: dict[str, dict[str, list[float]]]) -> list[Found]:
 
 def draw(path: Path, seed: int) -> None:
     """Draw the inverse and its approximations for one seed, one row a matrix."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     ways = approximations(seed)
     shown = [name for name in ways if not name.endswith("10")]
     rows = matrices(seed)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._measure import Found
-from benchmarks._report import publish, table
+from benchmarks._report import publish, pyplot, table
 from benchmarks.paper import _curves, _methods, _runs
 from benchmarks.paper import _weight_decay as decay
 
@@ -118,11 +118,7 @@ def judge(curves: Curves, setting: decay.Setting) -> list[Found]:
 
 def draw(curves: Curves, setting: decay.Setting, path: Path) -> None:
     """Draw validation and training loss at the paper's rate, and the two controls."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, ((top, same), (bottom, tuned)) = plt.subplots(
         2, 2, figsize=(11.5, 7.6), layout="constrained"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._measure import Found
-from benchmarks._report import publish, table
+from benchmarks._report import publish, pyplot, table
 from benchmarks.paper import _curves, _methods, _runs
 from benchmarks.paper import _weight_decay as decay
 
@@ -69,11 +69,7 @@ def judge(curves: dict[str, list[Found]], setting: decay.Setting) -> list[Found]
 
 def draw(curves: dict[str, list[Found]], path: Path) -> None:
     """Draw the validation losses, one panel a method, one curve an α = ρ."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(
         2, 5, figsize=(13.5, 5.6), sharex=True, sharey=True, layout="constrained"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks._measure import Found
-from benchmarks._report import publish, table
+from benchmarks._report import publish, pyplot, table
 from benchmarks.paper import _curves, _methods, _runs
 from benchmarks.paper import _weight_decay as decay
 
@@ -43,11 +43,7 @@ def judge(curves: dict[str, list[Found]], setting: decay.Setting) -> list[Found]
 
 def draw(curves: dict[str, list[Found]], path: Path) -> None:
     """Draw the validation losses of the Nyström forms, one panel a method, one curve a k."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     shown = [_methods.PAPER_NYSTROM, decay.KNOWN_RIDGE, _methods.NYSTROM_CG, _methods.PAPER_CG]
     figure, axes = plt.subplots(
         1, len(shown), figsize=(13.5, 3.4), sharey=True, layout="constrained"

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks._cifar import IMBALANCES, cached
 from benchmarks._measure import Found
-from benchmarks._report import publish, table
+from benchmarks._report import publish, pyplot, table
 from benchmarks.paper._methods import (
     IDENTITY,
     METHODS,
@@ -198,11 +198,7 @@ def judge(scores: Scores) -> list[Found]:
 
 def draw(path: Path, runs: dict[Any, Found], scores: Scores) -> None:
     """Draw the accuracies above, and below the weights that were learned."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(
         *(2, len(scores)), figsize=(12.5, 7.5), layout="constrained", sharey="row", squeeze=False
     )

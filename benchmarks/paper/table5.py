@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks import table5
 from benchmarks._measure import Found, Records, use_threads
-from benchmarks._report import machine, publish, table
+from benchmarks._report import machine, publish, pyplot, table
 from benchmarks._torch_speed import num_products
 from benchmarks.paper import _runs, _verdicts
 
@@ -146,11 +146,7 @@ def beside_the_paper(measured: dict[str, Found]) -> list[dict[str, str]]:
 
 def draw(measured: dict[str, Found], path: Path) -> None:
     """Draw time and memory against k, the paper's to the left and ours to the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True)
     for number, method in enumerate(METHODS):
         found = {k: measured.get(f"{MODEL}, {method}, k = {k}", {}) for k in RANKS}

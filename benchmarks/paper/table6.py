@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks._cifar import cached
 from benchmarks._measure import Found
-from benchmarks._report import publish, table
+from benchmarks._report import publish, pyplot, table
 from benchmarks.paper._methods import NYSTROM, PAPER_NYSTROM
 from benchmarks.paper._reweighting import BASELINE, FULL, QUICK, brief
 from benchmarks.paper._runs import claim, parse, parser, run_all, spread, told
@@ -150,11 +150,7 @@ def judge(form: str, grid: Grid, baseline: list[float]) -> list[Found]:
 
 def draw(path: Path, grids: dict[str, Grid], baseline: list[float]) -> None:
     """Draw the accuracy by rank, a line for each damping."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(
         1, len(grids), figsize=(6 * len(grids), 4), layout="constrained", squeeze=False
     )
