@@ -45,7 +45,7 @@ class NystromPreconditioner(ProductOnly):
         level = xp.min(xp.where(kept, g, g[0] + xp.zeros_like(g)))
         # The trace of an indefinite H would say nothing of what was missed.
         negative = approx.num_negative
-        if approx.residual_trace is not None and not is_traced(negative) and int(negative) == 0:
+        if approx.trace is not None and not is_traced(negative) and int(negative) == 0:
             missed = approx.residual_trace / max(1, approx.shape[0] - g.shape[0])
             level = level * xp.clip(missed / level, eps(approx.columns) ** 0.25, 1.0) ** 2
         safe = xp.where(kept, g, xp.ones_like(g))
