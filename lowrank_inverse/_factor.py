@@ -13,10 +13,8 @@ from lowrank_inverse import solvers
 from lowrank_inverse._array import (
     astype,
     check_scalar,
-    column_norm,
     concrete,
     describe,
-    dot,
     eps,
     is_array,
     like,
@@ -24,6 +22,7 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._operator import Operator
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import column_norm, dot
 from lowrank_inverse.operators import aslinearoperator, shifted
 from lowrank_inverse.prepared import PreparedInverse, block_width
 from lowrank_inverse.solution import Reason, Solution, ended

@@ -11,12 +11,13 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse import solvers
-from lowrank_inverse._array import check_count, check_scalar, column_norm, to_host
+from lowrank_inverse._array import check_count, check_scalar, to_host
 from lowrank_inverse._examples import Examples
 from lowrank_inverse._factor import Factor, KeptColumns, auto_damping, checked_damping, to_record
 from lowrank_inverse._losses import check_losses
 from lowrank_inverse._store import Store, digest, shown
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._vectors import column_norm
 from lowrank_inverse.solution import Reason, Solution
 
 CURVATURES = {

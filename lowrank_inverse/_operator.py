@@ -13,7 +13,6 @@ from lowrank_inverse._array import (
     check_block,
     check_floating,
     check_indices,
-    column_norm,
     describe,
     eps,
     is_traced,
@@ -23,6 +22,7 @@ from lowrank_inverse._array import (
     take,
 )
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import column_norm
 
 NUM_SYMMETRY_ROWS = 16
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import check_count, check_scalar, column_norm, is_traced
+from lowrank_inverse._array import check_count, check_scalar, is_traced
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import column_norm
 from lowrank_inverse.certificate import certificate_cost, certify
 from lowrank_inverse.prepared import apply_cost, block_width
 from lowrank_inverse.solution import check_system

@@ -7,18 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import (
-    check_scalar,
-    column_norm,
-    column_scale,
-    concrete,
-    dot,
-    eps,
-    like,
-    quietly,
-    scalar_like,
-)
+from lowrank_inverse._array import check_scalar, concrete, eps, like, quietly, scalar_like
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import column_norm, column_scale, dot
 from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.solution import check_system, span
 

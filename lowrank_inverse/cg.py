@@ -8,25 +8,27 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
-    add_scaled,
-    add_to,
     astype,
     check_count,
-    choose,
-    column_norm,
-    column_scale,
-    copy_where,
     describe,
-    dot,
     eps,
     is_array,
     is_traced,
     quietly,
     scalar_like,
-    scale_and_add,
 )
 from lowrank_inverse._loop import while_loop
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import (
+    add_scaled,
+    add_to,
+    choose,
+    column_norm,
+    column_scale,
+    copy_where,
+    dot,
+    scale_and_add,
+)
 from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.solution import Reason, Solution, check_system, code, ended, tolerance
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lowrank_inverse import diagnostics
-from lowrank_inverse._array import check_finite, column_norm, dot
+from lowrank_inverse._array import check_finite
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._vectors import column_norm, dot
 from lowrank_inverse.memory import StoragePlan
 from lowrank_inverse.prepared import PreparedInverse
 from lowrank_inverse.ridge import smallest_shift, solve_with_state

@@ -14,8 +14,6 @@ from lowrank_inverse._array import (
     check_count,
     check_finite,
     check_indices,
-    column_norm,
-    dot,
     like,
     to_host,
 )
@@ -25,6 +23,7 @@ from lowrank_inverse._results import InfluenceInfo, TopK, merged, top
 from lowrank_inverse._saved import Saved, save_file
 from lowrank_inverse._store import digest, shown
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import column_norm, dot
 
 __all__ = ["InfluenceBase", "InfluenceInfo", "TopK"]
 

@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import (
-    add_scaled,
-    check_indices,
-    column_norm,
-    is_traced,
-    quietly,
-    scalar_like,
-)
+from lowrank_inverse._array import check_indices, is_traced, quietly, scalar_like
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import add_scaled, column_norm
 from lowrank_inverse.cg import cg
 from lowrank_inverse.sampling import DRAWN
 from lowrank_inverse.solution import Reason, Solution, ended, tolerance

@@ -6,15 +6,9 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import (
-    astype,
-    column_scale,
-    describe,
-    is_narrow,
-    on_host,
-    power_of_two,
-)
+from lowrank_inverse._array import astype, describe, is_narrow, on_host
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import column_scale, power_of_two
 from lowrank_inverse.operators import finite_columns, index_chunks, join_columns
 
 STORAGES = ("stored", "chunked", "streamed", "auto")

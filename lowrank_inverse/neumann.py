@@ -8,14 +8,9 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._array import (
-    add_scaled,
     astype,
     check_count,
     check_scalar,
-    choose,
-    column_norm,
-    column_scale,
-    dot,
     eps,
     like,
     quietly,
@@ -23,6 +18,7 @@ from lowrank_inverse._array import (
 )
 from lowrank_inverse._loop import while_loop
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import add_scaled, choose, column_norm, column_scale, dot
 from lowrank_inverse.operators import aslinearoperator
 from lowrank_inverse.solution import Reason, Solution, check_system, code, ended, tolerance
 

@@ -16,13 +16,11 @@ from lowrank_inverse._array import (
     is_narrow,
     like,
     quietly,
-    symmetric_part,
     take,
-    tall_dot,
-    tall_times,
     wide_dtype,
 )
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._vectors import symmetric_part, tall_dot, tall_times
 from lowrank_inverse.adaptive import adaptive_approximation
 from lowrank_inverse.memory import check_column_dtype, read_columns
 from lowrank_inverse.operators import aslinearoperator

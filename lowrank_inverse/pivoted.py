@@ -19,11 +19,11 @@ from lowrank_inverse._array import (
     on_cpu,
     quietly,
     take,
-    tall_times,
     to_host,
     wide_dtype,
 )
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._vectors import tall_times
 from lowrank_inverse.operators import aslinearoperator, finite_columns
 
 METHODS = ("greedy", "rpcholesky")

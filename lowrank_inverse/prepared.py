@@ -7,17 +7,10 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import (
-    add_scaled,
-    astype,
-    column_norm,
-    column_scale,
-    dot,
-    quietly,
-    scalar_like,
-)
+from lowrank_inverse._array import astype, quietly, scalar_like
 from lowrank_inverse._operator import ProductOnly
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import add_scaled, column_norm, column_scale, dot
 from lowrank_inverse.memory import StoragePlan
 from lowrank_inverse.solution import Reason, Solution, code, tolerance
 

@@ -12,7 +12,6 @@ from lowrank_inverse._array import (
     check_block,
     check_finite,
     check_scalar,
-    column_norm,
     describe,
     is_array,
     is_traced,
@@ -20,6 +19,7 @@ from lowrank_inverse._array import (
     to_host,
 )
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import column_norm
 
 
 class Reason(enum.IntEnum):

@@ -19,10 +19,10 @@ from lowrank_inverse._array import (
     eps,
     is_traced,
     quietly,
-    symmetric_part,
     wide_dtype,
 )
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._vectors import symmetric_part
 from lowrank_inverse.cg import cg
 from lowrank_inverse.estimates import estimate_diagonal
 from lowrank_inverse.kept import kept_columns

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank_inverse._array import check_finite, is_traced, like, tall_dot, to_host
+from lowrank_inverse._array import check_finite, is_traced, like, to_host
 from lowrank_inverse._operator import prototype
 from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._vectors import tall_dot
 from lowrank_inverse.operators import diagonal, finite_columns, index_chunks
 from lowrank_inverse.pivoted import METHODS, Pivoting, joined
 from lowrank_inverse.sampling import sample_columns

@@ -6,15 +6,9 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._array import (
-    astype,
-    beside,
-    check_scalar,
-    concrete,
-    row_blocks,
-    symmetric_part,
-)
+from lowrank_inverse._array import astype, beside, check_scalar, concrete
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import row_blocks, symmetric_part
 
 INDEFINITE_PIVOT_RTOL = 1e-4
 

@@ -12,21 +12,23 @@ from lowrank_inverse._array import (
     check_count,
     check_damping,
     check_indices,
-    column_scale,
     eps,
     like,
-    power_of_two,
     quietly,
     scalar_like,
     scatter,
-    symmetric_part,
     take,
-    tall_dot,
-    tall_times,
     wide_dtype,
 )
 from lowrank_inverse._operator import Operator
 from lowrank_inverse._typing import Array
+from lowrank_inverse._vectors import (
+    column_scale,
+    power_of_two,
+    symmetric_part,
+    tall_dot,
+    tall_times,
+)
 from lowrank_inverse.nystrom import NystromApproximation
 from lowrank_inverse.operators import aslinearoperator, finite_columns, index_chunks
 from lowrank_inverse.whitening import spectrum, whiten

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lowrank_inverse._array import (
+from lowrank_inverse._array import scatter, take
+from lowrank_inverse._vectors import (
     BLOCK_NUMBERS,
     MAX_BLOCKS,
     add_to,
@@ -15,8 +16,6 @@ from lowrank_inverse._array import (
     copy_where,
     row_blocks,
     scale_and_add,
-    scatter,
-    take,
     tall_dot,
     tall_times,
 )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_inverse as li
-from lowrank_inverse._array import BLOCK_NUMBERS
+from lowrank_inverse._vectors import BLOCK_NUMBERS
 from tests.conftest import host, open_backend
 from tests.oracles import (
     damped_inverse,
