@@ -12,12 +12,18 @@ UNFINISHED := $(VENV)/.unfinished
 # Two processes of one thread each; a module's tests stay together, for they share compilations.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
+# The core's tests, without those of adapters, documents and benchmarks.
+KERNELS ?= Prescott Sandybridge
+CORE_TESTS := $(filter-out $(wildcard tests/test_benchmarks*.py tests/test_paper*.py \
+	tests/test_kernel_benchmarks.py tests/test_documents.py tests/test_cross_framework.py), \
+	$(wildcard tests/test_*.py))
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format docs install clean
+.PHONY: help demo test test-slow test-kernels check format docs install clean
 
 help:
 	@echo "make demo       data hyper-cleaning with every solver side by side, and the"
@@ -25,6 +31,8 @@ help:
 	@echo "                (make demo BACKEND=jax for JAX)"
 	@echo "make test       the quick tests and the examples in the docstrings"
 	@echo "make test-slow  the tests left out of make test"
+	@echo "make test-kernels  the core's quick tests under other kernels of OpenBLAS and PyTorch"
+	@echo "                (KERNELS='Prescott Sandybridge'; x86 only)"
 	@echo "make check      ruff, mypy and the documentation build"
 	@echo "make format     let ruff mend and format the sources"
 	@echo "make docs       build the documentation into ./site"
@@ -40,6 +48,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu"
+
+# Sums come out in another order on other processors: no test may depend on one.
+test-kernels: $(STAMP)
+	for kernel in $(KERNELS); do \
+		OPENBLAS_CORETYPE=$$kernel ATEN_CPU_CAPABILITY=default $(PYTEST) $(CORE_TESTS) || exit 1; \
+	done
 
 check: $(STAMP)
 	$(PY) -m ruff check .

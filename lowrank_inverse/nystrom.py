@@ -107,9 +107,10 @@ class NystromApproximation(SpectralFunctions):
             core = astype(beside(take(C, indices), self.like), self.dtype)
             core = core if scales is None else core * scales
         self.core = symmetric_part(core)
-        whitening = whiten(
-            astype(self.core, wide_dtype(core)), eps(C), pivot_rtol, indefinite_pivot_rtol
-        )
+        wide = astype(self.core, wide_dtype(core))
+        # Entries of a sketch are sums over n rows, whose rounding grows with the root of n.
+        unit = eps(C) if indices is not None else max(eps(C), n**0.5 * eps(wide))
+        whitening = whiten(wide, unit, pivot_rtol, indefinite_pivot_rtol)
         self.whitening = whitening.matrix
         if scales is not None:  # T for the columns as they are held
             self.whitening = astype(scales, self.whitening.dtype)[:, None] * self.whitening
@@ -199,11 +200,11 @@ def nystrom(
     rng : int or numpy.random.Generator, optional
         Seed of the sampling. Random numbers are drawn on the host, the same for every library.
     chunk_size : int, optional
-        Columns asked for at a time. Default: all at once. Pivots, too, are then proposed in such
-        blocks where a column costs a product; by default one by one.
+        Columns asked for at a time. Default: all at once; pivots one by one where a column costs
+        a product.
     pivot_rtol : float, optional
-        Eigenvalues of W up to this fraction of the largest are dropped. Default: machine
-        epsilon, or `indefinite_pivot_rtol` where W has a clearly negative eigenvalue, for then
+        Eigenvalues of W up to this fraction of the largest are dropped. Default: the rounding of
+        its entries and of its decomposition, or `indefinite_pivot_rtol` where W has a clearly negative eigenvalue, for then
         small positive ones are as little to be trusted.
     indefinite_pivot_rtol : float
         1e-2 makes the better preconditioner of a slightly indefinite matrix.

@@ -29,7 +29,6 @@ from lowrank_inverse.operators import aslinearoperator, finite_columns
 METHODS = ("greedy", "rpcholesky")
 BLOCK_SIZE = 64
 NOISE_UNITS, NOISE_UNITS_PER_PIVOT = 8.0, 4.0
-REDUNDANT = 1e-3
 
 
 class PivotedCholesky(NamedTuple):
@@ -71,8 +70,6 @@ def pivoted_cholesky(
     rank: int,
     *,
     method: str = "rpcholesky",
-    block_size: int | None = None,
-    accelerated: bool | None = None,
     rng: RNG = None,
     rtol: float | None = None,
 ) -> PivotedCholesky:
@@ -87,14 +84,6 @@ def pivoted_cholesky(
     method : {"rpcholesky", "greedy"}
         Draw the next pivot in proportion to the residual diagonal [1]_, or take its largest
         entry, the first of equals. Greedy pivots are thrown off by outliers; random ones are not.
-    block_size : int, optional
-        Pivots proposed at a time. 1 is the sequential form. Default: 64 if `A` can read its
-        entries (``A.submatrix(indices)``; arrays can), else 1.
-    accelerated : bool, optional
-        Keep of each block only the pivots that the sequential form could have taken: drawn ones
-        by rejection, which leaves their distribution as it is [2]_, greedy ones while they exceed
-        all that is outside of the block. False: keep all that are not redundant. Default: True
-        if `A` can read its entries; otherwise each proposal costs a column, and is kept.
     rng : int or numpy.random.Generator, optional
         Seed of ``"rpcholesky"``. One seed gives the same pivots on every backend.
     rtol : float, optional
@@ -114,7 +103,10 @@ def pivoted_cholesky(
 
     Notes
     -----
-    k columns, ``n k²`` operations, and 2 n k numbers. The expected residual trace is within a
+    k columns, ``n k²`` operations, and 2 n k numbers. If `A` can read its entries
+    (``A.submatrix(indices)``; arrays can), pivots are proposed in blocks of 64, of which those are
+    kept that the sequential form could have taken: drawn ones by rejection, which leaves their
+    distribution as it is [2]_, greedy ones while they exceed all that is outside of the block. The expected residual trace is within a
     factor ``1 + ε`` of the best possible for rank r after ``r / ε + r log(...)`` random pivots
     (Theorem 5.1 of [1]_). Residual diagonals are kept on the host in float64. Arrays in the
     memory of the host are factored there, so that every library finds the very same pivots.
@@ -138,9 +130,7 @@ def pivoted_cholesky(
     """
     A = aslinearoperator(A)
     rank = check_count("rank", rank, most=int(A.shape[0]))
-    pivoting = Pivoting(
-        A, method, block_size=block_size, accelerated=accelerated, rng=rng, rtol=rtol
-    )
+    pivoting = Pivoting(A, method, rng=rng, rtol=rtol)
     pivoting.grow(rank)
     return PivotedCholesky(
         pivoting.pivots,
@@ -162,8 +152,6 @@ class Pivoting:
         A: Any,
         method: str,
         *,
-        block_size: int | None = None,
-        accelerated: bool | None = None,
         chunk_size: int | None = None,
         rng: RNG = None,
         rtol: float | None = None,
@@ -173,13 +161,11 @@ class Pivoting:
                 f"`method` must be one of {', '.join(map(repr, METHODS))}; got {method!r}."
             )
         self._entries = getattr(A, "submatrix", None)
-        if block_size is None:
-            block_size = BLOCK_SIZE if self._entries is not None else chunk_size or 1
         if rtol is not None:
             check_scalar("rtol", rtol)
         self._A, self._method, self._rtol = A, method, rtol
-        self._block_size = check_count("block_size", block_size)
-        self._accelerated = self._entries is not None if accelerated is None else bool(accelerated)
+        # A proposal costs a column where entries cannot be read: then each must be kept.
+        self._block_size = BLOCK_SIZE if self._entries is not None else 1
         self._chunk_size, self._generator = chunk_size, np.random.default_rng(rng)
         d = known_diagonal(A, f"sampling={method!r}")
         self._unit, self.initial = eps(d), to_host(d).astype(np.float64)
@@ -259,15 +245,14 @@ class Pivoting:
         cumulative = np.cumsum(weights)
         points = self._generator.random(self._block_size) * cumulative[-1]
         last = np.flatnonzero(weights)[-1]
-        drawn = np.minimum(np.searchsorted(cumulative, points, side="right"), last)
-        # Rejection gives a repeated proposal a second chance; else it has no meaning.
-        return drawn if self._accelerated else np.array(list(dict.fromkeys(drawn.tolist())))
+        # Rejection gives a repeated proposal a second chance.
+        return np.minimum(np.searchsorted(cumulative, points, side="right"), last)
 
     def _read(self, proposed: np.ndarray) -> tuple[Array | None, np.ndarray]:
         """Return A at the rows and columns `proposed`, and the columns if they had to be read."""
         distinct, where = np.unique(proposed, return_inverse=True)
         C = None
-        if self._entries is not None and self._accelerated:
+        if self._entries is not None:
             block = self._entries(distinct)
         else:
             C = self._read_columns(distinct)
@@ -301,9 +286,7 @@ class Pivoting:
         factor = np.zeros((proposed.size, min(room, proposed.size)))
         left = np.diagonal(block).copy()
         chosen: list[int] = []
-        sequential = self._accelerated and self._method == "rpcholesky"
-        if not self._accelerated:  # what the rest of the block has all but spanned
-            limits = np.maximum(limits, REDUNDANT * weights[proposed])
+        sequential = self._method == "rpcholesky"
         outside = weights.copy()
         outside[proposed] = 0.0
         best = int(np.argmax(outside))
@@ -319,7 +302,7 @@ class Pivoting:
             if tickets is not None:
                 if tickets[j] * weights[proposed[j]] > left[j]:
                     continue
-            elif self._accelerated and chosen and (left[j], -proposed[j]) < (outside[best], -best):
+            elif chosen and (left[j], -proposed[j]) < (outside[best], -best):
                 break  # what is outside can only have fallen: until here, these were the largest
             k = len(chosen)
             column = (block[:, j] - factor[:, :k] @ factor[j, :k]) / np.sqrt(left[j])

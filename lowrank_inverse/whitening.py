@@ -11,6 +11,7 @@ from lowrank_inverse._typing import Array
 from lowrank_inverse._vectors import row_blocks, symmetric_part
 
 INDEFINITE_PIVOT_RTOL = 1e-4
+FLOAT64_EPS = 2.0**-52
 
 
 class Whitening(NamedTuple):
@@ -28,9 +29,15 @@ def whiten(
     pivot_rtol: float | None = None,
     indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
 ) -> Whitening:
-    """Return the whitening of the symmetric k×k matrix `W`, known to a precision `unit`."""
+    """Return the whitening of the symmetric k×k matrix `W`, known to a precision `unit`.
+
+    Eigenvalues are dropped up to `unit` times the largest and, in float64, up to ``k * eps``, the
+    rounding of the decomposition itself (the rule of LAPACK). In float32 that rule would drop
+    what a small damping needs, for a matrix whose eigenvalues fall steadily.
+    """
     xp = array_namespace(W)
     w, V = xp.linalg.eigh(W)
+    unit = max(unit, W.shape[0] * FLOAT64_EPS)
     largest = xp.max(xp.abs(w))
     negative = negative_eigenvalues(w, unit)
     if pivot_rtol is None:

@@ -85,7 +85,7 @@ def test_all_columns_reproduce_a_positive_semidefinite_matrix(backend, name):
     A = backend.seen(matrix(name))
     found = backend.run(apply_all_columns, matrix(name), np.eye(N))
     # What W has below eps times its largest eigenvalue is dropped.
-    assert operator_norm(found - A) < 30 * backend.eps * largest(name)
+    assert operator_norm(found - A) < 10 * N * backend.eps * largest(name)
 
 
 @pytest.mark.parametrize("name", WELL_CONDITIONED)
@@ -98,7 +98,9 @@ def test_the_sampled_columns_are_reproduced(name):
 def test_the_approximation_lies_between_zero_and_the_matrix(name):
     A = matrix(name)
     approximated = dense(A, indices=K)
-    slack = 1e-13 * largest(name)
+    # A change of W by dW changes C W^+ C.T by (C W^+) dW (C W^+).T.
+    growth = operator_norm(A[:, K] @ np.linalg.pinv(A[np.ix_(K, K)], hermitian=True))
+    slack = N * np.finfo(float).eps * largest(name) * growth**2
     assert np.linalg.eigvalsh(approximated)[0] > -slack
     assert np.linalg.eigvalsh(A - approximated)[0] > -slack
 

@@ -48,7 +48,7 @@ def test_the_sketch_is_the_dense_nystrom_formula_on_every_backend(backend, name)
 def test_the_sketch_lies_between_zero_and_the_matrix(name, dtype):
     A = matrix(name).astype(dtype)
     H = (li.nystrom(A, RANK, sampling="gaussian", rng=0) @ np.eye(N, dtype=dtype)).astype(float)
-    slack = 30 * np.finfo(dtype).eps * largest(name)
+    slack = 10 * N * np.finfo(dtype).eps * largest(name)
     assert np.linalg.eigvalsh(H)[0] > -slack
     assert np.linalg.eigvalsh(A.astype(float) - H)[0] > -slack
 
