@@ -193,8 +193,7 @@ def nystrom(
     indices : sequence of distinct ints, optional
         The columns to take. The way to go inside ``jax.jit``.
     sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
-        Columns drawn, see :func:`lowrank_inverse.sampling.sample_columns`; or chosen one by what
-        the others left over, see :func:`lowrank_inverse.pivoted_cholesky` (fewer than `rank` if
+        Columns drawn; or chosen one by one, by what the others left over, see :func:`lowrank_inverse.pivoted_cholesky` (fewer than `rank` if
         no more is left than rounding); or products with `rank` orthonormal Gaussian vectors in
         the place of columns [2]_, for operators whose columns are not cheaper than products.
     rng : int or numpy.random.Generator, optional
@@ -204,8 +203,8 @@ def nystrom(
         a product.
     pivot_rtol : float, optional
         Eigenvalues of W up to this fraction of the largest are dropped. Default: the rounding of
-        its entries and of its decomposition, or `indefinite_pivot_rtol` where W has a clearly negative eigenvalue, for then
-        small positive ones are as little to be trusted.
+        its entries and of its decomposition, or `indefinite_pivot_rtol` where W has a clearly
+        negative eigenvalue, for then small positive ones are as little to be trusted.
     indefinite_pivot_rtol : float
         1e-2 makes the better preconditioner of a slightly indefinite matrix.
     diagonal : array of shape (n,), or DiagonalEstimate, optional

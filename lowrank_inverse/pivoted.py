@@ -106,10 +106,12 @@ def pivoted_cholesky(
     k columns, ``n k²`` operations, and 2 n k numbers. If `A` can read its entries
     (``A.submatrix(indices)``; arrays can), pivots are proposed in blocks of 64, of which those are
     kept that the sequential form could have taken: drawn ones by rejection, which leaves their
-    distribution as it is [2]_, greedy ones while they exceed all that is outside of the block. The expected residual trace is within a
-    factor ``1 + ε`` of the best possible for rank r after ``r / ε + r log(...)`` random pivots
-    (Theorem 5.1 of [1]_). Residual diagonals are kept on the host in float64. Arrays in the
-    memory of the host are factored there, so that every library finds the very same pivots.
+    distribution as it is [2]_, greedy ones while they exceed all that is outside of the block.
+
+    The expected residual trace is within a factor ``1 + ε`` of the best possible for rank r after
+    ``r / ε + r log(...)`` random pivots (Theorem 5.1 of [1]_). Residual diagonals are kept on the
+    host in float64. Arrays in the memory of the host are factored there, so that every library
+    finds the very same pivots.
 
     References
     ----------

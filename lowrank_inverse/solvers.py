@@ -75,8 +75,8 @@ class Nystrom:
         Hold all columns; or a chunk of them, computed again where needed
         (:func:`lowrank_inverse.chunked_inverse`); or none
         (:func:`lowrank_inverse.streamed_inverse`). ``"auto"``: the fastest that `memory_budget`
-        allows, see :func:`lowrank_inverse.memory.plan_storage`; chunked in the place of streamed
-        where the damping proves to be too small for it in less than float64.
+        allows; chunked in the place of streamed where the damping proves to be too small for it
+        in less than float64.
     chunk_size : int, optional
         Columns computed at a time. Default: all if stored, else 1.
     refine : int
@@ -440,6 +440,7 @@ def _check_columns(settings: Any) -> None:
 
 
 def _check_iteration(settings: Any) -> None:
+    """Raise unless damping, tolerance and numbers of steps are in their ranges."""
     check_scalar("damping", settings.damping)
     check_scalar("rtol", settings.rtol)
     check_count("check_every", settings.check_every)
@@ -497,4 +498,5 @@ def _is_lossy(inverse: Any) -> bool:
 
 
 def _is_positive(damping: Any) -> bool:
+    """Whether `damping` is positive; a traced one is taken to be."""
     return is_traced(damping) or concrete(damping) > 0
