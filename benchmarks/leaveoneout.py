@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import lowrank_inverse as li
 from benchmarks._report import machine, publish, pyplot, table
-from lowrank_inverse.evaluate import leave_one_out
+from lowrank_inverse.influence.metrics import leave_one_out
 from lowrank_inverse_torch import InfluenceFunction
 
 NUM_TRAIN, NUM_CLASSES = 1437, 10

@@ -1,26 +1,26 @@
 """Approximate inverses of large symmetric operators, on any array library."""
 
-from lowrank_inverse.certificate import Certificate, certify
-from lowrank_inverse.cg import cg
-from lowrank_inverse.estimates import DiagonalEstimate, estimate_diagonal
-from lowrank_inverse.failure import SolveError
-from lowrank_inverse.kernels import KernelOperator
-from lowrank_inverse.neumann import neumann
-from lowrank_inverse.nystrom import NystromApproximation, nystrom
-from lowrank_inverse.operators import (
-    FunctionOperator,
-    aslinearoperator,
-    columns,
-    diagonal,
-    shifted,
-)
-from lowrank_inverse.pivoted import PivotedCholesky, pivoted_cholesky
-from lowrank_inverse.solution import Reason, Solution
-from lowrank_inverse.solve import as_solve, solve
-from lowrank_inverse.solvers import CG, Exact, Identity, Neumann, Nystrom, NystromCG
-from lowrank_inverse.state import HypergradientState
-from lowrank_inverse.storage import load, save
-from lowrank_inverse.woodbury import chunked_inverse, streamed_inverse, woodbury_inverse
+from lowrank_inverse.bilevel.state import HypergradientState
+from lowrank_inverse.estimators.diagonal import DiagonalEstimate, estimate_diagonal
+from lowrank_inverse.iterative.conjugate_gradients import cg
+from lowrank_inverse.iterative.neumann_series import neumann
+from lowrank_inverse.low_rank.approximation import NystromApproximation
+from lowrank_inverse.low_rank.files import load, save
+from lowrank_inverse.low_rank.nystrom_columns import nystrom
+from lowrank_inverse.low_rank.pivoted_cholesky import PivotedCholesky, pivoted_cholesky
+from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
+from lowrank_inverse.low_rank.woodbury import woodbury_inverse
+from lowrank_inverse.operators.columns import columns, diagonal
+from lowrank_inverse.operators.composition import shifted
+from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
+from lowrank_inverse.operators.kernel import KernelOperator
+from lowrank_inverse.results.certificate import Certificate, certify
+from lowrank_inverse.results.errors import SolveError
+from lowrank_inverse.results.solution import Reason, Solution
+from lowrank_inverse.solvers.direct import Exact, Identity
+from lowrank_inverse.solvers.iterative import CG, Neumann
+from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.solve import as_solve, solve
 
 __version__ = "0.1.0"
 

@@ -18,13 +18,14 @@ except ImportError as error:
         'pip install "lowrank-inverse[sklearn]".'
     ) from error
 
-from lowrank_inverse._array import check_count, check_scalar
-from lowrank_inverse.kernels import KernelOperator
-from lowrank_inverse.operators import FunctionOperator
-from lowrank_inverse.sampling import sample_columns
-from lowrank_inverse.solve import solve
-from lowrank_inverse.solvers import Exact, NystromCG
-from lowrank_inverse.whitening import spectrum, whiten
+from lowrank_inverse.arrays.checks import check_count, check_scalar
+from lowrank_inverse.low_rank.column_sampling import sample_columns
+from lowrank_inverse.low_rank.core import spectrum, whiten
+from lowrank_inverse.operators.function import FunctionOperator
+from lowrank_inverse.operators.kernel import KernelOperator
+from lowrank_inverse.solvers.direct import Exact
+from lowrank_inverse.solvers.low_rank import NystromCG
+from lowrank_inverse.solvers.solve import solve
 
 __all__ = ["KernelRidge", "NystromRidge"]
 

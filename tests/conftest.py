@@ -34,7 +34,13 @@ ON_DEVICE = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cud
 COMPILED: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
 
 
-COMPILED_IN_FLOAT64 = ("test_certificate", "test_cg", "test_kernels", "test_neumann", "test_solve")
+COMPILED_IN_FLOAT64 = (
+    "test_certificate",
+    "test_conjugate_gradients",
+    "test_kernel",
+    "test_neumann_series",
+    "test_solve",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,16 +7,16 @@ except ImportError as error:
         'lowrank_inverse_jax needs JAX. Install it with: pip install "lowrank-inverse[jax]"'
     ) from error
 
-from lowrank_inverse_jax.curvature import (
+from lowrank_inverse_jax.bilevel import Hypergradient, HypergradientInfo, hypergradient
+from lowrank_inverse_jax.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
     hessian_columns,
     hvp,
 )
-from lowrank_inverse_jax.hypergradient import Hypergradient, HypergradientInfo, hypergradient
-from lowrank_inverse_jax.implicit import implicit_minimizer
-from lowrank_inverse_jax.influence import InfluenceFunction
-from lowrank_inverse_jax.plugs import as_lineax, as_solve
+from lowrank_inverse_jax.influence.function import InfluenceFunction
+from lowrank_inverse_jax.interop import as_lineax, as_solve
+from lowrank_inverse_jax.minimizer import implicit_minimizer
 
 __all__ = [
     "GaussNewtonOperator",

@@ -7,16 +7,16 @@ except ImportError as error:
         'lowrank_inverse_torch needs PyTorch. Install it with: pip install "lowrank-inverse[torch]"'
     ) from error
 
-from lowrank_inverse_torch.curvature import (
+from lowrank_inverse_torch.bilevel import Hypergradient, hypergradient
+from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
     hessian_columns,
     hvp,
 )
-from lowrank_inverse_torch.hypergradient import Hypergradient, hypergradient
-from lowrank_inverse_torch.implicit import implicit_minimizer
-from lowrank_inverse_torch.influence import InfluenceFunction
-from lowrank_inverse_torch.plugs import as_solve
+from lowrank_inverse_torch.influence.function import InfluenceFunction
+from lowrank_inverse_torch.interop import as_solve
+from lowrank_inverse_torch.minimizer import implicit_minimizer
 
 __all__ = [
     "GaussNewtonOperator",

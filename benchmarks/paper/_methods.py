@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import lowrank_inverse as li
-from lowrank_inverse.prepared import PreparedInverse, direct_solution
-from lowrank_inverse.sampling import sample_columns
+from lowrank_inverse.low_rank.column_sampling import sample_columns
+from lowrank_inverse.solvers.base import PreparedInverse, direct_solution
 
 PAPER_CG = "CG of the paper's code"
 PAPER_NEUMANN = "Neumann, α of the paper"

@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from scipy.sparse.linalg import minres as scipy_minres
 from torch import Tensor
 
-from lowrank_inverse.prepared import PreparedInverse, direct_solution
+from lowrank_inverse.solvers.base import PreparedInverse, direct_solution
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Influence functions of jax models."""

@@ -1,0 +1,206 @@
+"""Derivatives of the loss of each example of a function of pytrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_inverse.arrays.checks import describe
+from lowrank_inverse.arrays.conversion import is_array
+from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse.operators.function import FunctionOperator
+from lowrank_inverse_jax.curvature.operators import full_precision
+from lowrank_inverse_jax.parameters import as_parameters
+
+CHUNK_SIZE = 32
+
+
+class JaxBackend:
+    """What the core needs of a loss of each example; see its `Backend`.
+
+    Each function is compiled once for each shape of a batch; batches are arguments, so that one
+    compilation serves all of a size.
+    """
+
+    def __init__(
+        self, loss: Callable[..., Any], params: Any, outputs: Callable[..., Any] | None
+    ) -> None:
+        for name, function in (("loss", loss), ("outputs", outputs)):
+            if not callable(function) and (name == "loss" or function is not None):
+                raise TypeError(f"`{name}` must be a function; got {describe(function)}.")
+        self._loss, self._outputs, self._params = loss, outputs, as_parameters(params)
+        self.n, self.like = self._params.n, self._params.vector[:0]
+        self.has_outputs = outputs is not None
+        self._products = {
+            "hessian": jax.jit(self._hessian),
+            "ggn": jax.jit(self._gauss_newton),
+            "empirical_fisher": jax.jit(self._fisher),
+        }
+        self._total = jax.jit(jax.grad(self._weighted))
+        self._values = jax.jit(self._losses)
+        self._slopes = jax.jit(self._pushed)
+        self._gradients = jax.jit(self._each)
+
+    def vector(self) -> jax.Array:
+        """Return the parameters, shape (n,)."""
+        return self._params.vector
+
+    def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
+        """Return a pytree of arrays, a list of batches or an iterable of them as examples."""
+        return Examples(
+            _batches(data, name),
+            name=name,
+            flatten=_flatten,
+            batch_size=batch_size,
+            memory_budget=budget,
+        )
+
+    def losses(self, batch: Any) -> Any:
+        """Return the loss of each example."""
+        with full_precision():
+            return self._values(self.vector(), batch)
+
+    def operator(
+        self, examples: Examples, curvature: str, weights: np.ndarray | None = None
+    ) -> MeanCurvature:
+        """Return the weighted curvature over all examples, divided by their number."""
+        if curvature == "ggn" and not self.has_outputs:
+            raise ValueError(
+                "curvature='ggn' needs `outputs`, a function (params, batch) -> outputs; the loss "
+                "is then called as loss(outputs, batch). Give it, or take curvature='hessian' or "
+                "'empirical_fisher'."
+            )
+        w = np.ones(examples.num) if weights is None else weights
+        gradient = self.total(examples, w) / examples.num
+        return MeanCurvature(self, self._products[curvature], examples, w, gradient)
+
+    def gradients(self, batch: Any) -> jax.Array:
+        """Return the gradient of each example as a column, shape (n, size)."""
+        with full_precision():
+            return self._gradients(self.vector(), batch)
+
+    def slopes(self, batch: Any, Z: jax.Array) -> jax.Array:
+        """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
+        with full_precision():
+            return self._slopes(self.vector(), batch, Z)
+
+    def total(self, examples: Examples, weights: np.ndarray) -> jax.Array:
+        """Return ``sum_i w_i g_i``, shape (n,)."""
+        result = jnp.zeros_like(self.vector())
+        for start, batch in examples.parts():
+            w = weights[start : start + examples.size(batch)]
+            if np.any(w):
+                with full_precision():
+                    result = result + self._total(self.vector(), batch, self.weights(w))
+        return result
+
+    def weights(self, w: np.ndarray) -> jax.Array:
+        """Return host weights in the dtype of the parameters."""
+        return jnp.asarray(w, self.like.dtype)
+
+    def _losses(self, vector: jax.Array, batch: Any) -> Any:
+        params = self._params.replace(vector)
+        if self._outputs is None:
+            return self._loss(params, batch)
+        return self._loss(self._outputs(params, batch), batch)
+
+    def _weighted(self, vector: jax.Array, batch: Any, w: jax.Array) -> jax.Array:
+        return jnp.sum(w * self._losses(vector, batch))
+
+    def _each(self, vector: jax.Array, batch: Any) -> jax.Array:
+        leaves, rebuild = _flatten(batch)
+        rows = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
+
+        def of_one(vector: jax.Array, *one: jax.Array) -> jax.Array:
+            alone = list(leaves)
+            for i, leaf in zip(rows, one, strict=True):
+                alone[i] = leaf[None]
+            return self._losses(vector, rebuild(alone)).sum()
+
+        axes = (None, *(0 for _ in rows))
+        gradient = jax.vmap(jax.grad(of_one), in_axes=axes, out_axes=1)
+        return gradient(vector, *(leaves[i] for i in rows))
+
+    def _pushed(self, vector: jax.Array, batch: Any, Z: jax.Array) -> jax.Array:
+        push = jax.linearize(lambda v: self._losses(v, batch), vector)[1]
+        return _mapped(push, Z)
+
+    def _hessian(self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array) -> jax.Array:
+        gradient = jax.grad(lambda v: self._weighted(v, batch, w))
+        return _mapped(jax.linearize(gradient, vector)[1], block).T
+
+    def _gauss_newton(
+        self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array
+    ) -> jax.Array:
+        assert self._outputs is not None
+        outputs = partial(self._outputs_at, batch=batch)
+        out, push = jax.linearize(outputs, vector)
+        pull = jax.linear_transpose(push, vector)
+        curve = jax.linearize(jax.grad(lambda z: jnp.sum(w * self._loss(z, batch))), out)[1]
+        return _mapped(lambda v: pull(curve(push(v)))[0], block).T
+
+    def _outputs_at(self, vector: jax.Array, batch: Any) -> Any:
+        assert self._outputs is not None
+        return self._outputs(self._params.replace(vector), batch)
+
+    def _fisher(self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array) -> jax.Array:
+        push = jax.linearize(lambda v: self._losses(v, batch), vector)[1]
+        pull = jax.linear_transpose(push, vector)
+        return _mapped(lambda v: pull(w * push(v))[0], block).T
+
+
+class MeanCurvature(FunctionOperator):
+    """``1 / num * sum_i w_i C_i`` over the batches of a data set, with its gradient."""
+
+    def __init__(
+        self,
+        backend: JaxBackend,
+        product: Callable[..., jax.Array],
+        examples: Examples,
+        weights: np.ndarray,
+        gradient: jax.Array,
+    ) -> None:
+        self.gradient = gradient
+        vector = backend.vector()
+
+        def multiply(block: jax.Array) -> jax.Array:
+            total = jnp.zeros_like(block)
+            for start, batch in examples.parts():
+                w = weights[start : start + examples.size(batch)]
+                if np.any(w):
+                    with full_precision():
+                        total = total + product(vector, batch, backend.weights(w), block)
+            return total / examples.num
+
+        super().__init__(
+            lambda v: multiply(v[:, None])[:, 0], backend.n, like=backend.like, matmat=multiply
+        )
+
+
+def _mapped(linear: Callable[[jax.Array], jax.Array], block: jax.Array) -> jax.Array:
+    """Return the images of the columns of a block as rows, some at a time."""
+    return jax.lax.map(linear, block.T, batch_size=min(CHUNK_SIZE, block.shape[1]))
+
+
+def _batches(data: Any, name: str) -> Iterable[Any]:
+    if isinstance(data, (list, Iterator)):
+        return data
+    leaves = jax.tree_util.tree_leaves(data)
+    if leaves and all(map(is_array, leaves)):  # a pytree of arrays: one batch
+        return [data]
+    if isinstance(data, Iterable) and not isinstance(data, (str, dict, tuple)):
+        return data
+    raise TypeError(
+        f"`{name}` must be a pytree of arrays with one row for each example, a list of batches, or "
+        f"an iterable of them; got {describe(data)}."
+    )
+
+
+def _flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    leaves, structure = jax.tree_util.tree_flatten(batch)
+    return leaves, lambda values: jax.tree_util.tree_unflatten(structure, values)

@@ -1,0 +1,147 @@
+"""Influence functions of losses of pytrees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lowrank_inverse.influence.base import InfluenceBase
+from lowrank_inverse.influence.engine import MEMORY_BUDGET
+from lowrank_inverse.influence.files import read_saved
+from lowrank_inverse_jax.influence.backend import JaxBackend
+
+__all__ = ["InfluenceFunction"]
+
+
+class InfluenceFunction(InfluenceBase):
+    """Which training examples helped or harmed a prediction [1]_.
+
+    With g_q the gradient of the loss of a query, g_i that of a training example and H the mean
+    curvature of the training set: ``score[q, i] = g_q.T (H + (l2 + damping) I)^{-1} g_i``. Positive
+    is helpful: without example i the loss of the query would rise, by about ``score / num_train``.
+
+    Parameters
+    ----------
+    loss : callable
+        Returns one number for each example, shape (size,): ``loss(params, batch)``, or
+        ``loss(outputs, batch)`` where `outputs` is given.
+    params : pytree
+        Trained. Arrays of floats are differentiated by.
+    train : pytree of arrays, list of batches, or iterable of batches
+        Arrays have one row for each example. A list, and what is no pytree of arrays, is taken for
+        batches, each a pytree of arrays; it is read again and again. A mean over all examples, to
+        which batch size and order make no difference.
+    outputs : callable (params, batch) -> array or pytree, optional
+        Of the network, for the Gauss-Newton matrix.
+    curvature : {"ggn", "hessian", "empirical_fisher"}, optional
+        Gauss-Newton, never negative for a loss that is convex in the outputs; the Hessian, exact
+        near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
+        Default: "ggn", which needs `outputs`.
+    solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
+        With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, damping 0 where
+        there is an `l2` and "auto" where there is none. NystromCG takes the columns for the Hessian
+        from the Gauss-Newton matrix, if there are `outputs`.
+    l2 : float
+        Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
+        decay), treated exactly.
+    damping : float or "auto", optional
+        In place of that of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
+        [2]_, from 16 products; see ``info.damping``.
+    batch_size : int, optional
+        Examples in a compiled call. Default: 512, or as they come where they cannot be cut anew.
+    rng : int or numpy.random.Generator, optional
+        Seed of the columns.
+    memory_budget : int
+        Bytes for the batches to keep, and as much again for the right-hand sides of a solve. Other
+        batches are read again for each product.
+    progress : bool
+        Show progress bars; needs tqdm.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A loss that is not one finite number for each example, of it alone; data without examples,
+        or that can be read only once; "ggn" without `outputs`.
+
+    Notes
+    -----
+    A product costs about two gradients of the mean loss. Each shape of a batch is compiled once.
+    See `info` for the cost, the residual of each query, and the norm of the gradient, which the
+    formula assumes to be 0.
+
+    References
+    ----------
+    .. [1] P. W. Koh, P. Liang. Understanding Black-box Predictions via Influence Functions. ICML
+       2017.
+    .. [2] R. Grosse et al. Studying Large Language Model Generalization with Influence Functions.
+       2023.
+
+    Examples
+    --------
+    The parameter is the mean of three numbers. Where it should be 1, the training example 0 helps
+    and 4 harms.
+
+    >>> import jax.numpy as jnp
+    >>> def loss(mean, batch):
+    ...     return (mean - batch) ** 2 / 2
+    >>> train, query = jnp.array([0.0, 2.0, 4.0]), jnp.array([1.0])
+    >>> influence = InfluenceFunction(
+    ...     loss, jnp.array(2.0), train, curvature="hessian", damping=0.0, rng=0
+    ... )
+    >>> print(influence.scores(query))
+    [[ 2.  0. -2.]]
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        params: Any,
+        train: Any,
+        *,
+        outputs: Callable[..., Any] | None = None,
+        curvature: str = "ggn",
+        solver: Any = None,
+        l2: float = 0.0,
+        damping: Any = None,
+        batch_size: int | None = None,
+        rng: Any = None,
+        memory_budget: int = MEMORY_BUDGET,
+        progress: bool = False,
+    ) -> None:
+        super().__init__(
+            JaxBackend(loss, params, outputs),
+            train,
+            curvature=curvature,
+            solver=solver,
+            l2=l2,
+            damping=damping,
+            batch_size=batch_size,
+            rng=rng,
+            memory_budget=memory_budget,
+            progress=progress,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        loss: Callable[..., Any],
+        params: Any,
+        train: Any,
+        **options: Any,
+    ) -> InfluenceFunction:
+        """Read what `save` wrote, without computing its columns again.
+
+        Parameters
+        ----------
+        path : path
+        loss, params, train
+            As they were; the fingerprint of the parameters is checked.
+        **options
+            `outputs`, `batch_size`, `memory_budget` and `progress`.
+        """
+        saved = read_saved(path)
+        influence = cls(loss, params, train, **saved.settings, **options)
+        influence._restore(path, saved)
+        return influence

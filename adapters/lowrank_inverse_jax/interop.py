@@ -1,0 +1,100 @@
+"""Solvers in the form that jaxopt and lineax take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_inverse.operators.function import FunctionOperator
+from lowrank_inverse.solvers.base import as_settings
+from lowrank_inverse_jax.curvature.operators import full_precision
+from lowrank_inverse_jax.parameters import as_parameters
+
+__all__ = ["as_lineax", "as_solve"]
+
+
+def as_solve(
+    solver: Any, *, rng: Any = None, sign: int | None = None
+) -> Callable[[Callable[[Any], Any], Any], Any]:
+    """Return ``solve(matvec, b) -> x`` on pytrees, such as jaxopt's implicit differentiation takes.
+
+    Parameters
+    ----------
+    solver : settings such as ``lowrank_inverse.NystromCG(...)``
+    rng : int or numpy.random.Generator, optional
+        Host seed of the columns.
+    sign : {1, -1}, optional
+        That of the matrix. ``jaxopt.implicit_diff.custom_root`` of a gradient has the Hessian: 1.
+        ``custom_fixed_point`` of a gradient step has minus the Hessian times the step: -1, and the
+        damping of the solver then is that of the matrix with its sign changed. Default: the sign
+        of ``b.T A b``, for one product.
+
+    Returns
+    -------
+    callable (matvec, b, **ignored) -> x
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import lowrank_inverse as li
+    >>> solve = as_solve(li.CG())
+    >>> print(solve(lambda x: {"a": -2.0 * x["a"]}, {"a": jnp.ones(2)}))
+    {'a': Array([-0.5, -0.5], dtype=float32)}
+    """
+    settings = as_settings(solver)
+    if sign not in (None, 1, -1):
+        raise ValueError(f"`sign` must be 1, -1 or None; got {sign!r}.")
+
+    def solve(matvec: Callable[[Any], Any], b: Any, **ignored: Any) -> Any:
+        rhs = as_parameters(b, name="b")
+
+        def multiply(vector: jax.Array) -> jax.Array:
+            return as_parameters(matvec(rhs.replace(vector)), name="matvec(x)").vector
+
+        with full_precision():
+            positive: Any = sign
+            if positive is None:
+                curvature = rhs.vector @ multiply(rhs.vector)
+                positive = jnp.where(curvature < 0, -1, 1).astype(rhs.dtype)
+            A = FunctionOperator(lambda v: positive * multiply(v), rhs.n, like=rhs.vector)
+            x = settings.prepare(A, rng=rng).solve(positive * rhs.vector).value
+        return rhs.replace(x)
+
+    return solve
+
+
+def as_lineax(solver: Any, *, rng: Any = None) -> Any:
+    """Return a lineax solver, for ``lineax.linear_solve`` and ``optimistix.ImplicitAdjoint``.
+
+    Parameters
+    ----------
+    solver : settings such as ``lowrank_inverse.NystromCG(...)``
+        Their damping is added to the operator.
+    rng : int or numpy.random.Generator, optional
+        Host seed of the columns.
+
+    Returns
+    -------
+    lineax.AbstractLinearSolver
+        For operators tagged symmetric, positive or negative semidefinite.
+
+    Raises
+    ------
+    ImportError
+        Without lineax.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import lineax
+    >>> import lowrank_inverse as li
+    >>> A = lineax.MatrixLinearOperator(2.0 * jnp.eye(2), lineax.positive_semidefinite_tag)
+    >>> print(lineax.linear_solve(A, jnp.ones(2), as_lineax(li.CG())).value)
+    [0.5 0.5]
+    """
+    from lowrank_inverse_jax.interop_lineax import LineaxSolver
+
+    return LineaxSolver(as_settings(solver), rng)

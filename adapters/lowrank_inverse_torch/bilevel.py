@@ -1,0 +1,292 @@
+"""Hypergradients of live torch models by implicit differentiation."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, autograd, nn
+
+from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
+from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
+from lowrank_inverse.bilevel.state import HypergradientState
+from lowrank_inverse.results.solution import Reason, Solution
+from lowrank_inverse_torch.curvature.gradient_graph import refuse_cut_graphs
+from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
+from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched
+from lowrank_inverse_torch.parameters import Parameters, as_parameters
+
+__all__ = ["Hypergradient", "hypergradient"]
+
+
+class Hypergradient(NamedTuple):
+    """What `hypergradient` returns.
+
+    Attributes
+    ----------
+    grads : structure of `hparams`
+        The hypergradient, ``direct + implicit``.
+    direct : structure of `hparams`
+        Gradient of the outer loss at fixed parameters.
+    implicit : structure of `hparams`
+        What comes through the parameters.
+    ihvp : structure of `params`
+        ``(H + ridge + damping)^{-1}`` times the outer gradient.
+    state : HypergradientState
+        Give it to the next call as `state`: a warm start, and a preconditioner that is kept.
+    info : HypergradientInfo
+        Cost and trust, as Python numbers.
+    solution : Solution
+        Of the linear system.
+    """
+
+    grads: Any
+    direct: Any
+    implicit: Any
+    ihvp: Any
+    state: HypergradientState
+    info: HypergradientInfo
+    solution: Solution
+
+    def explain(self) -> str:
+        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        return self.info.explain()
+
+
+def hypergradient(
+    inner_loss: Loss | Sequence[Loss],
+    outer_loss: Loss | Sequence[Loss],
+    params: Any,
+    hparams: Any,
+    *,
+    solver: Any,
+    ridge: Any = None,
+    state: HypergradientState | Solution | None = None,
+    accumulate_grad: bool = True,
+    rng: Any = None,
+    chunk_size: int = 1,
+    module: Modules | None = None,
+) -> Hypergradient:
+    """Differentiate the outer loss at the minimiser of the inner one by hyperparameters.
+
+    With f the inner loss, g the outer one and ``θ(φ) = argmin f``: ``dg/dφ = ∂g/∂φ - ∂g/∂θ (∂²f/∂θ²
+    + damping I)^{-1} ∂²f/∂θ∂φ`` (Eq. 3 of [1]_).
+
+    Parameters
+    ----------
+    inner_loss, outer_loss : closure () -> scalar, scalar Tensor with its graph, or list of closures
+        A list is averaged, one graph in memory at a time. The closures read the live `params` and
+        `hparams`.
+    params : Module, Tensor, iterable of tensors, or pytree
+        θ, at (or near) the minimum of the inner loss. Frozen tensors are left out, tied ones count
+        once.
+    hparams : Module, Tensor, iterable of tensors, or pytree
+        φ. Those that neither loss depends on get zeros, and are named in the info.
+    solver : settings such as ``lowrank_inverse.Nystrom(...)``, or callable ``solve(matvec, b)``
+        With the damping it adds to the Hessian.
+    ridge : float, Tensor, or structure of `params`, optional
+        Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
+        `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) tensor or in
+        the structure of `params`. It is treated exactly, never sampled, and may depend on
+        `hparams`.
+    state : HypergradientState, optional
+        ``.state`` of an earlier call, which CG and NystromCG continue; the Solution of a similar
+        system is a start too.
+    accumulate_grad : bool
+        Add the result to ``.grad`` of the hyperparameters, as ``backward()`` would.
+    rng : int or numpy.random.Generator, optional
+        Seed of the columns that the solver samples.
+    chunk_size : int
+        Hessian products taken at a time; see `HessianOperator`.
+    module : Module or iterable of Modules, optional
+        Modules to guard beside those in `params` and `hparams`; see `HessianOperator`.
+
+    Returns
+    -------
+    Hypergradient
+
+    Raises
+    ------
+    ValueError
+        If a loss is no finite scalar or does not depend on `params`, no hyperparameter reaches a
+        loss, or a tensor is both parameter and hyperparameter.
+
+    Notes
+    -----
+    Two gradients, the products of the solver (about two gradients each; see ``info``), and one
+    more for the mixed derivative. Training mode, buffers, random state and ``.grad`` of the
+    parameters come back as they were.
+
+    References
+    ----------
+    .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
+       Differentiation. AISTATS 2023.
+
+    Examples
+    --------
+    The minimiser of ``(w - 3)² / 2 + h w² / 2`` is ``3 / (1 + h)``, with derivative -3/4 at h = 1.
+
+    >>> import torch
+    >>> import lowrank_inverse as li
+    >>> w, h = torch.tensor([1.5], requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    >>> def inner():
+    ...     return 0.5 * ((w - 3) ** 2 + h * w**2).sum()
+    >>> out = hypergradient(inner, lambda: w.sum(), w, h, solver=li.CG())
+    >>> print(out.grads.item(), out.info.inner_grad_norm)
+    -0.75 0.0
+    """
+    params, hparams = as_parameters(params), as_parameters(hparams, name="hparams")
+    _check_distinct(params, hparams)
+    modules = [*params.modules, *hparams.modules, *_modules(module)]
+    H = HessianOperator(
+        inner_loss, params, chunk_size=chunk_size, module=modules, name="inner_loss"
+    )
+    outer_grad, direct = _outer_gradients(outer_loss, params, hparams, modules)
+    with torch.enable_grad():
+        ridges = None if ridge is None else _ridges(ridge, params)
+    coefficients = None if ridges is None else _flat_ridge(ridges, params)
+
+    def mixed_vjp(q: Tensor) -> list[Tensor | None]:
+        parts = H.vjp(q, hparams.tensors)
+        if ridges is None:
+            return parts
+        return _sums(parts, _ridge_vjp(ridges, q, params, hparams.tensors))
+
+    result = implicit_gradient(
+        H, outer_grad, mixed_vjp, direct, solver=solver, ridge=coefficients, rng=rng, state=state
+    )
+    without_path = tuple(
+        name for name, grad in zip(hparams.names, result.grads, strict=True) if grad is None
+    )
+    if len(without_path) == len(hparams.names):
+        raise ValueError(
+            "`hparams` must reach one of the losses; neither depends on any of "
+            f"{', '.join(map(repr, without_path))}. Use the live tensors inside the closures, "
+            "without detach()."
+        )
+    if accumulate_grad:
+        _accumulate(hparams.tensors, result.grads)
+    theta = params.flatten(params.tensors)
+    inner_grad = H.gradient if coefficients is None else H.gradient + coefficients * theta
+    info = hypergradient_info(result, outer_grad, inner_grad, without_path, theta)
+    return Hypergradient(
+        grads=_restore(hparams, result.grads),
+        direct=_restore(hparams, direct),
+        implicit=_restore(hparams, result.implicit),
+        ihvp=params.restore(result.solution.value),
+        state=result.state,
+        info=info._replace(
+            relative_residual=info.relative_residual.item(),
+            inner_grad_norm=info.inner_grad_norm.item(),
+            negative_curvature=bool(info.negative_curvature),
+            num_steps=int(info.num_steps),
+            reason=Reason(int(info.reason)),
+            inner_step=info.inner_step.item(),
+            error_bound=info.error_bound.item(),
+        ),
+        solution=result.solution,
+    )
+
+
+def _outer_gradients(
+    outer_loss: Any, params: Parameters, hparams: Parameters, modules: Sequence[nn.Module]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the gradient of the outer loss by `params`, flat, and by `hparams`."""
+    losses = list(outer_loss) if isinstance(outer_loss, (list, tuple)) else [outer_loss]
+    if not losses:
+        raise ValueError("`outer_loss` must hold at least one closure; got an empty list.")
+    tensors = [*params.tensors, *hparams.tensors]
+    totals: list[Tensor | None] = [None] * len(tensors)
+    with untouched(tensors, modules), explained():
+        for loss in losses:
+            value = evaluate_loss(loss, name="outer_loss")
+            if value.requires_grad:
+                refuse_cut_graphs([value])
+                # Retained, for closures may share what was computed outside of them.
+                grads = autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+                totals = _sums(totals, grads)
+    means = [None if total is None else total / len(losses) for total in totals]
+    by_params, by_hparams = means[: len(params.tensors)], means[len(params.tensors) :]
+    if all(grad is None for grad in by_params):
+        raise ValueError(
+            "`outer_loss` must depend on `params`; it depends on none of the tensors there. Was it "
+            "evaluated under torch.no_grad(), detached, or with another model?"
+        )
+    return params.flatten(by_params), by_hparams
+
+
+def _ridges(ridge: Any, params: Parameters) -> Tensor | Sequence[Tensor | None]:
+    """Return a number, a flat vector, or one tensor for each of the parameters."""
+    if not isinstance(ridge, Tensor):
+        if isinstance(ridge, numbers.Real):
+            return torch.as_tensor(float(ridge), dtype=params.dtype, device=params.device)
+        return params.collect(ridge, name="ridge")
+    if ridge.ndim == 0:
+        return ridge.to(params.dtype)
+    if ridge.ndim == 1 and ridge.shape[0] == params.n:
+        return list(params.unflatten(ridge))
+    return params.collect(ridge, name="ridge")
+
+
+def _flat_ridge(ridges: Tensor | Sequence[Tensor | None], params: Parameters) -> Tensor:
+    return ridges.detach() if isinstance(ridges, Tensor) else params.flatten(ridges)
+
+
+def _ridge_vjp(
+    ridges: Tensor | Sequence[Tensor | None], q: Tensor, params: Parameters, wrt: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Differentiate ``<q, ridge * θ>`` by `wrt`, which the ridge may depend on."""
+    products = [
+        part * theta.detach()
+        for part, theta in zip(params.unflatten(q), params.tensors, strict=True)
+    ]
+    pairs: list[tuple[Tensor | None, Tensor]]
+    if isinstance(ridges, Tensor):
+        pairs = [(ridges, torch.stack([product.sum() for product in products]).sum())]
+    else:
+        pairs = list(zip(ridges, products, strict=True))
+    live = [(r, seed) for r, seed in pairs if r is not None and r.requires_grad]
+    if not live:
+        return [None] * len(wrt)
+    outputs, seeds = zip(*live, strict=True)
+    return list(autograd.grad(outputs, wrt, seeds, retain_graph=True, allow_unused=True))
+
+
+def _check_distinct(params: Parameters, hparams: Parameters) -> None:
+    own = {id(tensor) for tensor in params.tensors}
+    for tensor, name in zip(hparams.tensors, hparams.names, strict=True):
+        if id(tensor) in own:
+            raise ValueError(
+                f"`hparams` and `params` must be distinct; {name!r} is in both. Freeze it in one "
+                "of them with requires_grad_(False), or leave it out."
+            )
+
+
+def _modules(module: Modules | None) -> list[nn.Module]:
+    if module is None:
+        return []
+    return [module] if isinstance(module, nn.Module) else list(module)
+
+
+def _sums(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+
+
+def _accumulate(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for tensor, grad in zip(tensors, grads, strict=True):
+        if grad is not None and tensor.is_leaf:
+            if tensor.grad is None:
+                tensor.grad = grad.clone()
+            else:
+                tensor.grad.detach().add_(grad)
+
+
+def _restore(hparams: Parameters, grads: Sequence[Tensor | None]) -> Any:
+    return hparams.restore(
+        [
+            torch.zeros_like(tensor) if grad is None else grad
+            for tensor, grad in zip(hparams.tensors, grads, strict=True)
+        ]
+    )

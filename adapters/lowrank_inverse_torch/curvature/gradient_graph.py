@@ -1,0 +1,214 @@
+"""The graph of a gradient, kept so that it can be differentiated again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, autograd
+
+from lowrank_inverse_torch.model_guard import evaluate_loss, explained
+
+Values = list[Tensor | None]
+
+
+# Nodes of a graph behind which autograd.grad sees nothing.
+_CUTS = {
+    "CheckpointFunctionBackward": "A checkpoint with use_reentrant=True hides its parameters.",
+    "torch::autograd::Error": "A function marked @once_differentiable hides its arguments.",
+}
+
+
+_NO_GRAPH = (
+    "A gradient came without graph: the backward of a custom Function detaches it. Write that "
+    "backward with differentiable operations, or leave it out of the loss."
+)
+
+
+class Graph(Protocol):
+    """What a curvature operator needs of one batch."""
+
+    loss: Tensor
+
+    def gradient(self) -> Values:
+        """Return the gradient of the loss, detached."""
+        ...
+
+    def product(self, vectors: Sequence[Tensor | None], *, batched: bool = False) -> Values:
+        """Multiply the curvature with a vector, or with several stacked along a new axis."""
+        ...
+
+
+class GradientGraph:
+    """The gradient of an evaluated loss, with the graph that differentiates it again.
+
+    Parameters
+    ----------
+    loss : Tensor, scalar
+        With its graph, which is kept.
+    tensors : sequence of Tensor
+        Tensors that require grad, to differentiate by.
+    name, by : str
+        What messages call the two.
+
+    Attributes
+    ----------
+    loss : Tensor, scalar
+        Its value, detached.
+    grads : tuple of Tensor or None
+        The gradient, one for each of `tensors`, with graph; None where the loss does not depend on
+        it.
+
+    Raises
+    ------
+    ValueError
+        The loss depends on none of the tensors.
+    RuntimeError
+        Part of its graph cannot be differentiated twice.
+
+    Notes
+    -----
+    One backward pass. The activations of the loss and of its gradient are held for as long as this
+    object lives.
+    """
+
+    def __init__(
+        self, loss: Tensor, tensors: Sequence[Tensor], *, name: str = "loss", by: str = "params"
+    ) -> None:
+        self.tensors = tuple(tensors)
+        self.loss = loss.detach()
+        self.grads = _grad_with_graph(loss, self.tensors, _seed(loss), name, by)
+
+    def gradient(self) -> Values:
+        """Return the gradient, detached; None where the loss does not depend on the tensor."""
+        return [None if grad is None else grad.detach() for grad in self.grads]
+
+    def vjp(
+        self, vectors: Sequence[Tensor | None], wrt: Sequence[Tensor], *, batched: bool = False
+    ) -> Values:
+        """Differentiate ``<v, gradient>`` by any tensors that the loss uses.
+
+        Parameters
+        ----------
+        vectors : sequence of Tensor or None
+            v, one for each of `tensors` and of its shape; None stands for zeros and saves work.
+            With `batched`, several stacked along a new first axis.
+        wrt : sequence of Tensor
+            Tensors that require grad.
+
+        Returns
+        -------
+        list of Tensor or None
+            One for each of `wrt`, detached; None where the gradient does not depend on it.
+        """
+        return _pull_back(self.grads, vectors, wrt, batched)
+
+    def product(self, vectors: Sequence[Tensor | None], *, batched: bool = False) -> Values:
+        """Multiply the Hessian with a vector, given and returned as in `vjp`."""
+        return self.vjp(vectors, self.tensors, batched=batched)
+
+
+class GaussNewtonGraph:
+    """``J^T H_L J`` of ``loss(outputs)``, with J the Jacobian of the outputs by the tensors.
+
+    ``J^T u`` is linear in u, so that differentiating ``<v, J^T u>`` by u gives ``J v``: a second
+    backward pass instead of forward mode, which not every operation has.
+    """
+
+    def __init__(
+        self, outputs: Any, loss: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]
+    ) -> None:
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"`outputs` must return one tensor; got {type(outputs).__name__}.")
+        if not outputs.is_floating_point():
+            raise TypeError(f"`outputs` must be real and floating-point; got {outputs.dtype}.")
+        self.tensors = tuple(tensors)
+        self._outputs = outputs
+        self._seed = _seed(outputs)
+        self._pullback = _grad_with_graph(outputs, self.tensors, self._seed, "outputs", "params")
+        at = outputs.detach().requires_grad_()
+        self._loss = GradientGraph(evaluate_loss(lambda: loss(at)), [at], by="outputs")
+        self.loss = self._loss.loss
+
+    def gradient(self) -> Values:
+        """Return the gradient of the loss, detached."""
+        return _pull_back([self._outputs], self._loss.gradient(), self.tensors, False)
+
+    def product(self, vectors: Sequence[Tensor | None], *, batched: bool = False) -> Values:
+        """Multiply with a vector, given and returned as in `GradientGraph.vjp`."""
+        pushed = _pull_back(self._pullback, vectors, [self._seed], batched)
+        curved = self._loss.product(pushed, batched=batched)
+        return _pull_back([self._outputs], curved, self.tensors, batched)
+
+
+def _seed(value: Tensor) -> Tensor:
+    # A seed that requires grad gives every gradient a graph, for a linear loss too. One that comes
+    # without was cut off, and its curvature would be zero without a word: see refuse_cut_graphs.
+    return torch.ones_like(value, requires_grad=True)
+
+
+def _grad_with_graph(
+    value: Tensor, tensors: Sequence[Tensor], seed: Tensor, name: str, by: str
+) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...] = (None,) * len(tensors)
+    if value.requires_grad:
+        with explained():
+            grads = autograd.grad(value, tensors, seed, create_graph=True, allow_unused=True)
+            refuse_cut_graphs([value, *grads])
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"`{name}` must depend on `{by}`; it depends on none of the tensors there. "
+            "Was it evaluated under torch.no_grad(), detached, or with another model?"
+        )
+    return grads
+
+
+def _pull_back(
+    outputs: Sequence[Tensor | None],
+    seeds: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    batched: bool,
+) -> Values:
+    """Differentiate ``<seeds, outputs>``; None stands for zeros on both sides."""
+    pairs = [
+        (output, seed)
+        for output, seed in zip(outputs, seeds, strict=True)
+        if output is not None and output.requires_grad and seed is not None
+    ]
+    if not pairs:
+        return [None] * len(tensors)
+    with explained(batched=batched):
+        grads = autograd.grad(
+            [output for output, _ in pairs],
+            list(tensors),
+            [seed for _, seed in pairs],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    return list(grads)
+
+
+def refuse_cut_graphs(tensors: Sequence[Tensor | None]) -> None:
+    """Raise where part of a graph is hidden: autograd.grad would take it for constant."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if not tensor.requires_grad and tensor.count_nonzero() > 0:
+            raise RuntimeError(_NO_GRAPH)
+    for node in graph_nodes(given):
+        if node.name() in _CUTS:
+            raise RuntimeError(_CUTS[node.name()])
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield each node of the graphs behind `tensors` once."""
+    stack: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)

@@ -1,0 +1,205 @@
+"""The mean of the curvature over batches as an operator, with one graph in memory at a time."""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_inverse_torch.curvature.gradient_graph import Graph
+from lowrank_inverse_torch.model_guard import (
+    RandomStates,
+    random_states,
+    set_random_states,
+    untouched,
+)
+from lowrank_inverse_torch.parameters import Parameters
+
+G = TypeVar("G", bound=Graph)
+
+
+Stack = Callable[[Sequence[int]], Sequence[Tensor | None]]
+
+
+class CurvatureOperator(Generic[G]):
+    """What the Hessian and the Gauss-Newton operator have in common.
+
+    Parameters
+    ----------
+    builders : sequence of callables () -> graph
+        One for each batch. The graph of a single one is kept; of several, each is built again for
+        each block of products, and gone before the next is built.
+    params : Parameters
+    chunk_size : int
+        Products taken at a time.
+    module : Module or iterable of Modules, optional
+        Modules to guard beside those in `params`.
+    """
+
+    def __init__(
+        self,
+        builders: Sequence[Callable[[], G]],
+        params: Parameters,
+        chunk_size: int,
+        module: nn.Module | Iterable[nn.Module] | None,
+    ) -> None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+            raise TypeError(f"`chunk_size` must be an int; got {type(chunk_size).__name__}.")
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
+        further = (module,) if isinstance(module, nn.Module) else tuple(module or ())
+        self.params = params
+        self.shape = (params.n, params.n)
+        self.dtype = params.dtype
+        self.device = params.device
+        self.chunk_size = chunk_size
+        self.num_products = 0
+        self._modules = (*params.modules, *further)
+        self._builders = builders
+        self._kept: G | None = None
+        self._starts: list[RandomStates] = []
+        self._losses: list[Tensor] = []
+        self.gradient = torch.zeros(params.n, dtype=self.dtype, device=self.device)
+        with untouched(params.tensors, self._modules) as states:
+            for build in builders:
+                self._starts.append(random_states(states))
+                graph = build()
+                self._losses.append(graph.loss)
+                params.add_to(self.gradient, graph.gradient())
+                if len(builders) == 1:
+                    self._kept = graph
+                del graph  # before the next one is built
+        self.gradient /= len(builders)
+        self.loss = torch.stack(self._losses).mean()
+        self._versions = [tensor._version for tensor in params.tensors]
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Multiply a vector, shape (n,), or a block, shape (n, m): one product a column."""
+        v = self.params.check_vector(v)
+        block = v if v.ndim == 2 else v[:, None]
+
+        def stack(chunk: Sequence[int]) -> Sequence[Tensor | None]:
+            part = block[:, chunk[0] : chunk[-1] + 1]
+            # Columns that lie together in memory: products with strided ones are many times slower.
+            return self.params.unflatten(part.mT.contiguous().mT)
+
+        result = self._products(range(block.shape[1]), stack)
+        return result if v.ndim == 2 else result[:, 0]
+
+    def columns(self, indices: Iterable[int]) -> Tensor:
+        """Compute columns of the operator.
+
+        Parameters
+        ----------
+        indices : sequence of int, or an integer array or tensor, shape (k,)
+            Distinct, in ``0 ... n - 1``.
+
+        Returns
+        -------
+        Tensor, shape (n, k)
+            Column ``indices[j]`` at place j.
+
+        Raises
+        ------
+        TypeError
+            Indices that are no integers.
+        ValueError
+            Indices out of range, or repeated.
+
+        Notes
+        -----
+        k products, cheaper than others: a unit vector lies in one tensor, so that only its part of
+        the gradient is differentiated. Beside the result, memory of one chunk of unit vectors and
+        of products.
+        """
+        wanted = _checked_indices(indices, self.params.n)
+        offsets, tensors = self.params.offsets, self.params.tensors
+
+        def stack(chunk: Sequence[int]) -> Sequence[Tensor | None]:
+            units: list[Tensor | None] = [None] * len(tensors)
+            for row, j in enumerate(chunk):
+                i = bisect_right(offsets, wanted[j]) - 1
+                unit = units[i]
+                if unit is None:
+                    unit = units[i] = tensors[i].new_zeros(len(chunk), *tensors[i].shape)
+                unit.view(len(chunk), -1)[row, wanted[j] - offsets[i]] = 1
+            return units
+
+        # In ascending order, so that a chunk lies in few tensors.
+        return self._products(sorted(range(len(wanted)), key=wanted.__getitem__), stack)
+
+    def _products(self, order: Sequence[int], stack: Stack) -> Tensor:
+        """Multiply with the vectors numbered in `order`; the answer has them by number."""
+        # One product is one contiguous row here; the transposed view has them as columns.
+        rows = torch.empty(len(order), self.params.n, dtype=self.dtype, device=self.device)
+        put = self.params.copy_to
+
+        def multiply(graph: G) -> None:
+            nonlocal put
+            for start in range(0, len(order), self.chunk_size):
+                chunk = order[start : start + self.chunk_size]
+                vectors = stack(chunk)
+                if len(chunk) == 1:  # without vmap, which cannot batch everything
+                    products = graph.product([None if v is None else v[0] for v in vectors])
+                    put(rows[chunk[0]], products)
+                    continue
+                products = graph.product(vectors, batched=True)
+                for row, j in enumerate(chunk):
+                    put(rows[j], [None if p is None else p[row] for p in products])
+            put = self.params.add_to  # to what the first graph wrote
+
+        if len(order) > 0:
+            self._for_each_graph(multiply)
+        if len(self._builders) > 1:
+            rows /= len(self._builders)
+        self.num_products += len(order)
+        return rows.mT
+
+    def _for_each_graph(self, use: Callable[[G], None]) -> None:
+        tensors = self.params.tensors
+        if [tensor._version for tensor in tensors] != self._versions:
+            raise RuntimeError(
+                "The parameters were changed in place after this operator was made, which holds "
+                "the curvature at the earlier ones. Make the operator anew after each step."
+            )
+        with untouched(tensors, self._modules):  # a checkpointed module runs again in backward
+            if self._kept is not None:
+                use(self._kept)
+            else:
+                for i in range(len(self._builders)):
+                    use(self._rebuilt(i))
+        self._versions = [tensor._version for tensor in tensors]  # Embedding(max_norm=...) writes
+
+    def _rebuilt(self, i: int) -> G:
+        set_random_states(self._starts[i])
+        graph = self._builders[i]()
+        before, now = self._losses[i].item(), graph.loss.item()
+        tolerance = torch.finfo(graph.loss.dtype).eps ** 0.5  # more than another order of sums
+        if abs(now - before) > tolerance * max(abs(before), abs(now)):
+            raise RuntimeError(
+                f"Closure {i} returned the loss {before:.6g} at first and {now:.6g} now. An "
+                "operator is frozen for the length of a solve: return the loss of the same batch "
+                "at each call."
+            )
+        return graph
+
+
+def _checked_indices(indices: Any, n: int) -> list[int]:
+    items = indices.tolist() if hasattr(indices, "tolist") else indices
+    if not isinstance(items, Iterable):
+        raise TypeError(f"`indices` must be a sequence of integers; got {type(items).__name__}.")
+    checked: list[int] = []
+    for item in items:
+        if isinstance(item, bool) or not hasattr(item, "__index__"):
+            raise TypeError(f"`indices` must be integers; got {type(item).__name__} among them.")
+        checked.append(operator.index(item))
+    for index in checked:
+        if not 0 <= index < n:
+            raise ValueError(f"`indices` must lie in 0 ... {n - 1}; got {index}.")
+    if len(set(checked)) < len(checked):
+        raise ValueError("`indices` must be distinct; some are repeated.")
+    return checked

@@ -1,0 +1,250 @@
+"""Hessian and Gauss-Newton operators of a live torch model, by double backward on one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_inverse_torch.curvature.gradient_graph import GaussNewtonGraph, GradientGraph, Values
+from lowrank_inverse_torch.curvature.mean_operator import CurvatureOperator
+from lowrank_inverse_torch.model_guard import evaluate_loss
+from lowrank_inverse_torch.parameters import as_parameters
+
+__all__ = ["GaussNewtonOperator", "GradientGraph", "HessianOperator", "hessian_columns", "hvp"]
+
+
+Loss = Tensor | Callable[[], Tensor]
+
+
+Modules = nn.Module | Iterable[nn.Module]
+
+
+class HessianOperator(CurvatureOperator[GradientGraph]):
+    """The Hessian of a loss as an operator, by double backward [1]_ on one graph.
+
+    Parameters
+    ----------
+    loss : closure, Tensor, or list of closures
+        A closure () -> scalar is called once. A scalar tensor is taken with its graph. With a list,
+        H is the plain mean over the closures (batches), with one graph in memory at a time: each is
+        built again for each block of products, its random state put back, so that a dropout mask
+        does not change. For batches of unequal size scale the losses.
+    params : Module, Tensor, iterable of tensors, or pytree of tensors
+        What to differentiate by; see `as_parameters`.
+    chunk_size : int
+        Products taken at a time, batched by vmap at the memory of so many. 1 always works; more is
+        faster where one product is too small to keep the machine busy, and gains nothing for wide
+        layers on a CPU.
+    module : Module or iterable of Modules, optional
+        Further modules that the loss runs. Those in `params` are known. Bare tensors tell nothing
+        of their module, so that its buffers and mode are guarded only when it is named here.
+
+    Attributes
+    ----------
+    shape, dtype, device : (n, n), torch.dtype, torch.device
+        Those of the parameters.
+    loss : Tensor, scalar
+        Mean value of the loss.
+    gradient : Tensor, shape (n,)
+        Its gradient.
+    num_products : int
+        Products with one vector so far; a column counts as one.
+    params : Parameters
+        With `restore` and `flatten` between vectors and the user's structure.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A loss that is no scalar, not finite, or depends on none of the parameters.
+    RuntimeError
+        From torch, where an operation has no second derivative; inside ``torch.inference_mode()``;
+        on products after the parameters changed in place, or when a closure changed its loss.
+
+    Notes
+    -----
+    One gradient to set up; a product costs about two. Each closure of a list costs a gradient more
+    for each block. Training mode, buffers, ``.grad`` and random state come back as they were.
+    Random numbers that a closure draws from NumPy or Python are not held fixed. Autocast belongs
+    inside the closure.
+
+    References
+    ----------
+    .. [1] B. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation, 1994.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> H = HessianOperator(lambda: x[0] ** 2 * x[1], x)
+    >>> H @ torch.tensor([1.0, 0.0])
+    tensor([4., 2.])
+    """
+
+    def __init__(
+        self,
+        loss: Loss | Sequence[Loss],
+        params: Any,
+        *,
+        chunk_size: int = 1,
+        module: Modules | None = None,
+        name: str = "loss",
+    ) -> None:
+        params = as_parameters(params)
+        losses: Sequence[Any] = loss if isinstance(loss, (list, tuple)) else [loss]
+        if not losses:
+            raise ValueError(f"`{name}` must hold at least one closure; got an empty list.")
+
+        def builder(loss: Loss) -> Callable[[], GradientGraph]:
+            return lambda: GradientGraph(evaluate_loss(loss, name=name), params.tensors, name=name)
+
+        super().__init__([builder(one) for one in losses], params, chunk_size, module)
+
+    def vjp(self, v: Tensor, wrt: Sequence[Tensor]) -> Values:
+        """Differentiate ``<v, gradient>`` by any tensors that the loss uses.
+
+        Parameters
+        ----------
+        v : Tensor, shape (n,)
+        wrt : sequence of Tensor
+            Tensors that require grad; they need not be parameters.
+
+        Returns
+        -------
+        list of Tensor or None
+            One for each of `wrt`, detached; None where the gradient does not depend on it.
+
+        Notes
+        -----
+        The cost of one product; it is not counted as one.
+        """
+        vectors = self.params.unflatten(self.params.check_vector(v, block=False))
+        totals: Values = [None] * len(wrt)
+
+        def accumulate(graph: GradientGraph) -> None:
+            for i, part in enumerate(graph.vjp(vectors, wrt)):
+                if part is not None:
+                    total = totals[i]
+                    totals[i] = part if total is None else total + part
+
+        self._for_each_graph(accumulate)
+        return [None if total is None else total / len(self._builders) for total in totals]
+
+
+class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
+    """The Gauss-Newton matrix ``J^T H_L J`` of ``loss(outputs)`` as an operator [1]_.
+
+    J is the Jacobian of the outputs by the parameters and ``H_L`` the Hessian of the loss by the
+    outputs. Positive semidefinite where the loss is convex in the outputs.
+
+    Parameters
+    ----------
+    loss : callable (outputs) -> scalar, or list of callables
+    outputs : closure () -> Tensor, or list of closures
+        The outputs of the network. Lists pair up with those of `loss`, and the operator is the
+        plain mean over the pairs, one graph at a time as in `HessianOperator`.
+    params, chunk_size, module
+        As in `HessianOperator`, and so are the attributes and the errors.
+
+    Notes
+    -----
+    A product costs about as much as one with the Hessian.
+
+    References
+    ----------
+    .. [1] N. Schraudolph, "Fast curvature matrix-vector products for second-order gradient
+       descent", Neural Computation, 2002.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> G = GaussNewtonOperator(lambda z: (z**2).sum() / 2, lambda: x[0] * x[1:], x)
+    >>> G @ torch.tensor([1.0, 0.0])
+    tensor([4., 2.])
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]],
+        outputs: Callable[[], Tensor] | Sequence[Callable[[], Tensor]],
+        params: Any,
+        *,
+        chunk_size: int = 1,
+        module: Modules | None = None,
+    ) -> None:
+        params = as_parameters(params)
+        losses = loss if isinstance(loss, (list, tuple)) else [loss]
+        closures = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        if not losses or len(losses) != len(closures):
+            raise ValueError(
+                "`loss` and `outputs` must be one each, or lists of one length; "
+                f"got {len(losses)} and {len(closures)}."
+            )
+        for name, given in (("loss", losses), ("outputs", closures)):
+            for one in given:
+                if not callable(one):
+                    raise TypeError(f"`{name}` must be callable; got {type(one).__name__}.")
+
+        def builder(loss: Any, outputs: Any) -> Callable[[], GaussNewtonGraph]:
+            return lambda: GaussNewtonGraph(outputs(), loss, params.tensors)
+
+        builders = [builder(*pair) for pair in zip(losses, closures, strict=True)]
+        super().__init__(builders, params, chunk_size, module)
+
+
+def hvp(loss: Loss | Sequence[Loss], params: Any, v: Any, *, module: Modules | None = None) -> Any:
+    """Multiply the Hessian of a loss with one vector, or with a block of them.
+
+    Parameters
+    ----------
+    loss, params, module
+        As in `HessianOperator`, and so are the errors.
+    v : Tensor, shape (n,) or (n, m), or the structure of `params`
+        For a module: a dict with the keys of its ``named_parameters()``, None where frozen.
+
+    Returns
+    -------
+    Tensor or structure
+        ``H @ v`` in the form of `v`.
+
+    Notes
+    -----
+    About three gradients. For several products make a `HessianOperator`, which keeps the graph.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> hvp(lambda: (x**3).sum(), [x], [torch.ones(2)])
+    [tensor([ 6., 12.])]
+    """
+    hessian = HessianOperator(loss, params, module=module)
+    like_params = isinstance(params, Tensor) and isinstance(v, Tensor) and v.shape == params.shape
+    if isinstance(v, Tensor) and not like_params:
+        return hessian @ v
+    return hessian.params.restore(hessian @ hessian.params.flatten(hessian.params.collect(v)))
+
+
+def hessian_columns(
+    loss: Loss | Sequence[Loss],
+    params: Any,
+    indices: Iterable[int],
+    *,
+    chunk_size: int = 1,
+    module: Modules | None = None,
+) -> Tensor:
+    """Compute columns of the Hessian of a loss, shape (n, k).
+
+    Arguments, costs and errors are those of `HessianOperator` and of its `columns`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> hessian_columns(lambda: x[0] ** 2 * x[1], x, [1])
+    tensor([[2.],
+            [0.]])
+    """
+    return HessianOperator(loss, params, chunk_size=chunk_size, module=module).columns(indices)

@@ -1,0 +1,280 @@
+"""Parameters as one vector: a live module, a tensor or any pytree, flattened and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_inverse_torch.structures import expand_modules, is_leaf, tree_map, walk
+
+__all__ = ["Parameters", "as_parameters"]
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """The distinct tensors that require grad in a structure, and the way back to it.
+
+    Made by `as_parameters`. The flat vector holds `tensors` one after the other, each in row-major
+    order; its length is ``n``.
+
+    Attributes
+    ----------
+    tensors : tuple of Tensor
+        The user's own tensors, live: those that require grad, a tied one once, in the order met.
+    names : tuple of str
+        Where each of them was first met, such as ``"0.weight"``; for messages.
+    modules : tuple of Module
+        The modules in the structure, whose buffers and mode are to be guarded.
+    offsets : tuple of int
+        ``offsets[i]:offsets[i + 1]`` is the place of tensor ``i`` in the vector; the last is ``n``.
+    """
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    offsets: tuple[int, ...]
+    _positions: Any  # the user's structure, with positions in `tensors`, and None where frozen
+
+    @property
+    def n(self) -> int:
+        """Length of the flat vector."""
+        return self.offsets[-1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return tuple(tensor.numel() for tensor in self.tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one dtype of all tensors."""
+        return self.tensors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The one device of all tensors."""
+        return self.tensors[0].device
+
+    def flatten(
+        self, tensors: Sequence[Tensor | None], *, num_columns: int | None = None
+    ) -> Tensor:
+        """Write tensors into one vector, or stacks of tensors into a block.
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor or None
+            One for each of `self.tensors`, of its shape; None stands for zeros.
+        num_columns : int, optional
+            When given, each tensor has this many stacked along a new first axis.
+
+        Returns
+        -------
+        Tensor, shape (n,), or (n, num_columns)
+            Detached, in memory of its own.
+        """
+        rows = torch.zeros(num_columns or 1, self.n, dtype=self.dtype, device=self.device)
+        if num_columns is None:
+            self.add_to(rows[0], tensors)
+            return rows[0]
+        for j, row in enumerate(rows[:num_columns]):
+            self.add_to(row, [None if t is None else t[j] for t in tensors])
+        return rows[:num_columns].mT
+
+    def add_to(self, row: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """Add tensors to a flat vector of shape (n,), in place; None adds nothing."""
+        places = zip(tensors, self.offsets[:-1], self.offsets[1:], strict=True)
+        for tensor, start, stop in places:
+            if tensor is not None:
+                row[start:stop] += tensor.detach().reshape(stop - start)
+
+    def copy_to(self, row: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """Write tensors to a flat vector of shape (n,); None writes zeros."""
+        places = zip(tensors, self.offsets[:-1], self.offsets[1:], strict=True)
+        for tensor, start, stop in places:
+            if tensor is None:
+                row[start:stop] = 0
+            else:
+                row[start:stop] = tensor.detach().reshape(stop - start)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Split a vector, shape (n,), or a block, shape (n, m), into tensors.
+
+        Returns
+        -------
+        list of Tensor
+            Shaped like `self.tensors`, as views where that can be; for a block each has its m
+            columns stacked along a new first axis.
+        """
+        shapes = [tensor.shape for tensor in self.tensors]
+        places = zip(shapes, self.offsets[:-1], self.offsets[1:], strict=True)
+        if vector.ndim == 1:
+            return [vector[start:stop].reshape(shape) for shape, start, stop in places]
+        m = vector.shape[1]
+        return [vector[start:stop].mT.reshape(m, *shape) for shape, start, stop in places]
+
+    def restore(self, values: Tensor | Sequence[Tensor | None]) -> Any:
+        """Give values the structure that the user gave.
+
+        Parameters
+        ----------
+        values : Tensor, shape (n,), or sequence of Tensor or None
+            A flat vector, or one value for each of `self.tensors`.
+
+        Returns
+        -------
+        structure
+            As given to `as_parameters`, a module being a dict with the keys of its
+            ``named_parameters()`` and an iterator a list. Frozen tensors have None; tied ones share
+            one value.
+        """
+        wanted = (self.n,) if isinstance(values, Tensor) else (len(self.tensors),)
+        got = tuple(values.shape) if isinstance(values, Tensor) else (len(values),)
+        if got != wanted:
+            raise ValueError(f"`values` must have shape {wanted} as the parameters; got {got}.")
+        tensors = self.unflatten(values) if isinstance(values, Tensor) else values
+        return tree_map(lambda i: None if i is None else tensors[i], self._positions)
+
+    def collect(self, tree: Any, *, name: str = "v") -> list[Tensor | None]:
+        """Undo `restore`: one value for each of `self.tensors` from a structure like the user's.
+
+        Raises
+        ------
+        ValueError
+            Another structure or shape; a value for a frozen tensor; tied places that differ.
+        TypeError
+            A value that is no tensor, or one of another dtype.
+        """
+        tree = expand_modules(tree)[0]
+        values: list[Tensor | None] = [None] * len(self.tensors)
+        positions = walk(self._positions, self._positions, name=name)
+        for (place, i), (_, leaf) in zip(
+            positions, walk(tree, self._positions, name=name), strict=True
+        ):
+            where = f"`{name}` at {place!r}" if place else f"`{name}`"
+            if leaf is None:
+                continue
+            if i is None:
+                raise ValueError(f"{where} must be None: the parameter there is frozen.")
+            _check_alike(leaf, self.tensors[i], where)
+            if leaf.shape != self.tensors[i].shape:
+                wanted = tuple(self.tensors[i].shape)
+                raise ValueError(f"{where} must have shape {wanted}; got {tuple(leaf.shape)}.")
+            first = values[i]
+            if first is not None and first is not leaf and not torch.equal(first, leaf):
+                raise ValueError(f"{where} must equal that at {self.names[i]!r}: they are tied.")
+            values[i] = leaf
+        return values
+
+    def check_vector(self, v: Any, *, name: str = "v", block: bool = True) -> Tensor:
+        """Return `v` detached if it is a vector (n,), or block (n, m), to multiply; else raise."""
+        _check_alike(v, self.tensors[0], f"`{name}`")
+        if v.ndim not in ((1, 2) if block else (1,)) or v.shape[0] != self.n:
+            wanted = f"({self.n},) or ({self.n}, m)" if block else f"({self.n},)"
+            raise ValueError(
+                f"`{name}` must have shape {wanted}, one row for each parameter; "
+                f"got {tuple(v.shape)}."
+            )
+        return v.detach()
+
+
+def as_parameters(params: Any, *, name: str = "params") -> Parameters:
+    """Find the distinct tensors that require grad in `params`.
+
+    Parameters
+    ----------
+    params : Module, Tensor, iterable of tensors, or pytree of tensors and modules
+        Live: nothing is copied. A used-up iterator is no trouble, so ``model.parameters()`` will
+        do. Tensors that do not require grad are frozen, and left out; a tensor met twice (tied
+        weights) counts once. Tensors that are not leaves of the graph are welcome. None is kept.
+    name : str
+        What messages call the argument.
+
+    Returns
+    -------
+    parameters : Parameters
+        The tensors, and the way between them, one flat vector and the structure of `params`.
+
+    Raises
+    ------
+    TypeError
+        Something that is no tensor; complex tensors; tensors of several dtypes.
+    ValueError
+        No tensor that requires grad; tensors on several devices.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False))
+    >>> params = as_parameters(model)
+    >>> params.names, params.n
+    (('0.weight', '0.bias', '1.weight'), 10)
+    """
+    if isinstance(params, Parameters):
+        return params
+    known = isinstance(params, (Tensor, nn.Module, str))
+    if isinstance(params, Iterable) and not known and is_leaf(params):  # such as an iterator
+        params = list(params)
+    tree, modules = expand_modules(params)
+    found: dict[int, int] = {}
+    tensors: list[Tensor] = []
+    names: list[str] = []
+    num_leaves = 0
+    for place, leaf in walk(tree, tree, name=name):
+        num_leaves += 1
+        if leaf is not None and not isinstance(leaf, Tensor):
+            where = f" at {place!r}" if place else ""
+            raise TypeError(
+                f"`{name}` must be a module or hold tensors; got {type(leaf).__name__}{where}."
+            )
+        if leaf is not None and leaf.requires_grad and id(leaf) not in found:
+            found[id(leaf)] = len(tensors)
+            tensors.append(leaf)
+            names.append(place or name)
+    if sum(tensor.numel() for tensor in tensors) == 0:
+        raise ValueError(
+            f"`{name}` must hold a tensor that requires grad; got {num_leaves} leaves, none does. "
+            "Call requires_grad_() on those to differentiate by."
+        )
+    _check_one_kind(tensors, names, name)
+    offsets = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))
+    positions = tree_map(lambda leaf: found.get(id(leaf)), tree)
+    return Parameters(tuple(tensors), tuple(names), tuple(modules), offsets, positions)
+
+
+def _check_one_kind(tensors: Sequence[Tensor], names: Sequence[str], name: str) -> None:
+    first = tensors[0]
+    for tensor, place in zip(tensors, names, strict=True):
+        if tensor.is_complex():
+            raise TypeError(
+                f"`{name}` must be real; {place!r} is {tensor.dtype}. "
+                "Hold its real and imaginary parts as two tensors."
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"`{name}` must have one dtype; {names[0]!r} is {first.dtype} and {place!r} is "
+                f"{tensor.dtype}. Convert one of them, or freeze it with requires_grad_(False)."
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"`{name}` must be on one device; {names[0]!r} is on {first.device} and {place!r} "
+                f"on {tensor.device}. Move one of them, or freeze it with requires_grad_(False)."
+            )
+
+
+def _check_alike(value: Any, like: Tensor, where: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where} must be a torch.Tensor; got {type(value).__name__}.")
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{where} must have the dtype of the parameters, {like.dtype}; got {value.dtype}. "
+            f"Convert it with .to({like.dtype})."
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{where} must be on the device of the parameters, {like.device}; got {value.device}."
+        )

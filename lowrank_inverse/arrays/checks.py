@@ -1,0 +1,152 @@
+"""Checks at the door: what is wrong with an argument, and what to do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from typing import Any
+
+import numpy as np
+from array_api_compat import (
+    array_namespace,
+)
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.conversion import (
+    astype,
+    concrete,
+    is_array,
+    is_traced,
+    to_host,
+)
+
+
+def describe(x: Any) -> str:
+    """Kind, dtype and shape of `x`, for error messages."""
+    kind = f"{type(x).__module__.split('.')[0]}.{type(x).__name__}"
+    if not is_array(x):
+        return kind
+    return f"{kind} of dtype {x.dtype} and shape {tuple(x.shape)}"
+
+
+def namespace(**arrays: Any) -> Any:
+    """Return the array namespace that all named arrays share; None values are left out."""
+    given = {name: x for name, x in arrays.items() if x is not None}
+    for name, x in given.items():
+        if not is_array(x):
+            raise TypeError(
+                f"`{name}` must be an array of NumPy, CuPy, PyTorch or JAX; got {describe(x)}. "
+                "Convert it, for example with numpy.asarray."
+            )
+    try:
+        return array_namespace(*given.values())
+    except TypeError:
+        kinds = ", ".join(f"`{name}` is {describe(x)}" for name, x in given.items())
+        raise TypeError(
+            f"all arrays must come from one library: {kinds}. Convert them to one library first."
+        ) from None
+
+
+def check_floating(name: str, x: Array) -> None:
+    """Raise unless `x` is a real floating array."""
+    xp = namespace(**{name: x})
+    if not xp.isdtype(x.dtype, "real floating"):
+        raise TypeError(
+            f"`{name}` must have a real floating dtype; got {describe(x)}. "
+            "Convert it to float32 or float64."
+        )
+
+
+def check_block(name: str, x: Array, n: int) -> None:
+    """Raise unless `x` is a real floating array of shape (n,) or (n, m)."""
+    check_floating(name, x)
+    if x.ndim not in (1, 2) or x.shape[0] != n:
+        raise ValueError(
+            f"`{name}` must have {n} rows to match the operator of shape ({n}, {n}), as (n,) or "
+            f"(n, m); got shape {tuple(x.shape)}."
+        )
+
+
+def check_finite(name: str, x: Array) -> None:
+    """Raise if `x` holds NaN or Inf. Unknown, hence unchecked, while jax traces."""
+    if 0 in x.shape:
+        return
+    xp = array_namespace(x)
+    # The extremes tell, NaN among them, and take no memory of the size of x.
+    finite = xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x))
+    if not is_traced(finite) and not bool(finite):
+        raise ValueError(
+            f"`{name}` must be finite; it holds NaN or Inf. Look for an overflow or a division "
+            "by zero where it is computed."
+        )
+
+
+def check_scalar(name: str, x: Any, *, positive: bool = False, remedy: str = "") -> None:
+    """Raise unless `x` is a finite real number >= 0 (> 0 if `positive`). Traced: unchecked."""
+    if is_traced(x):
+        return
+    value = concrete(x)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a real number; got {describe(x)}.")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(
+            f"`{name}` must be finite and {'> 0' if positive else '>= 0'}; got {value}."
+            f"{remedy if positive else ''}"
+        )
+
+
+def check_damping(damping: Any) -> None:
+    """Raise unless `damping` is positive, as the inverse of a low-rank matrix needs it."""
+    remedy = " The inverse of a low-rank matrix exists only with a positive damping."
+    check_scalar("damping", damping, positive=True, remedy=remedy)
+
+
+def check_count(name: str, x: Any, *, most: int | None = None) -> int:
+    """Return `x` as an int if it is a whole number from 1 to `most`."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        raise TypeError(f"`{name}` must be a whole number; got {describe(x)}.")
+    count = int(x)
+    if count < 1 or (most is not None and count > most):
+        bounds = f"from 1 to {most}" if most is not None else "at least 1"
+        raise ValueError(f"`{name}` must be {bounds}; got {count}.")
+    return count
+
+
+def check_indices(indices: Any, n: int) -> Any:
+    """Return `indices` as host integers if they are distinct and within 0 … n - 1.
+
+    Traced ones are returned as they are: their values are unknown, and so unchecked.
+    """
+    if is_traced(indices):
+        xp = array_namespace(indices)
+        if indices.ndim != 1 or not xp.isdtype(indices.dtype, "integral"):
+            raise TypeError(f"`indices` must be integers of shape (k,); got {describe(indices)}.")
+        return indices
+    host = to_host(indices)
+    if host.ndim != 1 or host.size == 0 or not np.issubdtype(host.dtype, np.integer):
+        raise TypeError(
+            "`indices` must be a non-empty one-dimensional sequence of integers; "
+            f"got dtype {host.dtype} and shape {host.shape}."
+        )
+    if host.min() < 0 or host.max() >= n:
+        raise ValueError(
+            f"`indices` must lie in 0 … {n - 1}; got values from {host.min()} to {host.max()}."
+        )
+    if np.unique(host).size != host.size:
+        raise ValueError("`indices` must be distinct; some are repeated. Pass each column once.")
+    return host.astype(np.int64)
+
+
+def prototype(dtype: Any, like: Array | None, device: Any = None) -> Array:
+    """Return an empty array of the library, dtype and device meant."""
+    torch = sys.modules.get("torch")
+    if like is not None:
+        empty = array_namespace(like).reshape(like, (-1,))[:0]
+        empty = empty if dtype is None else astype(empty, dtype)
+    elif torch is not None and isinstance(dtype, torch.dtype):
+        empty = torch.zeros(0, dtype=dtype, device=device)
+    else:
+        empty = np.zeros(0, dtype=np.float64 if dtype is None else dtype)
+    check_floating("products of the operator", empty)
+    return empty

@@ -1,0 +1,56 @@
+"""Loops, eager or traced, and the silence of floating-point warnings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lowrank_inverse.arrays.conversion import (
+    is_traced,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def quietly(function: F) -> F:
+    """Silence NumPy's floating-point warnings: what goes wrong is a field of the result."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+State = TypeVar("State", bound=tuple[Any, ...])
+
+
+def while_loop(
+    cond: Callable[[State], Any],
+    body: Callable[[State], State],
+    state: State,
+    *,
+    check_every: int = 1,
+) -> State:
+    """Repeat ``state = body(state)`` while ``cond(state)``, as ``jax.lax.while_loop`` does.
+
+    A Python loop for concrete arrays: compiling a loop at each eager call would cost more than
+    the solve. From where a part of the state is traced, ``jax.lax.while_loop`` itself.
+
+    Reading `cond` makes the host wait for an accelerator. The Python loop reads it before every
+    `check_every`-th repetition, so that `body` may be called up to ``check_every - 1`` times more.
+    """
+    while True:
+        unfinished = cond(state)
+        if is_traced(unfinished) or any(is_traced(leaf) for leaf in state):
+            result: State = sys.modules["jax"].lax.while_loop(cond, body, state)
+            return result
+        if not bool(unfinished):
+            return state
+        for _ in range(check_every):
+            state = body(state)

@@ -1,0 +1,132 @@
+"""What the array API standard leaves open: kinds of arrays, host values, dtypes, devices."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_array_api_obj,
+    is_cupy_array,
+    is_jax_array,
+    is_torch_array,
+)
+
+from lowrank_inverse._typing import Array
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of a supported library (SciPy sparse matrices are not)."""
+    return bool(is_array_api_obj(x))
+
+
+def is_traced(x: Any) -> bool:
+    """Whether the values of `x` are unknown because a jax transformation is tracing."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
+
+
+def concrete(x: Any) -> Any:
+    """Return a 0-d array as a Python number; anything else, and a traced array, as it is."""
+    if is_traced(x) or not is_array(x) or x.ndim != 0:
+        return x
+    xp = array_namespace(x)
+    if xp.isdtype(x.dtype, "bool"):
+        return bool(x)
+    if xp.isdtype(x.dtype, "integral"):
+        return int(x)
+    return float(x) if xp.isdtype(x.dtype, "real floating") else x
+
+
+def to_host(x: Any) -> np.ndarray:
+    """Return `x` as a NumPy array."""
+    if is_torch_array(x):
+        x = x.detach().cpu()
+    return x.get() if is_cupy_array(x) else np.asarray(x)
+
+
+def on_host(x: Array) -> Array:
+    """Return `x` in the memory of the host: in its own library, CuPy's as NumPy."""
+    if is_torch_array(x):
+        return x.detach().cpu()
+    if is_jax_array(x):
+        jax = sys.modules["jax"]
+        return jax.device_put(x, jax.devices("cpu")[0])
+    return x.get() if is_cupy_array(x) else x
+
+
+def beside(x: Array, y: Array) -> Array:
+    """Return `x`, which may lie in the memory of the host, in the library and device of `y`."""
+    if is_torch_array(x):
+        return x.to(y.device)
+    if is_jax_array(x):
+        same = is_traced(x) or is_traced(y) or device(x) == device(y)
+        return x if same else sys.modules["jax"].device_put(x, device(y))
+    return array_namespace(y).asarray(x) if is_cupy_array(y) else x
+
+
+def like(values: Any, x: Array, dtype: Any = None) -> Array:
+    """Return host `values` as an array in the namespace and on the device of `x`."""
+    xp = array_namespace(x)
+    where = None if is_traced(x) else device(x)
+    return xp.asarray(values, dtype=x.dtype if dtype is None else dtype, device=where)
+
+
+def take(x: Array, indices: np.ndarray, axis: int = 0) -> Array:
+    """Gather rows or columns of `x` at host `indices`."""
+    xp = array_namespace(x)
+    return xp.take(x, like(indices, x, xp.int64 if not is_jax_array(x) else xp.int32), axis=axis)
+
+
+def scatter(values: Array, indices: np.ndarray, n: int) -> Array:
+    """Return E_K values: zeros with `n` rows, and `values` in the rows `indices`."""
+    xp = array_namespace(values)
+    out = xp.zeros((n, *values.shape[1:]), dtype=values.dtype, device=like_device(values))
+    if is_jax_array(values):
+        return out.at[indices].set(values)
+    for row, index in enumerate(indices.tolist()):  # the standard has no integer-array assignment
+        out[index, ...] = values[row, ...]
+    return out
+
+
+def like_device(x: Array) -> Any:
+    """Device of `x`, or None where a traced array has none."""
+    return None if is_traced(x) else device(x)
+
+
+def on_cpu(x: Array) -> bool:
+    """Whether a concrete `x` lies in the memory of the host."""
+    return "cpu" in str(device(x)).lower()
+
+
+def astype(x: Array, dtype: Any) -> Array:
+    """Convert `x`, without a copy where it already has `dtype`."""
+    return array_namespace(x).astype(x, dtype, copy=False)
+
+
+def eps(x: Array) -> float:
+    """Machine epsilon of the dtype of `x`."""
+    return float(array_namespace(x).finfo(x.dtype).eps)
+
+
+def wide_dtype(x: Array) -> Any:
+    """float64 where the library and device of `x` have it, else the dtype of `x`."""
+    xp = array_namespace(x)
+    if is_jax_array(x):
+        return xp.float64 if sys.modules["jax"].config.jax_enable_x64 else xp.float32
+    if str(like_device(x)).startswith("mps"):
+        return xp.float32
+    return xp.float64
+
+
+def is_narrow(x: Array) -> bool:
+    """Whether the widest dtype at hand for `x` is less than float64."""
+    return bool(array_namespace(x).finfo(wide_dtype(x)).bits < 64)
+
+
+def scalar_like(x: Any, array: Array) -> Any:
+    """Return a traced 0-d array in the dtype of `array`, any other number as a Python float."""
+    return astype(x, array.dtype) if is_traced(x) else float(concrete(x))

@@ -1,0 +1,164 @@
+"""Arithmetic on vectors, blocks and tall matrices: few passes, few copies, no overflow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.conversion import astype, beside, is_traced, on_cpu, wide_dtype
+
+BLOCK_NUMBERS = 2**18
+
+
+MAX_BLOCKS = 32
+
+
+def row_blocks(x: Array, width: int) -> list[slice]:
+    """Slices of the rows of `x`, so that blocks of `width` columns fit a CPU's cache.
+
+    Elsewhere, and in a compiled program, there are few blocks: each costs a launch or code.
+    """
+    n = x.shape[0]
+    rows = max(1024, BLOCK_NUMBERS // width)
+    if is_traced(x) or not on_cpu(x):
+        rows = max(rows, -(-n // MAX_BLOCKS))
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def dot(u: Array, v: Array) -> Array:
+    """Inner products of vectors, or of matching columns of blocks."""
+    # xp.vecdot is several times slower than this in torch.
+    return u @ v if u.ndim == 1 else array_namespace(u).sum(u * v, axis=0)
+
+
+def add_scaled(x: Array, factor: Any, y: Array) -> Array:
+    """Return ``x + factor * y``, one factor or one a column, in as few passes as the library has.
+
+    `factor` is a Python float or an array of the dtype of `x`.
+    """
+    if is_torch_array(x):
+        return x.add(y, alpha=factor) if isinstance(factor, float) else x.addcmul(factor, y)
+    total = factor * y
+    total += x  # in place, but for jax
+    return total
+
+
+def add_to(x: Array, factor: Array, y: Array) -> Array:
+    """Return ``x + factor * y``, written over `x` where that can be done.
+
+    For a long vector, memory taken anew costs far more than the arithmetic: the system hands it
+    out page by page.
+    """
+    if not _can_write(x, factor, y):
+        return add_scaled(x, factor, y)
+    if is_torch_array(x):
+        return x.addcmul_(factor, y)
+    for rows in row_blocks(x, math.prod(x.shape[1:])):
+        x[rows, ...] += factor * y[rows, ...]
+    return x
+
+
+def scale_and_add(x: Array, factor: Array, y: Array) -> Array:
+    """Return ``factor * x + y``, written over `x` where that can be done."""
+    if not _can_write(x, factor, y):
+        return add_scaled(y, factor, x)
+    x *= factor
+    x += y
+    return x
+
+
+def copy_where(condition: Array, x: Array, kept: Array) -> Array:
+    """Return ``choose(condition, x, kept)``, written over `kept` where that can be done."""
+    if condition.ndim == 0 and _can_write(kept, x) and on_cpu(condition):
+        if bool(condition):
+            kept[...] = x
+        return kept
+    return array_namespace(x).where(condition, x, kept)
+
+
+def _can_write(*operands: Any) -> bool:
+    """Whether arrays of this kind can be written over, with no graph recording what they were."""
+    if is_jax_array(operands[0]):
+        return False
+    return not any(getattr(x, "requires_grad", False) for x in operands)
+
+
+def choose(condition: Array, x: Array, y: Array) -> Array:
+    """Return `x` where `condition` holds (one, or one a column), else `y`.
+
+    A single condition on a CPU is read, which costs nothing there, and spares a copy.
+    """
+    if condition.ndim == 0 and not is_traced(condition) and on_cpu(condition):
+        return x if bool(condition) else y
+    return array_namespace(x).where(condition, x, y)
+
+
+def column_scale(x: Array) -> Array:
+    """Largest absolute entry of each column, 1 where that is zero or not finite."""
+    xp = array_namespace(x)
+    largest = xp.maximum(xp.max(x, axis=0), -xp.min(x, axis=0))  # abs(x) would be a copy
+    limit = 0.25 / float(xp.finfo(x.dtype).smallest_normal)  # beyond it XLA flushes 1 / scale to 0
+    scale = xp.where(largest > limit, xp.full_like(largest, limit), largest)
+    return xp.where((largest > 0) & xp.isfinite(largest), scale, xp.ones_like(largest))
+
+
+def power_of_two(x: Array) -> Array:
+    """Return the powers of two up to positive `x`: to divide by them rounds nothing."""
+    xp = array_namespace(x)
+    return 2.0 ** xp.floor(xp.log2(x))
+
+
+def column_norm(x: Array) -> Array:
+    """Euclidean norm of each column, safe from overflow and underflow."""
+    scale = column_scale(x)
+    x = x / scale
+    return scale * array_namespace(x).sqrt(dot(x, x))
+
+
+def tall_dot(X: Array, Y: Array) -> Array:
+    """Return ``X.T @ Y`` for tall `X` and `Y`, summed in the widest dtype at hand.
+
+    `X` may lie in the memory of the host; the result lies where `Y` does.
+    """
+    wide = wide_dtype(Y)
+    if X.dtype == wide and Y.dtype == wide:
+        return beside(X, Y).T @ Y
+    total: Any = 0.0
+    for rows in row_blocks(Y, X.shape[1]):
+        # Transposed before it is cut: columns that lie one after the other in memory stay so.
+        part = astype(beside(X.T[:, rows], Y), wide)
+        total = total + part @ astype(Y[rows, ...], wide)
+    return total
+
+
+def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
+    """Return ``X @ small`` for tall `X` and a small wide matrix, by default in the dtype of `X`.
+
+    `X` may lie in the memory of the host; the result lies where `small` does.
+    """
+    dtype = X.dtype if dtype is None else dtype
+    if X.dtype == small.dtype:
+        return astype(beside(X, small) @ small, dtype)
+
+    def block(rows: slice) -> Array:
+        part = astype(beside(X.T[:, rows], small), small.dtype)
+        return astype(part.T @ small, dtype)
+
+    xp = array_namespace(small)
+    slices = row_blocks(X, X.shape[1])
+    if is_jax_array(small):
+        return xp.concat([block(rows) for rows in slices], axis=0)
+    # Written where it stays: parts kept between large temporaries break up the heap.
+    shape = (X.shape[0], *small.shape[1:])
+    result = xp.empty(shape, dtype=dtype, device=device(small))
+    for rows in slices:
+        result[rows, ...] = block(rows)
+    return result
+
+
+def symmetric_part(x: Array) -> Array:
+    """Return ``(x + x.T) / 2``."""
+    return (x + x.T) / 2

@@ -1,0 +1,1 @@
+"""Hypergradients by implicit differentiation, the same for every framework."""

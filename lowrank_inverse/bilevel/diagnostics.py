@@ -1,0 +1,174 @@
+"""What is wrong with a hypergradient, in words, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+from lowrank_inverse.arrays.conversion import is_traced, to_host
+from lowrank_inverse.results.solution import Reason
+
+INNER_STEP = 0.1
+
+
+"""Estimated distance to the inner minimum, over the norm of the parameters, to speak of."""
+
+
+class HypergradientWarning(UserWarning):
+    """A hypergradient that is not to be trusted."""
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong.
+
+    Attributes
+    ----------
+    name : str
+        ``"negative_curvature"``, ``"not_stationary"``, ``"worse_than_identity"``,
+        ``"nonfinite"`` or ``"no_path"``.
+    message, remedy : str
+    """
+
+    name: str
+    message: str
+    remedy: str
+
+
+def findings(info: Any) -> tuple[Finding, ...]:
+    """Return what is wrong, the gravest first; an empty tuple is good.
+
+    Parameters
+    ----------
+    info : HypergradientInfo
+        Of either framework, with concrete values of one problem.
+
+    Raises
+    ------
+    TypeError
+        While jax traces.
+    ValueError
+        For the record of a batch, from ``jax.vmap``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank_inverse.bilevel.diagnostics import findings
+    >>> from lowrank_inverse.bilevel.info import HypergradientInfo
+    >>> info = HypergradientInfo(9, 1e-6, 0.0, True, (), None)
+    >>> print([finding.name for finding in findings(info)])
+    ['negative_curvature']
+    """
+    found = []
+    residual = _number(info, "relative_residual")
+    bound, step = _number(info, "error_bound"), _number(info, "inner_step")
+    reason = _number(info, "reason")
+    if reason == Reason.NONFINITE or not math.isfinite(residual):
+        found.append(
+            Finding(
+                "nonfinite",
+                "A product with the Hessian returned NaN or Inf.",
+                "Look for an operation whose second derivative is not finite there, such as the "
+                "root or norm of 0, and for an overflow in half precision.",
+            )
+        )
+    if _number(info, "negative_curvature"):
+        found.append(
+            Finding(
+                "negative_curvature",
+                "Hessian plus ridge plus damping has negative curvature: the parameters are at no "
+                "minimum of the inner problem, and no error bound holds.",
+                "Train the inner problem further, give its weight decay as `ridge`, or raise the "
+                "damping of the solver above the size of the negative curvature.",
+            )
+        )
+    if step > INNER_STEP:
+        found.append(
+            Finding(
+                "not_stationary",
+                f"The gradient of the inner problem has norm {_number(info, 'inner_grad_norm'):.1e}"
+                f", about {step:.1g} times the norm of the parameters away from the minimum; the "
+                "formula holds at the minimum.",
+                "Train the inner problem further. If the optimizer applies a weight decay that "
+                "the inner loss leaves out, give it as `ridge`.",
+            )
+        )
+    if bound >= 1 or residual >= 1:
+        why = (
+            f"The error bound is {bound:.1g} times the norm of the answer"
+            if bound >= 1
+            else f"The residual is {residual:.1g} times the outer gradient"
+        )
+        found.append(
+            Finding(
+                "worse_than_identity",
+                f"{why}: nothing shows that the inverse product is better than none, or than a "
+                "multiple of the outer gradient.",
+                "Raise `max_steps` or the rank, pass `state=out.state` from step to step, take "
+                "NystromCG in the place of Nystrom, or raise the damping.",
+            )
+        )
+    if info.hparams_without_path:
+        names = ", ".join(map(repr, info.hparams_without_path))
+        found.append(
+            Finding(
+                "no_path",
+                f"Neither loss depends on {names}; the gradient there is zero.",
+                "Use the live values inside the losses, without detach(), or leave them out of "
+                "`hparams`.",
+            )
+        )
+    return tuple(found)
+
+
+def explain(info: Any) -> str:
+    """Say in a few lines what a hypergradient cost, how it went, and what is wrong.
+
+    Parameters and errors are those of :func:`findings`.
+    """
+    lines = [f"{_number(info, 'num_products'):.0f} products with the Hessian"]
+    if info.refreshed is not None:
+        fresh = bool(_number(info, "refreshed"))
+        lines[0] += f"; {'fresh' if fresh else 'kept'} columns, of which {info.rank} are of use"
+    plan = info.storage
+    if plan is not None:
+        size = f"{plan.num_bytes / 2**20:.3g} MiB"
+        lines.append(f"{size} for columns and chunks, columns {plan.storage}")
+    reason = _number(info, "reason")
+    ended = "" if math.isnan(reason) else f"; ended at {Reason(int(reason)).name.lower()}"
+    lines.append(f"relative residual {_number(info, 'relative_residual'):.1e}{ended}")
+    bound = _number(info, "error_bound")
+    if math.isfinite(bound):
+        lines.append(f"relative error of the inverse product at most {bound:.1e}")
+    found = findings(info)
+    if not found:
+        return "\n".join([*lines, "nothing to warn of"])
+    lines += [f"{one.name}: {one.message}\n    {one.remedy}" for one in found]
+    return "\n".join(lines)
+
+
+def warn(info: Any) -> None:
+    """Issue a :class:`HypergradientWarning` for each finding.
+
+    Parameters and errors are those of :func:`findings`.
+    """
+    for one in findings(info):
+        warnings.warn(f"{one.message} {one.remedy}", HypergradientWarning, stacklevel=3)
+
+
+def _number(info: Any, name: str) -> float:
+    """Return a field as a float, NaN where there is none."""
+    value = getattr(info, name)
+    if value is None:
+        return math.nan
+    if is_traced(value):
+        raise TypeError(
+            "the record of a hypergradient has no values while jax traces. Return it from the "
+            "compiled function, and ask it there."
+        )
+    if getattr(value, "ndim", 0) != 0:
+        raise ValueError(
+            "the record must be that of one problem; this is one of a batch. Take its i-th: "
+            "jax.tree.map(lambda x: x[i], info)."
+        )
+    return float(to_host(value)) if hasattr(value, "ndim") else float(value)

@@ -1,0 +1,77 @@
+"""The hypergradient of implicit differentiation, the same for every framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.arrays.checks import check_finite
+from lowrank_inverse.bilevel.ridge import smallest_shift, solve_with_state
+from lowrank_inverse.bilevel.state import HypergradientState, adopt
+from lowrank_inverse.results.solution import Solution
+from lowrank_inverse.solvers.base import PreparedInverse, as_settings
+
+
+class ImplicitGradient(NamedTuple):
+    """The parts of a hypergradient; None where a hyperparameter has no path."""
+
+    grads: list[Array | None]
+    implicit: list[Array | None]
+    solution: Solution
+    inverse: PreparedInverse
+    state: HypergradientState
+    shift: Any
+
+
+def implicit_gradient(
+    H: Any,
+    outer_grad: Array,
+    mixed_vjp: Callable[[Array], Sequence[Array | None]],
+    direct: Sequence[Array | None],
+    *,
+    solver: Any,
+    ridge: Any = None,
+    rng: RNG = None,
+    state: HypergradientState | Solution | None = None,
+) -> ImplicitGradient:
+    """Evaluate ``direct - mixed_vjp((H + ridge + damping)^{-1} outer_grad)`` (Eq. 3 of [1]_).
+
+    Parameters
+    ----------
+    H : linear operator, shape (n, n)
+        Hessian of the inner loss, without the ridge.
+    outer_grad : array, shape (n,)
+        Gradient of the outer loss by the parameters.
+    mixed_vjp : callable
+        Takes q of shape (n,) and returns the gradients of ``<q, inner gradient>`` by the
+        hyperparameters, with the inner gradient that of loss and ridge.
+    direct : sequence of arrays or None
+        Gradients of the outer loss by the hyperparameters.
+    solver, rng
+        As in :func:`lowrank_inverse.solve`.
+    state : HypergradientState, optional
+        That of the result of an earlier call. The Solution of a similar system will do: CG and
+        NystromCG start from it.
+    ridge : float, 0-d array or array of shape (n,), optional
+        Known exactly, and so kept out of what the solver approximates.
+
+    References
+    ----------
+    .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
+       Differentiation. AISTATS 2023.
+    """
+    check_finite("gradient of the outer loss", outer_grad)
+    solution, inverse, following = solve_with_state(
+        as_settings(solver), H, outer_grad, ridge, rng, adopt(state, outer_grad)
+    )
+    implicit = [None if part is None else -part for part in mixed_vjp(solution.value)]
+    grads = [_sum(d, i) for d, i in zip(direct, implicit, strict=True)]
+    shift = smallest_shift(as_settings(solver), ridge, outer_grad)
+    return ImplicitGradient(grads, implicit, solution, inverse, following, shift)
+
+
+def _sum(a: Array | None, b: Array | None) -> Array | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

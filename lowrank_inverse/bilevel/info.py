@@ -1,0 +1,121 @@
+"""The record of a hypergradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.linalg import column_norm, dot
+from lowrank_inverse.bilevel import diagnostics
+from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient
+from lowrank_inverse.low_rank.column_memory import StoragePlan
+from lowrank_inverse.results.solution import Reason
+
+
+class HypergradientInfo(NamedTuple):
+    """What a hypergradient cost, and how far it is to be trusted.
+
+    Attributes
+    ----------
+    num_products : int
+        Products with the inner Hessian.
+    relative_residual : float
+        Residual norm of the linear system over the norm of the outer gradient.
+    inner_grad_norm : float
+        Of the inner problem, ridge included: the formula assumes 0.
+    negative_curvature : bool
+        Whether the solver met negative curvature of Hessian plus ridge plus damping: the inner
+        problem is not at a minimum.
+    hparams_without_path : tuple of str
+        Hyperparameters on which neither loss depends; their gradient is zero.
+    rank : int or None
+        Columns or eigenvalues that the solver kept, where it has any.
+    num_steps : int
+        Steps of the solver.
+    reason : Reason
+        Why it ended.
+    refreshed : bool or None
+        Whether NystromCG computed its columns in this call, rather than keep those of the state.
+    inner_step : float
+        Estimated length of a Newton step to the inner minimum, over the norm of the parameters,
+        with the curvature along the inverse product. NaN where that is not positive.
+    error_bound : float
+        At least the error of the inverse product over its norm, for a Hessian that is positive
+        semidefinite: the residual norm over that of the product and over the smallest of ridge
+        plus damping. NaN without ridge and damping, and where negative curvature was met.
+    storage : StoragePlan or None
+        How the columns of a Nystrom solver were held; see
+        :func:`lowrank_inverse.low_rank.column_memory.plan_storage`.
+    """
+
+    num_products: Any
+    relative_residual: Any
+    inner_grad_norm: Any
+    negative_curvature: Any
+    hparams_without_path: tuple[str, ...]
+    rank: Any
+    num_steps: Any = None
+    reason: Any = None
+    refreshed: Any = None
+    inner_step: Any = None
+    error_bound: Any = None
+    storage: StoragePlan | None = None
+
+    def findings(self) -> tuple[diagnostics.Finding, ...]:
+        """Return what is wrong; see :func:`lowrank_inverse.bilevel.diagnostics.findings`."""
+        return diagnostics.findings(self)
+
+    def explain(self) -> str:
+        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        return diagnostics.explain(self)
+
+    def warn(self) -> None:
+        """Issue a warning for each finding."""
+        diagnostics.warn(self)
+
+
+def hypergradient_info(
+    result: ImplicitGradient,
+    outer_grad: Array,
+    inner_grad: Array,
+    without_path: tuple[str, ...],
+    params: Array | None = None,
+) -> HypergradientInfo:
+    """Collect the record of a hypergradient; entries are arrays.
+
+    `params`, shape (n,), are where it was taken; without them there is no `inner_step`.
+    """
+    solution, inverse = result.solution, result.inverse
+    negative = solution.reason == int(Reason.NEGATIVE_CURVATURE)
+    if inverse.negative_curvature is not None:
+        negative = negative | inverse.negative_curvature
+    norm, inner, length = map(column_norm, (outer_grad, inner_grad, solution.value))
+    xp = array_namespace(norm)
+    nan = xp.full_like(norm, float("nan"))
+    scale = xp.where(length > 0, length, xp.ones_like(length))
+    step = nan
+    if params is not None:
+        # The curvature along q is <q, M q> / <q, q>, and M q = b but for the residual.
+        along = dot(solution.value / scale, outer_grad) * column_norm(params)
+        known = (along > 0) & (length > 0)
+        step = xp.where(known, inner * length / xp.where(known, along, xp.ones_like(along)), nan)
+        step = xp.where(inner > 0, step, xp.zeros_like(inner))
+    shift = xp.zeros_like(norm) + result.shift
+    bounded = (shift > 0) & (length > 0) & ~(negative | (norm < 0))
+    safe = xp.where(bounded, shift, xp.ones_like(shift))
+    return HypergradientInfo(
+        num_products=solution.num_products,
+        relative_residual=solution.residual_norm / xp.where(norm > 0, norm, xp.ones_like(norm)),
+        inner_grad_norm=inner,
+        negative_curvature=negative,
+        hparams_without_path=without_path,
+        rank=inverse.rank,
+        num_steps=solution.num_steps,
+        reason=solution.reason,
+        refreshed=None if inverse.factor is None else inverse.factor.refreshed,
+        inner_step=step,
+        error_bound=xp.where(bounded, solution.residual_norm / safe / scale, nan),
+        storage=inverse.storage,
+    )

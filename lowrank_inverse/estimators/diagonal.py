@@ -1,0 +1,104 @@
+"""The diagonal of an operator that is known by its products alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.arrays.checks import check_count, check_finite
+from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.conversion import like
+from lowrank_inverse.operators.columns import empty_like
+from lowrank_inverse.operators.function import aslinearoperator
+
+
+class DiagonalEstimate(NamedTuple):
+    """An estimate of a diagonal: good for weights, no substitute for the diagonal itself.
+
+    Attributes
+    ----------
+    value : array, shape (n,)
+        Unbiased; entries of a positive semidefinite matrix may come out negative.
+    standard_error : array, shape (n,)
+        Of each entry, as the samples show it.
+    num_products : int
+    """
+
+    value: Array
+    standard_error: Array
+    num_products: int
+
+
+@quietly
+def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = None) -> DiagonalEstimate:
+    """Estimate the diagonal of `A` from products with random vectors.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+        Symmetric.
+    num_products : int
+        At least 2. From 4 on, two thirds of them go into what a few vectors can represent.
+    rng : int or numpy.random.Generator, optional
+        Seed. Random numbers are drawn on the host, the same for every library.
+
+    Returns
+    -------
+    DiagonalEstimate
+        Its `value` goes into ``nystrom(..., sampling="diagonal", diagonal=estimate)``.
+
+    Notes
+    -----
+    With Q an orthonormal basis of the product of `A` with a few Gaussian vectors, the diagonal of
+    ``Q Q.T A`` is exact, and that of the rest ``R = (I - Q Q.T) A`` is the mean of ``z * R z`` over
+    signs z [1]_, with variance ``sum_{j != i} R[i, j]^2`` a sample: Diag++ [2]_. Q and z are
+    independent, so that the estimate is unbiased, for indefinite matrices too.
+
+    References
+    ----------
+    .. [1] C. Bekas, E. Kokiopoulou, Y. Saad. An Estimator for the Diagonal of a Matrix. Appl.
+       Numer. Math. 57, 2007.
+    .. [2] R. A. Baston, Y. Nakatsukasa. Stochastic Diagonal Estimation: Probabilistic Bounds and
+       an Improved Algorithm. arXiv:2201.10684, 2022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank_inverse as li
+    >>> A = li.FunctionOperator(lambda v: np.array([4.0, 1.0, 0.0]) * v, 3)
+    >>> print(li.estimate_diagonal(A, 2, rng=0).value)
+    [4. 1. 0.]
+    """
+    A = aslinearoperator(A)
+    n = int(A.shape[0])
+    num_products = check_count("num_products", num_products)
+    if num_products < 2:
+        raise ValueError(
+            f"`num_products` must be at least 2, lest the error be unknown; got {num_products}."
+        )
+    generator = np.random.default_rng(rng)
+    rank = min(num_products // 3, n) if num_products >= 4 else 0
+    samples = num_products - 2 * rank
+    empty = empty_like(A)
+
+    def product(vectors: np.ndarray | Array) -> Array:
+        result = A @ like(vectors, empty)
+        check_finite("products of A", result)
+        return result
+
+    known: Any = 0.0
+    if rank:
+        Q = array_namespace(empty).linalg.qr(product(generator.standard_normal((n, rank))))[0]
+        known = array_namespace(Q).sum(Q * product(Q), axis=1)
+    signs = like(generator.choice([-1.0, 1.0], (n, samples)), empty)
+    products = product(signs)
+    xp = array_namespace(products)
+    if rank:
+        products = products - Q @ (Q.T @ products)
+    values = signs * products
+    rest = xp.mean(values, axis=1)
+    spread = xp.sum((values - rest[:, None]) ** 2, axis=1) / (samples - 1)
+    return DiagonalEstimate(known + rest, xp.sqrt(spread / samples), num_products)

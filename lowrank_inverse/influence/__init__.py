@@ -1,0 +1,1 @@
+"""Influence functions, the same for every framework."""

@@ -1,0 +1,188 @@
+"""The damped inverse of a mean curvature, for several dampings from one set of columns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.checks import check_scalar, describe
+from lowrank_inverse.arrays.conversion import concrete, eps, is_array, to_host
+from lowrank_inverse.estimators.extreme_eigenvalues import lowest_ritz
+from lowrank_inverse.operators.base import Operator, block_width
+from lowrank_inverse.operators.composition import shifted
+from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.results.solution import Reason, Solution, ended
+from lowrank_inverse.solvers.base import PreparedInverse, as_settings, has_damping
+from lowrank_inverse.solvers.direct import Exact, Identity
+from lowrank_inverse.solvers.iterative import CG, Neumann
+from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+
+MARGIN = 1.2
+
+
+SETTINGS = (
+    CG,
+    Exact,
+    Identity,
+    Neumann,
+    Nystrom,
+    NystromCG,
+)
+
+
+class KeptColumns(Operator):
+    """The products of one operator and, kept once computed, the columns of another.
+
+    Attributes
+    ----------
+    num_products : int
+        With either, so far.
+    """
+
+    def __init__(self, A: Any, source: Any = None, *, keep: bool = True) -> None:
+        self.A = aslinearoperator(A)
+        self.source = self.A if source is None else aslinearoperator(source)
+        self.shape, self.dtype, self.like = self.A.shape, self.A.dtype, self.A.like
+        self.num_products, self.keep = 0, keep
+        self.indices: np.ndarray | None = None
+        self.kept: Array | None = None
+
+    def _multiply(self, block: Array) -> Array:
+        self.num_products += block_width(block)
+        return self.A @ block
+
+    def columns(self, indices: Any) -> Array:
+        """Return columns of the source, shape (n, k)."""
+        indices = np.asarray(to_host(indices) if is_array(indices) else indices)
+        if self.kept is None or self.indices is None or not np.array_equal(indices, self.indices):
+            columns = self.source.columns(indices)
+            self.num_products += indices.size
+            if not self.keep:
+                return columns
+            self.indices, self.kept = indices, columns
+        return self.kept
+
+    def diagonal(self) -> Array:
+        """Return the diagonal of the source, shape (n,)."""
+        return self.source.diagonal()
+
+
+class Factor:
+    """``(A + (l2 + damping) I)^{-1}`` by the settings of a solver.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+    solver : settings, or callable ``solve(matvec, b)``
+    l2, damping : float
+    seed : int
+        Of the columns.
+    name : str
+        What messages call `A`.
+    source : linear operator, optional
+        Positive semidefinite, with columns for the preconditioner of NystromCG.
+    kept : KeptColumns, optional
+        Of another factor of the same `A`.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        solver: Any,
+        *,
+        l2: float,
+        damping: float,
+        seed: int,
+        name: str,
+        source: Any = None,
+        kept: KeptColumns | None = None,
+    ) -> None:
+        self.solver, self.l2, self.damping, self.seed, self.name = solver, l2, damping, seed, name
+        settings = as_settings(solver)
+        stored = getattr(settings, "storage", "stored") == "stored"
+        source = source if isinstance(settings, NystromCG) else None
+        self.A = KeptColumns(A, source, keep=stored) if kept is None else kept
+        self.takes_damping = has_damping(settings)
+        if self.takes_damping:
+            settings = replace(settings, damping=l2 + damping)
+        self.settings = settings
+        self._inverse: PreparedInverse | None = None
+
+    @property
+    def inverse(self) -> PreparedInverse:
+        """What the settings become, prepared when first used."""
+        if self._inverse is None:
+            A = self.A if self.takes_damping else shifted(self.A, self.l2 + self.damping)
+            self._inverse = self.settings.prepare(A, rng=self.seed)
+        return self._inverse
+
+    def solve(self, b: Array) -> Solution:
+        """Solve for all columns of `b`; raise if the matrix proved to be indefinite."""
+        indefinite = self.inverse.negative_curvature
+        solution: Solution | None = None
+        if not (indefinite is not None and bool(indefinite)):
+            solution = self.inverse.solve(b)
+            negative = ended(solution.reason, Reason.NEGATIVE_CURVATURE)
+            indefinite = bool(array_namespace(negative).any(negative))
+        if indefinite or solution is None:
+            raise ValueError(self._indefinite(b))
+        return solution
+
+    def _indefinite(self, b: Array) -> str:
+        total = self.l2 + self.damping
+        value, residual, largest = lowest_ritz(self.A, self.seed, b)
+        enough = max(MARGIN * (residual - value), eps(b) ** 0.5 * largest)
+        parts = [f"the {self.name}"]
+        parts += [f"l2 = {self.l2:g}"] if self.l2 else []
+        parts += [f"damping = {self.damping:g}"]
+        matrix = f"{parts[0]} (with {' and '.join(parts[1:])})"
+        if value + total > 0:  # rounding, or the search was too short
+            enough = max(enough, 2 * total)
+            matrix = f"{matrix} has a direction of negative curvature; its"
+        else:
+            matrix = f"{matrix} is not positive definite; its"
+        return (
+            f"{matrix} lowest Ritz value is {value + total:.3g}. A damping of "
+            f"{_rounded_up(enough - self.l2):.2g} would do; curvature='ggn' is never negative for "
+            "a loss that is convex in the outputs; or train the model further."
+        )
+
+
+def to_record(settings: Any) -> dict[str, Any]:
+    """Return settings as plain values for a file."""
+    if not isinstance(settings, SETTINGS):
+        raise TypeError(
+            f"`solver` must be settings such as NystromCG(...) for what is written to disk; got "
+            f"{describe(settings)}."
+        )
+    return {"name": type(settings).__name__, **asdict(settings)}
+
+
+def from_record(record: dict[str, Any]) -> Any:
+    """Undo `to_record`."""
+    fields = dict(record)
+    kinds = {kind.__name__: kind for kind in SETTINGS}
+    return kinds[fields.pop("name")](**fields)
+
+
+def checked_damping(damping: Any) -> Any:
+    """Return `damping` if it is a number of 0 or more, or "auto"."""
+    if isinstance(damping, str):
+        if damping != "auto":
+            raise ValueError(f"`damping` must be a number or 'auto'; got {damping!r}.")
+        return damping
+    check_scalar("damping", damping)
+    return float(concrete(damping))
+
+
+def _rounded_up(x: float) -> float:
+    """Round a positive number up to two digits."""
+    if not (x > 0 and math.isfinite(x)):
+        return x
+    unit = 10.0 ** (math.floor(math.log10(x)) - 1)
+    return math.ceil(x / unit) * unit

@@ -1,0 +1,1 @@
+"""Methods that only multiply: conjugate gradients and the Neumann series."""

@@ -1,0 +1,1 @@
+"""Nyström approximations: columns, their k×k core, inverses and preconditioners."""

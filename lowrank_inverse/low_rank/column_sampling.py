@@ -1,0 +1,100 @@
+"""Which columns to take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lowrank_inverse._typing import RNG
+from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
+from lowrank_inverse.arrays.conversion import to_host
+from lowrank_inverse.low_rank.pivoted_cholesky import pivoted_cholesky
+from lowrank_inverse.operators.columns import known_diagonal
+from lowrank_inverse.operators.function import aslinearoperator
+
+DRAWN = ("uniform", "diagonal", "diagonal_squared")
+
+
+SAMPLINGS = (*DRAWN, "greedy", "rpcholesky", "gaussian")
+
+
+def check_sampling(sampling: str) -> None:
+    """Raise unless `sampling` is one of the known rules."""
+    if sampling not in SAMPLINGS:
+        raise ValueError(
+            f"`sampling` must be one of {', '.join(map(repr, SAMPLINGS))}; got {sampling!r}. "
+            "For columns of your own choice pass `indices`."
+        )
+
+
+def sample_columns(
+    A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = None, diagonal: Any = None
+) -> np.ndarray:
+    """Draw distinct column indices of `A`.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+    rank : int
+        How many, from 1 to n.
+    sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky"}
+        With equal probability, or proportional to ``|A[i, i]|`` or ``A[i, i] ** 2`` (Remark 1
+        of [1]_, after [2]_), without replacement. Columns whose weight is zero are drawn,
+        uniformly, only when the others are used up. Or, reading the columns, those of
+        :func:`lowrank_inverse.pivoted_cholesky`: ``"greedy"`` or ``"rpcholesky"``; there may be
+        fewer than `rank`.
+    rng : int or numpy.random.Generator, optional
+        Seed. One seed gives the same columns on every backend.
+    diagonal : array of shape (n,), or DiagonalEstimate, optional
+        Weights in the place of the diagonal, for an `A` that has none; see
+        :func:`lowrank_inverse.estimate_diagonal`.
+
+    Returns
+    -------
+    numpy.ndarray of int64, shape (rank,)
+
+    References
+    ----------
+    .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
+       Differentiation. AISTATS 2023.
+    .. [2] P. Drineas, M. W. Mahoney. On the Nyström Method for Approximating a Gram Matrix for
+       Improved Kernel-Based Learning. JMLR 6, 2005.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank_inverse.low_rank.column_sampling import sample_columns
+    >>> print(sample_columns(np.diag([0.0, 1.0, 0.0, 2.0]), 2, sampling="diagonal", rng=0))
+    [3 1]
+    """
+    check_sampling(sampling)
+    n = int(A.shape[0])
+    rank = check_count("rank", rank, most=n)
+    generator = np.random.default_rng(rng)
+    if sampling == "gaussian":
+        raise ValueError(
+            "sampling='gaussian' draws no columns. Use nystrom(A, rank, sampling='gaussian')."
+        )
+    if sampling == "uniform":
+        return generator.choice(n, rank, replace=False).astype(np.int64)
+    if sampling not in DRAWN:
+        return pivoted_cholesky(A, rank, method=sampling, rng=generator).pivots
+    if diagonal is None:
+        d = known_diagonal(aslinearoperator(A), f"sampling={sampling!r}")
+    else:
+        d = getattr(diagonal, "value", diagonal)
+        check_block("diagonal", d, n)
+        check_finite("diagonal", d)
+    host = to_host(d).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(np.abs(host))  # squares would over- or underflow
+    return _weighted(log_weights * (1 if sampling == "diagonal" else 2), rank, generator)
+
+
+def _weighted(log_weights: np.ndarray, rank: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw without replacement: the first arrivals of Poisson processes with these rates."""
+    positive, zero = np.flatnonzero(log_weights > -np.inf), np.flatnonzero(log_weights == -np.inf)
+    log_times = np.log(generator.exponential(size=positive.size)) - log_weights[positive]
+    chosen = positive[np.argsort(log_times)[:rank]]
+    return np.concatenate([chosen, generator.permutation(zero)[: rank - chosen.size]])

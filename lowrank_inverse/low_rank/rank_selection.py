@@ -1,0 +1,117 @@
+"""A rank that grows until it is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.checks import check_count, check_scalar
+from lowrank_inverse.arrays.conversion import is_traced
+from lowrank_inverse.arrays.linalg import column_norm
+from lowrank_inverse.estimators.norm import certificate_cost
+from lowrank_inverse.low_rank.sketches import Source, make_source
+from lowrank_inverse.operators.base import apply_cost, block_width
+from lowrank_inverse.results.certificate import certify
+from lowrank_inverse.results.solution import check_system
+
+START_RANK = 16
+
+
+MAX_RANK = 1000
+
+
+DEFAULT_RTOL = 1e-3
+
+
+def adaptive_approximation(
+    A: Any,
+    build: Callable[[Any], Any],
+    *,
+    sampling: str,
+    rng: Any,
+    chunk_size: int | None,
+    damping: Any,
+    b: Array | None,
+    rtol: float | None,
+    max_rank: int | None,
+    weights: Any = None,
+) -> Any:
+    """Double the columns until an approximation made by `build` is enough; see ``nystrom``.
+
+    No column is read twice. The approximations on the way cost ``4/3`` of the last.
+    """
+    n = int(A.shape[0])
+    most = min(n, MAX_RANK if max_rank is None else check_count("max_rank", max_rank))
+    rtol = DEFAULT_RTOL if rtol is None else rtol
+    check_scalar("rtol", rtol)
+    if is_traced(damping) or is_traced(getattr(A, "like", None)) or is_traced(b):
+        raise TypeError(
+            "rank='auto' needs values that are unknown while jax traces. Find the rank outside, "
+            "and pass it, or `indices`."
+        )
+    if damping is not None:
+        check_scalar("damping", damping, positive=True)
+    if b is not None:
+        if damping is None:
+            raise ValueError("`b` needs a `damping`: the certificate holds for a damped system.")
+        check_system(A, b, damping)
+    source = make_source(
+        A,
+        most,
+        sampling=sampling,
+        rng=rng,
+        chunk_size=chunk_size,
+        weights=weights,
+        want_trace=True,
+    )
+    if damping is None and source.trace is None:
+        raise ValueError(
+            "rank='auto' needs something to aim at: a positive `damping`, or an `A` with a "
+            "diagonal for the residual trace. Give one of them, or a number as `rank`."
+        )
+    goal = 0.0 if b is not None else rtol * (source.trace or 0.0) if damping is None else damping
+    checks, count = 0, min(START_RANK, most)
+    while True:
+        source.grow(count, trace=float(goal))
+        approx = build(source.sketch())
+        stopped, cost = _reason(A, approx, source, goal, damping, b, rtol)
+        checks += cost
+        if stopped is None and count == most:
+            stopped = "max_rank"
+        if stopped is not None:
+            approx.stopped, approx.num_products = stopped, approx.num_products + checks
+            return approx
+        count = min(2 * count, most)
+
+
+def _reason(
+    A: Any,
+    approx: Any,
+    source: Source,
+    goal: float,
+    damping: Any,
+    b: Array | None,
+    rtol: float,
+) -> tuple[str | None, int]:
+    """Return why `approx` is enough, None if it is not, and the products that took."""
+    cost = 0
+    if b is not None:
+        inverse = approx.inverse(damping)
+        x = inverse @ b
+        bound = certify(A, x, b, damping, inverse=inverse).error_bound
+        width = block_width(b)
+        cost = width + certificate_cost(A) + apply_cost(inverse, width)
+        if bool(array_namespace(b).all(bound <= rtol * column_norm(x))):
+            return "certificate", cost
+    else:
+        traces = [t for t in (source.residual_trace, approx.residual_trace) if t is not None]
+        if traces and min(traces) <= goal:
+            return "residual_trace", cost
+        if damping is not None and approx.sufficient_rank(damping) <= approx.num_columns:
+            return "effective_dimension", cost
+    if source.exhausted or source.size >= int(A.shape[0]):
+        return "exhausted", cost
+    return None, cost

@@ -1,0 +1,214 @@
+"""Woodbury's identity with columns computed again where they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.checks import check_damping, check_indices
+from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.conversion import (
+    astype,
+    eps,
+    scalar_like,
+    scatter,
+    take,
+    wide_dtype,
+)
+from lowrank_inverse.arrays.linalg import (
+    column_scale,
+    power_of_two,
+    symmetric_part,
+    tall_dot,
+)
+from lowrank_inverse.low_rank.core import spectrum, whiten
+from lowrank_inverse.low_rank.woodbury import (
+    _over,
+)
+from lowrank_inverse.operators.base import Operator
+from lowrank_inverse.operators.columns import finite_columns, index_chunks
+from lowrank_inverse.operators.function import aslinearoperator
+
+
+class RecomputedInverse(Operator):
+    """``(H_k + damping * I)^{-1}`` that holds no columns, but the operator they come from."""
+
+    def __init__(
+        self,
+        A: Any,
+        indices: np.ndarray,
+        damping: Any,
+        core: Array,
+        gram: Array,
+        scale: Array,
+        *,
+        chunk_size: int | None,
+        num_products: int,
+    ) -> None:
+        """Take W and C.T C of the operator divided by `scale`, so that nothing overflows."""
+        self.A, self.indices, self.damping = A, indices, scalar_like(damping, core)
+        self.shape, self.dtype, self.like = (A.shape[0], A.shape[0]), core.dtype, core[:0, 0]
+        self.num_products, self.chunk_size = num_products, chunk_size
+        wide = wide_dtype(core)
+        whitening = whiten(symmetric_part(astype(core, wide)), eps(core))
+        self.num_dropped, self.num_negative = whitening.num_dropped, whitening.num_negative
+        scale = astype(scale, wide)
+        self.core_eigenvalues = scale * whitening.core_eigenvalues
+        T = whitening.matrix
+        eigenvalues, rotation = spectrum(T.T @ astype(gram, wide) @ T)
+        self.eigenvalues = scale * eigenvalues
+        self._map = T @ rotation / scale**0.5
+
+    @property
+    def rank(self) -> Any:
+        """Columns kept."""
+        return self.indices.size - self.num_dropped
+
+    def apply_cost(self, width: int) -> int:
+        """Count the products with the operator that a block of `width` vectors costs."""
+        return 2 * width if self.chunk_size is None else self.indices.size + width
+
+    def _multiply(self, block: Array) -> Array:
+        projected = self._map.T @ self._columns_dot(block)
+        coefficients = self._map @ _over(projected, self.eigenvalues + self.damping)
+        spread = scatter(astype(coefficients, self.dtype), self.indices, self.shape[0])
+        rest = block - self.A @ spread
+        rest /= self.damping
+        return rest
+
+    def _columns_dot(self, block: Array) -> Array:
+        """Return ``C.T @ block``, wide."""
+        if self.chunk_size is None:  # C.T v = (A v)[K], for A is symmetric
+            return astype(take(self.A @ block, self.indices), self._map.dtype)
+        parts = [
+            tall_dot(self.A.columns(chunk), block)
+            for chunk in index_chunks(self.indices, self.chunk_size)
+        ]
+        return array_namespace(block).concat(parts, axis=0)
+
+
+@quietly
+def chunked_inverse(A: Any, indices: Any, damping: Any, *, chunk_size: int) -> RecomputedInverse:
+    """Return ``(H_k + damping * I)^{-1}`` with two chunks of columns in memory at most.
+
+    The same operator as ``woodbury_inverse(nystrom(A, indices=indices), damping)``, and as
+    accurate, for those who cannot hold n·k numbers: columns are computed again where needed
+    (the space-efficient form of [1]_, Algorithm 1).
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+    indices : sequence of k distinct ints
+    damping : float or 0-d array
+        Positive.
+    chunk_size : int
+        κ, columns held at a time, from 1 to k.
+
+    Returns
+    -------
+    operator, shape (n, n)
+
+    Notes
+    -----
+    ``k (k / κ + 1) / 2`` products to set up, k for each block of right-hand sides and one for each
+    of them; memory ``2 κ n + k²`` numbers. :func:`streamed_inverse` needs far fewer products.
+
+    References
+    ----------
+    .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
+       Differentiation. AISTATS 2023.
+    """
+    check_damping(damping)
+    A = aslinearoperator(A)
+    indices = check_indices(indices, int(A.shape[0]))
+    chunks = index_chunks(indices, chunk_size)
+    blocks: dict[tuple[int, int], Array] = {}
+    core_parts: list[Array] = []
+    num_products = 0
+    scale: Any = None
+    for i in range(len(chunks)):
+        first = finite_columns(A, chunks[i])
+        num_products += chunks[i].size
+        scale = _scale_of(first) if scale is None else scale
+        first = first / scale
+        for j in range(i, len(chunks)):
+            second = first
+            if j > i:
+                second = finite_columns(A, chunks[j]) / scale
+                num_products += chunks[j].size
+            blocks[i, j] = tall_dot(first, second)
+            blocks[j, i] = blocks[i, j].T
+            if i == 0:
+                core_parts.append(take(second, indices))
+    xp = array_namespace(first)
+    gram = xp.concat(
+        [xp.concat([blocks[i, j] for j in range(len(chunks))], axis=1) for i in range(len(chunks))],
+        axis=0,
+    )
+    core = xp.concat(core_parts, axis=1)
+    return RecomputedInverse(
+        A, indices, damping, core, gram, scale, chunk_size=chunk_size, num_products=num_products
+    )
+
+
+@quietly
+def streamed_inverse(
+    A: Any, indices: Any, damping: Any, *, chunk_size: int = 1
+) -> RecomputedInverse:
+    """Return ``(H_k + damping * I)^{-1}`` without storing a column, by 2k products.
+
+    For a symmetric `A` with sampled columns C at K: ``C.T C = (A A)[K, K]``, ``C.T v =
+    (A v)[K]`` and ``C z = A (E_K z)``. So k columns and k further products give all that is
+    k×k, and each right-hand side costs two products.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+        Symmetric and deterministic: the same vector must give the same product.
+    indices : sequence of k distinct ints
+    damping : float or 0-d array
+        Positive.
+    chunk_size : int
+        Columns held at a time.
+
+    Returns
+    -------
+    operator, shape (n, n)
+
+    Notes
+    -----
+    2k products to set up, 2 for each right-hand side; memory ``2 κ n + k²`` numbers. In float64
+    it equals the stored form. In float32 ``(A v)[K]`` carries the rounding of a product, which
+    small eigenvalues of W magnify: prefer :func:`woodbury_inverse` or :func:`chunked_inverse`
+    where `damping` is below about 1e-3 of the largest eigenvalue.
+    """
+    check_damping(damping)
+    A = aslinearoperator(A)
+    indices = check_indices(indices, int(A.shape[0]))
+    core_parts, gram_parts = [], []
+    scale: Any = None
+    for chunk in index_chunks(indices, chunk_size):
+        C = finite_columns(A, chunk)
+        scale = _scale_of(C) if scale is None else scale
+        C = C / scale
+        core_parts.append(take(C, indices))
+        gram_parts.append(take(A @ C, indices) / scale)
+    xp = array_namespace(core_parts[0])
+    return RecomputedInverse(
+        A,
+        indices,
+        damping,
+        xp.concat(core_parts, axis=1),
+        xp.concat(gram_parts, axis=1),
+        scale,
+        chunk_size=None,
+        num_products=2 * indices.size,
+    )
+
+
+def _scale_of(C: Array) -> Array:
+    """Return a power of two near the largest entry; 1 if all are zero."""
+    return power_of_two(column_scale(array_namespace(C).reshape(C, (-1,))))

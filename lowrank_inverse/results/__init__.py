@@ -1,0 +1,1 @@
+"""What a solve returns: solution, certificate, error."""

@@ -1,0 +1,96 @@
+"""What a failed solve says: which columns ended why, and what to try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_inverse.arrays.conversion import is_traced, to_host
+from lowrank_inverse.results.solution import Reason, Solution
+
+ADVICE = {
+    Reason.MAX_STEPS: "all steps were used. Raise `max_steps`, loosen `rtol`, or take "
+    "NystromCG with a larger `rank`; `state=` goes on from this solution.",
+    Reason.NEGATIVE_CURVATURE: "A + damping * I is not positive definite. Raise `damping` above "
+    "the most negative eigenvalue of A; for a Hessian, Gauss-Newton products are semidefinite.",
+    Reason.STAGNATED: "the residual ceased to fall: the tolerance is out of reach in this "
+    "precision. Use float64, raise `damping`, or loosen `rtol`.",
+    Reason.DIVERGED: "the step size is too large. Leave `step_size` out, so that it is found, or "
+    "take CG.",
+    Reason.NONFINITE: "a product returned NaN or Inf. Look for an overflow in A @ v; float64 or "
+    "another scale of A may mend it.",
+    Reason.INDEFINITE_PRECONDITIONER: "the preconditioner is not positive definite to rounding. "
+    "Make it in float64, or with a larger `damping`; or take CG.",
+    Reason.DIRECT: "a direct method gave its answer, and the residual is above the tolerance.",
+}
+
+
+"""For each reason to fail."""
+
+
+ADVICE_ON = {
+    (
+        Reason.MAX_STEPS,
+        "Neumann",
+    ): "all terms were used. Raise `num_terms`, or take CG, which needs far fewer products.",
+    (Reason.DIRECT, "Nystrom"): "the low-rank answer is not that accurate. Raise `rank` or "
+    "`damping`, add `refine` steps, or take NystromCG, which goes on to the tolerance.",
+    (Reason.DIRECT, "Exact"): "the matrix is singular to rounding, and b not in its range. Raise "
+    "`damping`.",
+    (Reason.DIRECT, "Identity"): "a multiple of b is no solution. Take any other solver.",
+    (Reason.DIRECT, "CallableSolver"): "the function given as `solver` stopped short of it.",
+}
+
+
+"""Where the solver makes a difference."""
+
+
+class SolveError(RuntimeError):
+    """A solve failed, and ``throw=True`` asked for an error.
+
+    Attributes
+    ----------
+    solution : Solution
+        What was found all the same.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank_inverse as li
+    >>> A, b = np.diag([1.0, 2.0, 4.0]), np.ones(3)
+    >>> try:
+    ...     li.solve(A, b, solver=li.CG(max_steps=2), throw=True)
+    ... except li.SolveError as error:
+    ...     print(error.solution.message, float(error.solution.residual_norm.round(2)))
+    max_steps 0.32
+    """
+
+    def __init__(self, message: str, solution: Solution) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.solution)
+
+
+def raise_on_failure(solution: Solution, solver: Any) -> None:
+    """Raise a :class:`SolveError` unless every column of `solution` converged."""
+    if is_traced(solution.reason):
+        raise TypeError(
+            "`throw=True` needs to know how the solve ended, which is unknown while jax traces. "
+            "Leave it out and look at `solution.converged`."
+        )
+    codes = to_host(solution.reason).reshape(-1)
+    failed = sorted({int(code) for code in codes} - {int(Reason.CONVERGED)})
+    if not failed:
+        return
+    count = int((codes != int(Reason.CONVERGED)).sum())
+    worst = float(to_host(solution.residual_norm).max())
+    lines = [
+        f"{count} of {codes.size} right-hand sides did not converge (residual norms up to "
+        f"{worst:.2g}); the error has the `solution` found."
+    ]
+    for code in failed:
+        reason = Reason(code)
+        advice = ADVICE_ON.get((reason, type(solver).__name__), ADVICE[reason])
+        lines.append(f"  {reason.name.lower()}: {advice}")
+    raise SolveError("\n".join(lines), solution)

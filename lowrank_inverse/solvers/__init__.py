@@ -1,0 +1,1 @@
+"""Settings of the solvers, prepared inverses, and the front door."""

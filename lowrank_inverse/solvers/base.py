@@ -1,0 +1,173 @@
+"""What a solver's settings become for one operator, and functions in the place of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.arrays.checks import (
+    describe,
+)
+from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.conversion import (
+    astype,
+    concrete,
+    is_traced,
+    scalar_like,
+)
+from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot
+from lowrank_inverse.low_rank.column_memory import (
+    StoragePlan,
+)
+from lowrank_inverse.operators.base import ProductOnly, apply_cost, block_width
+from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.results.solution import Reason, Solution, check_system, code, tolerance
+
+DEFAULT_RTOL = 1e-5
+
+
+class PreparedInverse(ProductOnly):
+    """An approximate inverse of ``A + damping * I``: what ``settings.prepare(A)`` returns.
+
+    ``inverse @ b`` applies it; ``inverse.solve(b)`` applies it and says how well it did.
+
+    Attributes
+    ----------
+    num_products : int
+        Products with A that the preparation cost.
+    rank : int or None
+        Columns or eigenvalues kept, where there are any.
+    negative_curvature : bool or None
+        Whether the preparation proved ``A + damping * I`` indefinite; None if it did not look.
+    nystrom_inverse : operator or None
+        ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
+    storage : StoragePlan or None
+        How the columns are held, where there are any; see
+        :func:`lowrank_inverse.low_rank.column_memory.plan_storage`.
+    preconditioner : operator or None
+        What stands for the inverse in conjugate gradients, where there is such a thing.
+    factor : lowrank_inverse.bilevel.column_reuse.Factor or None
+        The columns of a NystromCG, for the state of the next call.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        run: Callable[[Array], Solution],
+        *,
+        apply: Callable[[Array], Array] | None = None,
+        num_products: Any = 0,
+        rank: Any = None,
+        negative_curvature: Any = None,
+        nystrom_inverse: Any = None,
+        preconditioner: Any = None,
+        storage: StoragePlan | None = None,
+        factor: Any = None,
+    ) -> None:
+        self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
+        self.like = getattr(A, "like", None)
+        self._run, self._apply = run, apply
+        self.num_products, self.rank = num_products, rank
+        self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
+        self.preconditioner, self.storage, self.factor = preconditioner, storage, factor
+
+    def _multiply(self, block: Array) -> Array:
+        return self._apply(block) if self._apply is not None else self._run(block).value
+
+    def solve(self, b: Array) -> Solution:
+        """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone."""
+        self._check(b, "b")
+        return self._run(b)
+
+
+@quietly
+def direct_solution(A: Any, damping: Any, b: Array, x: Array, num_products: int) -> Solution:
+    """Say how good the `x` of a direct method is, after `num_products`, at one more a column."""
+    xp = array_namespace(b)
+    product = add_scaled(A @ x, scalar_like(damping, b), x)
+    norm = column_norm(b - product)
+    steps = astype(xp.zeros_like(norm), xp.int32)
+    reason = xp.where(
+        dot(x / column_scale(x), product) < 0,
+        code(steps, Reason.NEGATIVE_CURVATURE),
+        code(steps, Reason.DIRECT),
+    )
+    met = norm <= tolerance(b, DEFAULT_RTOL)
+    reason = xp.where(met, code(steps, Reason.CONVERGED), reason)
+    reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
+    return Solution(
+        value=x,
+        residual_norm=norm,
+        num_steps=steps,
+        num_products=num_products + block_width(b),
+        converged=met,
+        reason=reason,
+    )
+
+
+def with_apply_cost(solution: Solution, preconditioner: Any, b: Array) -> Solution:
+    """Count the products that the preconditioner of a solve by CG from zero cost."""
+    width = block_width(b)
+    blocks = solution.num_products // width  # the preconditioner is applied as often
+    extra = blocks * apply_cost(preconditioner, width)
+    return solution._replace(num_products=solution.num_products + extra)
+
+
+def has_damping(settings: Any) -> bool:
+    """Whether these are settings with a damping of their own."""
+    return is_dataclass(settings) and hasattr(settings, "damping")
+
+
+def is_positive(damping: Any) -> bool:
+    """Whether `damping` is positive; a traced one is taken to be."""
+    return is_traced(damping) or concrete(damping) > 0
+
+
+class CallableSolver:
+    """A function ``solve(matvec, b) -> x`` in the place of solver settings."""
+
+    damping = 0.0
+
+    def __init__(self, function: Callable[[Callable[[Array], Array], Array], Array]) -> None:
+        self.function = function
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return what calls the function with the product of `A`, and counts its calls."""
+        A = aslinearoperator(A)
+
+        def run(b: Array) -> Solution:
+            check_system(A, b, 0.0)
+            calls = 0
+
+            def matvec(v: Array) -> Array:
+                nonlocal calls
+                calls += block_width(v)
+                return A @ v
+
+            x = self.function(matvec, b)
+            if not hasattr(x, "shape") or tuple(x.shape) != tuple(b.shape):
+                raise ValueError(
+                    f"`solver` must return an array of the shape of b, {tuple(b.shape)}; "
+                    f"got {describe(x)}."
+                )
+            solution = direct_solution(A, 0.0, b, x, 0)
+            return solution._replace(num_products=solution.num_products + calls)
+
+        return PreparedInverse(A, run)
+
+
+def as_settings(solver: Any) -> Any:
+    """Return `solver` as something with ``.prepare(A, rng=, state=)``."""
+    if not isinstance(solver, type):
+        if callable(getattr(solver, "prepare", None)):
+            return solver
+        if callable(solver):
+            return CallableSolver(solver)
+    raise TypeError(
+        "`solver` must be settings such as Nystrom(rank=20, damping=1e-2) or a function "
+        f"solve(matvec, b); got {describe(solver)}."
+    )

@@ -1,0 +1,349 @@
+"""Settings of the Nyström solvers."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.arrays.checks import check_count, check_damping, check_indices, check_scalar
+from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.conversion import concrete, eps, is_traced
+from lowrank_inverse.bilevel.column_reuse import kept_columns
+from lowrank_inverse.bilevel.state import start
+from lowrank_inverse.estimators.diagonal import estimate_diagonal
+from lowrank_inverse.iterative.conjugate_gradients import cg
+from lowrank_inverse.low_rank.approximation import NystromApproximation
+from lowrank_inverse.low_rank.column_memory import (
+    ITEMSIZES,
+    STORAGES,
+    STREAMED_DAMPING,
+    StoragePlan,
+    check_column_dtype,
+    plan_storage,
+)
+from lowrank_inverse.low_rank.column_sampling import DRAWN, check_sampling, sample_columns
+from lowrank_inverse.low_rank.core import is_indefinite
+from lowrank_inverse.low_rank.nystrom_columns import check_rank, nystrom
+from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
+from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
+from lowrank_inverse.operators.base import apply_cost, block_width
+from lowrank_inverse.operators.columns import empty_like, known_or_none
+from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.results.solution import Solution, check_system
+from lowrank_inverse.solvers.base import (
+    PreparedInverse,
+    direct_solution,
+    is_positive,
+    with_apply_cost,
+)
+from lowrank_inverse.solvers.iterative import check_iteration
+
+PRECONDITIONER_PIVOT_RTOL = 1e-2
+
+
+AUTO_SHARE = 0.1
+
+
+"""Of the damping, that a rank which grows may leave to a direct inverse."""
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """Nyström approximation and Woodbury's identity: the method of [1]_.
+
+    Parameters
+    ----------
+    rank : int or "auto"
+        Columns to sample, one product each. ``"auto"``: as many as leave about a tenth of the
+        damping; see :func:`lowrank_inverse.nystrom`.
+    damping : float
+        Positive, unless a ridge makes up for it. Small dampings need many columns; see
+        :func:`lowrank_inverse.certify`.
+    sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
+        Which columns; see :func:`lowrank_inverse.nystrom`.
+    storage : {"stored", "chunked", "streamed", "auto"}
+        Hold all columns; or a chunk of them, computed again where needed
+        (:func:`lowrank_inverse.chunked_inverse`); or none
+        (:func:`lowrank_inverse.streamed_inverse`). ``"auto"``: the fastest that `memory_budget`
+        allows; chunked in the place of streamed where the damping proves to be too small for it
+        in less than float64.
+    chunk_size : int, optional
+        Columns computed at a time. Default: all if stored, else 1.
+    refine : int
+        Steps of preconditioned conjugate gradients after the plain answer, a product each; it
+        ends earlier at a relative residual of 1e-5.
+    indices : sequence of ints, shape (k,), optional
+        The columns to take, in place of `rank` and `sampling`; kept as a tuple unless traced.
+    max_rank : int, optional
+        For ``rank="auto"``. Default: the lesser of n and 1000.
+    diagonal_products : int, optional
+        Products to spend on the weights of ``"diagonal"`` and ``"diagonal_squared"`` where the
+        operator has no diagonal; see :func:`lowrank_inverse.estimate_diagonal`.
+    memory_budget : float, optional
+        Bytes for columns and chunks, for ``storage="auto"``. What was chosen, and its bytes, is
+        the attribute `storage` of the prepared inverse.
+    column_dtype, offload
+        Keep stored columns in less: a lower precision, or the host's memory; see
+        :func:`lowrank_inverse.nystrom`.
+
+    References
+    ----------
+    .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
+       Differentiation. AISTATS 2023.
+    """
+
+    rank: Any = 20
+    damping: Any = 1e-2
+    sampling: str = "uniform"
+    storage: str = "stored"
+    chunk_size: int | None = None
+    refine: int = 0
+    indices: Any = None
+    max_rank: int | None = None
+    diagonal_products: int | None = None
+    memory_budget: float | None = None
+    column_dtype: str | None = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        _check_columns(self)
+        check_scalar("damping", self.damping)
+        if self.storage not in STORAGES:
+            raise ValueError(
+                f"`storage` must be one of {', '.join(map(repr, STORAGES))}; got {self.storage!r}."
+            )
+        if self.chunk_size is not None:
+            check_count("chunk_size", self.chunk_size)
+        if self.refine != 0:
+            check_count("refine", self.refine)
+        held = self.rank == "auto" or self.sampling not in DRAWN
+        if held and self.indices is None and self.storage != "stored":
+            raise ValueError(
+                f"rank={self.rank!r} with sampling={self.sampling!r} holds its columns; got "
+                f"storage={self.storage!r}. Use storage='stored', or pass `indices`."
+            )
+        check_column_dtype(self.column_dtype)
+        if self.memory_budget is not None:
+            check_scalar("memory_budget", self.memory_budget, positive=True)
+        if (self.memory_budget is None) == (self.storage == "auto"):
+            raise ValueError(
+                "`memory_budget` and storage='auto' need each other; got "
+                f"memory_budget={self.memory_budget!r}, storage={self.storage!r}."
+            )
+
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``; `state` is not used."""
+        check_damping(self.damping)
+        A = aslinearoperator(A)
+        inverse: Any
+        spent = 0
+        plan = self._plan(A)
+        if plan is None or plan.storage == "stored":
+            aim = AUTO_SHARE * self.damping
+            source: Any = _approximation(
+                self,
+                A,
+                rng,
+                aim,
+                chunk_size=self.chunk_size,
+                column_dtype=self.column_dtype,
+                offload=self.offload,
+            )
+            inverse = source.inverse(self.damping)
+        else:
+            indices, spent = _indices(self, A, rng)
+            build = chunked_inverse if plan.storage == "chunked" else streamed_inverse
+            chunk_size = plan.chunk_size or 1
+            inverse = source = build(A, indices, self.damping, chunk_size=chunk_size)
+            if self.storage == "auto" and _is_lossy(inverse):
+                spent += inverse.num_products
+                plan = plan._replace(storage="chunked")
+                inverse = source = chunked_inverse(A, indices, self.damping, chunk_size=chunk_size)
+        unit = eps(inverse.like)
+
+        def run(b: Array) -> Solution:
+            check_system(A, b, self.damping)
+            if self.refine == 0:
+                cost = apply_cost(inverse, block_width(b))
+                return direct_solution(A, self.damping, b, inverse @ b, cost)
+            # From zero: the first step is the plain answer with the best length.
+            steps = self.refine + 1
+            solution = cg(A, b, damping=self.damping, preconditioner=inverse, max_steps=steps)
+            return with_apply_cost(solution, inverse, b)
+
+        return PreparedInverse(
+            A,
+            run,
+            apply=None if self.refine else inverse.__matmul__,
+            num_products=source.num_products + spent,
+            rank=source.rank,
+            negative_curvature=is_indefinite(source.core_eigenvalues, self.damping, unit),
+            nystrom_inverse=inverse,
+            preconditioner=inverse,
+            storage=plan,
+        )
+
+    def _plan(self, A: Any) -> StoragePlan | None:
+        """Say how the columns are to be held; None where their number is not known before."""
+        if self.indices is None and self.rank == "auto":
+            return None
+        empty = empty_like(A)
+        return plan_storage(
+            int(A.shape[0]),
+            self.rank if self.indices is None else np.shape(self.indices)[0],
+            array_namespace(empty).finfo(empty.dtype).bits // 8,
+            storage=self.storage,
+            chunk_size=self.chunk_size,
+            memory_budget=self.memory_budget,
+            column_itemsize=ITEMSIZES.get(self.column_dtype),
+        )
+
+
+@dataclass(frozen=True)
+class NystromCG:
+    """Conjugate gradients, preconditioned by a Nyström approximation.
+
+    Parameters
+    ----------
+    rank, sampling, indices, max_rank, diagonal_products
+        As in :class:`Nystrom`; but ``rank="auto"`` takes as many columns as leave about the
+        damping, and without a damping, a thousandth of the trace.
+    damping : float
+        0 or more.
+    rtol, max_steps, check_every
+        As in :func:`lowrank_inverse.cg`.
+
+    Notes
+    -----
+    The preconditioner is that of [1]_ with the eigenpairs of the column-sampled H_k. Where the
+    columns show negative curvature, eigenvalues of W up to 1e-2 of the largest are dropped.
+
+    References
+    ----------
+    .. [1] Z. Frangella, J. A. Tropp, M. Udell. Randomized Nyström Preconditioning. SIAM J.
+       Matrix Anal. Appl. 44, 2023.
+    """
+
+    rank: Any = 20
+    damping: Any = 0.0
+    sampling: str = "uniform"
+    rtol: float = 1e-5
+    max_steps: int | None = None
+    indices: Any = None
+    check_every: int = 1
+    max_rank: int | None = None
+    diagonal_products: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_columns(self)
+        check_iteration(self)
+
+    @quietly
+    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given.
+
+        The columns of a :class:`lowrank_inverse.HypergradientState` serve again while they can.
+        """
+        A = aslinearoperator(A)
+        limit = {"indefinite_pivot_rtol": PRECONDITIONER_PIVOT_RTOL}
+        approx, factor = kept_columns(
+            state,
+            self,
+            int(A.shape[0]),
+            fresh=lambda: _approximation(self, A, rng, self.damping, **limit),
+            again=lambda C, indices: NystromApproximation(C, indices, **limit),
+        )
+        preconditioner = NystromPreconditioner(approx, self.damping)
+
+        def run(b: Array) -> Solution:
+            return cg(
+                A,
+                b,
+                damping=self.damping,
+                x0=start(state, b),
+                preconditioner=preconditioner,
+                rtol=self.rtol,
+                max_steps=self.max_steps,
+                check_every=self.check_every,
+            )
+
+        return PreparedInverse(
+            A,
+            run,
+            num_products=factor.num_products,
+            rank=approx.rank,
+            factor=factor,
+            negative_curvature=is_indefinite(
+                approx.core_eigenvalues, self.damping, eps(approx.columns)
+            ),
+            nystrom_inverse=approx.inverse(self.damping) if is_positive(self.damping) else None,
+            preconditioner=preconditioner,
+        )
+
+
+def _check_columns(settings: Any) -> None:
+    if settings.rank is None:
+        raise TypeError("`rank` must be a whole number or 'auto'; got None.")
+    check_rank(settings.rank)
+    check_sampling(settings.sampling)
+    if settings.max_rank is not None:
+        check_count("max_rank", settings.max_rank)
+    if settings.diagonal_products is not None:
+        check_count("diagonal_products", settings.diagonal_products)
+    if settings.indices is not None and not is_traced(settings.indices):
+        indices = tuple(check_indices(settings.indices, sys.maxsize).tolist())
+        object.__setattr__(settings, "indices", indices)
+
+
+def _weights(settings: Any, A: Any, rng: Any) -> tuple[Any, int]:
+    """Return an estimate of the diagonal where one was asked for and is needed, and its price."""
+    wanted = settings.diagonal_products is not None and settings.sampling.startswith("diagonal")
+    if not wanted or known_or_none(A) is not None:
+        return None, 0
+    estimate = estimate_diagonal(A, settings.diagonal_products, rng=rng)
+    return estimate, estimate.num_products
+
+
+def _indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
+    """Return the columns to take, and the products that it took to choose them."""
+    n = int(A.shape[0])
+    if settings.indices is not None:
+        return check_indices(settings.indices, n), 0
+    generator = np.random.default_rng(rng)
+    weights, spent = _weights(settings, A, generator)
+    rank = check_count("rank", settings.rank, most=n)
+    drawn = sample_columns(A, rank, sampling=settings.sampling, rng=generator, diagonal=weights)
+    return drawn, spent
+
+
+def _approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments: Any) -> Any:
+    """Return the Nyström approximation of the settings; a rank that grows aims at `aim`."""
+    if settings.indices is not None:
+        return nystrom(A, indices=settings.indices, **arguments)
+    generator = np.random.default_rng(rng)
+    weights, spent = _weights(settings, A, generator)
+    if settings.rank == "auto":
+        arguments |= {"damping": aim if is_positive(aim) else None, "max_rank": settings.max_rank}
+    approx = nystrom(
+        A,
+        settings.rank,
+        sampling=settings.sampling,
+        rng=generator,
+        diagonal=weights,
+        **arguments,
+    )
+    approx.num_products += spent
+    return approx
+
+
+def _is_lossy(inverse: Any) -> bool:
+    """Whether the damping is too small for the streamed form in the precision of the operator."""
+    largest = inverse.eigenvalues[0]
+    if array_namespace(inverse.like).finfo(inverse.dtype).bits >= 64 or is_traced(largest):
+        return False
+    return bool(concrete(inverse.damping < STREAMED_DAMPING * largest))

@@ -1,0 +1,160 @@
+"""A state carried through outer steps in jax: eager, compiled, scanned and mapped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import lowrank_inverse as li
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+from lowrank_inverse_jax import bilevel as hypergradient  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("wide")
+
+RIDGE, N, RANK = 0.01, 12, 6
+SOLVER = li.NystromCG(rank=RANK, max_steps=4, rtol=1e-10)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((30, N)) * np.logspace(0, -1.5, N)
+    return jnp.asarray(X), jnp.asarray(X @ np.ones(N)), jnp.asarray(rng.standard_normal(N))
+
+
+def inner(theta, h, scale=1.0):
+    X, y, _ = data()
+    weights = jax.nn.sigmoid(scale * h)
+    return 0.5 * jnp.mean(weights * (X @ theta - y) ** 2)
+
+
+def outer(theta, h):
+    return 0.5 * jnp.sum((theta - data()[2]) ** 2)
+
+
+def minimiser(h, scale=1.0):
+    X, y, _ = data()
+    weights = jax.nn.sigmoid(scale * h)[:, None] / len(y)
+    return jnp.linalg.solve(X.T @ (weights * X) + RIDGE * jnp.eye(N), X.T @ (weights[:, 0] * y))
+
+
+def step(h, state=None, scale=1.0, **options):
+    theta = minimiser(h, scale)
+    options = {"solver": SOLVER, "ridge": RIDGE, "rng": 0, **options}
+    return hypergradient(inner, outer, theta, h, inner_args=(scale,), state=state, **options)
+
+
+def start():
+    return jnp.linspace(-1, 1, 30)
+
+
+def relative(found, wanted):
+    return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+
+
+def test_compiled_and_eager_loops_keep_one_state():
+    compiled = jax.jit(step)
+    h, state, jitted = start(), None, None
+    for i in range(4):
+        out, fast = step(h, state), compiled(h, jitted)
+        assert relative(fast.grads, out.grads) < 1e-9
+        assert bool(fast.info.refreshed) == bool(out.info.refreshed) == (i == 0)
+        assert int(fast.info.num_products) == int(out.info.num_products)
+        assert int(out.info.num_products) == 4 + (1 if i else 0) + 1 + (0 if i else RANK)
+        state, jitted = out.state, fast.state
+        for a, b in zip(state, jitted, strict=True):
+            assert (a.dtype, a.shape, a.weak_type) == (b.dtype, b.shape, b.weak_type)
+        h = h - 0.1 * out.grads
+
+
+def test_inside_jit_columns_are_made_anew_by_cond_once_the_losses_have_reached_their_price():
+    compiled = jax.jit(step)
+    state = compiled(start()).state
+    other = 3.0 * start()[::-1]
+    for excess, fresh in ((RANK - 0.5, False), (float(RANK), True)):
+        aged = state._replace(excess=jnp.asarray(excess))
+        out = compiled(other, aged)
+        assert bool(out.info.refreshed) == fresh
+        same = bool(jnp.array_equal(out.state.columns, state.columns))
+        assert same != fresh
+        assert int(out.info.num_products) == 6 + RANK * fresh
+        if fresh:
+            H = jax.hessian(inner)(minimiser(other), other)
+            assert relative(out.state.columns, H[:, out.state.indices]) < 1e-12
+            assert float(out.state.excess) == 0
+
+
+def test_a_scan_over_outer_steps_carries_the_state():
+    first = step(start())
+
+    def body(carry, _):
+        h, state = carry
+        out = step(h, state)
+        return (h - 0.1 * out.grads, out.state), out.info.refreshed
+
+    (h, state), refreshed = jax.jit(lambda c: jax.lax.scan(body, c, length=5))(
+        (start() - 0.1 * first.grads, first.state)
+    )
+    loop_h, loop_state = start() - 0.1 * first.grads, first.state
+    for _ in range(5):
+        out = step(loop_h, loop_state)
+        loop_h, loop_state = loop_h - 0.1 * out.grads, out.state
+    assert not refreshed.any()
+    assert relative(h, loop_h) < 1e-9
+    assert relative(state.value, loop_state.value) < 1e-9
+
+
+@pytest.mark.slow
+def test_each_of_a_batch_of_problems_has_a_state_of_its_own():
+    scales = jnp.asarray([0.5, 1.0, 2.0])
+    first = jax.vmap(lambda s: step(start(), None, s))(scales)
+    aged = first.state._replace(excess=jnp.asarray([0.0, RANK, 0.0]))
+    second = jax.vmap(lambda state, s: step(start() + 0.1, state, s))(aged, scales)
+    assert second.info.refreshed.tolist() == [False, True, False]
+    for i, scale in enumerate(scales):
+        single = step(start() + 0.1, jax.tree_util.tree_map(lambda x, i=i: x[i], aged), scale)
+        assert relative(second.grads[i], single.grads) < 1e-8
+
+
+@pytest.mark.parametrize("ridge", [RIDGE, np.linspace(0.01, 0.02, N)], ids=["number", "for each"])
+def test_a_run_interrupted_and_resumed_has_the_same_trajectory_bit_for_bit(ridge, tmp_path):
+    compiled = jax.jit(lambda h, state: step(h, state, ridge=jnp.asarray(ridge)))
+    h, state, trajectory = start(), None, []
+    for i in range(6):
+        if i == 2:
+            state.save(tmp_path / "state.npz")
+            saved = np.asarray(h)
+        out = compiled(h, state)
+        h, state = h - 0.1 * out.grads, out.state
+        trajectory.append(h)
+    h, state = jnp.asarray(saved), li.HypergradientState.load(tmp_path / "state.npz")
+    for i in range(2, 6):
+        out = compiled(h, state)
+        h, state = h - 0.1 * out.grads, out.state
+        assert jnp.array_equal(h, trajectory[i])
+
+
+def test_a_state_from_a_file_goes_into_an_eager_call_too(tmp_path):
+    state = step(start()).state
+    state.save(tmp_path / "state.npz")
+    found = step(start() + 0.1, li.HypergradientState.load(tmp_path / "state.npz"))
+    wanted = step(start() + 0.1, state)
+    assert jnp.array_equal(found.grads, wanted.grads)
+
+
+def test_the_record_explains_itself_outside_of_jit_only():
+    out = jax.jit(lambda h: step(h, solver=li.CG()))(start())
+    assert out.explain().endswith("nothing to warn of")
+    assert "products with the Hessian" in out.info.explain()
+    far = hypergradient(inner, outer, minimiser(start()) + 3.0, start(), solver=li.CG(1e-2))
+    assert {finding.name for finding in far.info.findings()} == {"not_stationary"}
+    with pytest.warns(li.diagnostics.HypergradientWarning, match="Train the inner problem"):
+        far.info.warn()
+    with pytest.raises(TypeError, match="while jax traces"):
+        jax.jit(lambda h: step(h).explain())(start())
+    batch = jax.tree.map(lambda x: jnp.stack([x, x]), far.info)
+    with pytest.raises(ValueError, match=r"one of a batch.*jax\.tree\.map"):
+        batch.explain()

@@ -1,0 +1,413 @@
+"""Minimisers of torch functions, differentiated by the implicit function theorem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lowrank_inverse as li
+from tests.conftest import x64
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+from torch.func import functional_call  # noqa: E402
+
+from lowrank_inverse_torch import bilevel as hypergradient  # noqa: E402
+from lowrank_inverse_torch import implicit_minimizer  # noqa: E402
+
+F64 = torch.float64
+NUM, DIM = 8, 3
+EXACT = li.CG(rtol=1e-14)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.standard_normal((NUM, DIM))), torch.from_numpy(
+        rng.standard_normal(NUM)
+    )
+
+
+X, Y = data()
+
+
+def inner(params: Any, h: Any, x: Tensor) -> Tensor:
+    residual = x @ params["w"] + params["b"] - Y
+    decay = (params["w"] ** 2).sum() + params["b"] ** 2
+    fit = (torch.sigmoid(h["weights"]) * torch.cosh(residual).log()).mean()
+    return fit + 0.5 * h["log_decay"].exp() * decay
+
+
+def flat_inner(theta: Tensor, h: Any, x: Tensor) -> Tensor:
+    return inner({"w": theta[:DIM], "b": theta[DIM]}, h, x)
+
+
+def newton(init: Any, h: Any, x: Tensor) -> Any:
+    """Minimise to the last digit: no graph reaches the result."""
+    theta = torch.cat([init["w"], init["b"].reshape(1)]).detach()
+    z = torch.cat([x, torch.ones(NUM, 1, dtype=F64)], dim=1)
+    decay, weights = h["log_decay"].exp(), torch.sigmoid(h["weights"]) / NUM
+    for _ in range(20):
+        slope = torch.tanh(z @ theta - Y)
+        gradient = z.mT @ (weights * slope) + decay * theta
+        hessian = z.mT @ ((weights * (1 - slope**2))[:, None] * z) + decay * torch.eye(
+            DIM + 1, dtype=F64
+        )
+        theta = theta - torch.linalg.solve(hessian, gradient)
+    return {"w": theta[:DIM], "b": theta[DIM]}
+
+
+def point() -> tuple[Any, Tensor, Tensor]:
+    init = {"w": torch.zeros(DIM, dtype=F64), "b": torch.zeros((), dtype=F64)}
+    weights = torch.linspace(-1, 1, NUM, dtype=F64, requires_grad=True)
+    return init, weights, torch.tensor(-2.0, dtype=F64, requires_grad=True)
+
+
+def outer(params: Any) -> Tensor:
+    return (params["w"] ** 3).sum() + torch.sin(params["b"])
+
+
+def value(weights: Tensor, log_decay: Tensor, x: Tensor = X, solver: Any = EXACT) -> Tensor:
+    init, *_ = point()
+    minimizer = implicit_minimizer(inner, solver=solver, rng=0)(newton)
+    return outer(minimizer(init, {"weights": weights, "log_decay": log_decay}, x))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+# Derivatives.
+
+
+def test_gradcheck_passes_by_hyperparameters_and_arguments():
+    _, weights, log_decay = point()
+    shift = torch.tensor(0.1, dtype=F64, requires_grad=True)
+
+    def shifted(weights: Tensor, log_decay: Tensor, shift: Tensor) -> Tensor:
+        return value(weights, log_decay, X + shift)
+
+    assert torch.autograd.gradcheck(shifted, (weights, log_decay, shift))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        li.Exact(0.05),
+        li.CG(0.05, rtol=1e-14),
+        li.NystromCG(rank=2, damping=0.05, rtol=1e-14),
+        li.Nystrom(rank=DIM + 1, damping=0.05),
+        lambda matvec, b: li.cg(li.FunctionOperator(matvec, DIM + 1, like=b), b, rtol=1e-14).value,
+    ],
+    ids=["exact", "cg", "nystrom-cg", "nystrom", "callable"],
+)
+def test_it_is_the_dense_implicit_formula_wherever_training_ended(solver):
+    _, weights, log_decay = point()
+    theta = torch.linspace(0.3, -0.6, DIM + 1, dtype=F64)  # no minimum
+
+    def train(init: Any, h: Any, x: Tensor) -> Any:
+        return {"w": theta[:DIM], "b": theta[DIM]}
+
+    h = {"weights": weights, "log_decay": log_decay}
+    params = implicit_minimizer(inner, solver=solver, rng=0)(train)(None, h, X)
+    outer(params).backward()
+    at = {name: v.detach() for name, v in h.items()}
+    H = torch.func.hessian(flat_inner)(theta, at, X)
+    H = H + getattr(solver, "damping", 0.0) * torch.eye(DIM + 1, dtype=F64)
+    g = torch.func.grad(lambda t: outer({"w": t[:DIM], "b": t[DIM]}))(theta)
+    mixed = torch.func.jacrev(lambda h: torch.func.grad(flat_inner)(theta, h, X))(at)
+    q = torch.linalg.solve(H, g)
+    assert relative(weights.grad, -mixed["weights"].mT @ q) < 1e-9
+    assert relative(log_decay.grad, -mixed["log_decay"] @ q) < 1e-9
+
+
+def test_it_is_the_hypergradient_of_the_same_losses():
+    init, weights, log_decay = point()
+    params = {
+        k: v.requires_grad_()
+        for k, v in newton(
+            init, {"weights": weights.detach(), "log_decay": log_decay.detach()}, X
+        ).items()
+    }
+    out = hypergradient(
+        lambda: inner(params, {"weights": weights, "log_decay": log_decay}, X),
+        lambda: outer(params),
+        params,
+        [weights, log_decay],
+        solver=EXACT,
+        accumulate_grad=False,
+    )
+    value(weights, log_decay).backward()
+    assert relative(weights.grad, out.grads[0]) < 1e-12
+    assert relative(log_decay.grad, out.grads[1]) < 1e-12
+
+
+def test_torch_and_jax_agree_to_ten_digits():
+    jax = pytest.importorskip("jax", reason="compares with JAX")
+    jnp = jax.numpy
+    from lowrank_inverse_jax import implicit_minimizer as by_jax
+
+    init, weights, log_decay = point()
+    value(weights, log_decay, solver=li.NystromCG(rank=2, rtol=1e-13)).backward()
+    h = {"weights": weights.detach(), "log_decay": log_decay.detach()}
+    minimum = newton(init, h, X)
+
+    with x64(True):
+
+        def jax_inner(params: Any, h: Any) -> Any:
+            residual = jnp.asarray(X.numpy()) @ params["w"] + params["b"] - jnp.asarray(Y.numpy())
+            decay = (params["w"] ** 2).sum() + params["b"] ** 2
+            fit = (jax.nn.sigmoid(h["weights"]) * jnp.log(jnp.cosh(residual))).mean()
+            return fit + 0.5 * jnp.exp(h["log_decay"]) * decay
+
+        @by_jax(jax_inner, solver=li.NystromCG(rank=2, rtol=1e-13), rng=0)
+        def train(init: Any, h: Any) -> Any:
+            return {name: jnp.asarray(v.numpy()) for name, v in minimum.items()}
+
+        def jax_value(h: Any) -> Any:
+            params = train(None, h)
+            return (params["w"] ** 3).sum() + jnp.sin(params["b"])
+
+        found = jax.jit(jax.grad(jax_value))(
+            {name: jnp.asarray(v.numpy()) for name, v in h.items()}
+        )
+        found = {name: np.asarray(v) for name, v in found.items()}
+    assert np.allclose(found["weights"], weights.grad, rtol=1e-10, atol=1e-14)
+    assert np.allclose(found["log_decay"], log_decay.grad, rtol=1e-10, atol=1e-14)
+
+
+# What the loss reads beside its arguments.
+
+
+def test_tensors_and_modules_that_the_loss_closes_over_are_filled_as_well():
+    torch.manual_seed(0)
+    init, weights, log_decay = point()
+    net = nn.Linear(1, 1).double()
+    shift = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    decay = log_decay * 1.0  # no leaf
+
+    def loss(params: Any, unused: Any) -> Tensor:
+        return inner(
+            params, {"weights": net(X[:, :1])[:, 0] + weights, "log_decay": decay}, X + shift
+        )
+
+    @implicit_minimizer(loss, solver=EXACT)
+    def train(init: Any, unused: Any) -> Any:
+        with torch.no_grad():
+            h = {"weights": net(X[:, :1])[:, 0] + weights, "log_decay": log_decay}
+        return newton(init, h, X + shift.detach())
+
+    read = [weights, log_decay, shift, *net.parameters()]
+    unused = torch.zeros(1, dtype=F64, requires_grad=True)
+    outer(train(init, unused)).backward()
+    found = [tensor.grad.clone() for tensor in read]
+    assert not unused.grad.any()
+
+    def of_read(*read: Tensor) -> Tensor:
+        weights, log_decay, shift, a, b = read
+        h = {"weights": (X[:, :1] @ a.mT + b)[:, 0] + weights, "log_decay": log_decay}
+        return outer(implicit_minimizer(inner, solver=EXACT)(newton)(init, h, X + shift))
+
+    wanted = torch.autograd.grad(of_read(*read), read)
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 1e-10
+
+
+def test_an_outer_loop_by_torch_optim_lowers_the_outer_loss():
+    _, weights, log_decay = point()
+    optimizer = torch.optim.Adam([weights, log_decay], lr=0.1)
+    values = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = value(weights, log_decay)
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values == sorted(values, reverse=True)
+
+
+def test_under_no_grad_nothing_is_evaluated():
+    _, weights, log_decay = point()
+    calls = []
+
+    def counted(params: Any, h: Any) -> Tensor:
+        calls.append(1)
+        return inner(params, h, X)
+
+    train = implicit_minimizer(counted, solver=EXACT)(lambda init, h: newton(init, h, X))
+    h = {"weights": weights, "log_decay": log_decay}
+    with torch.no_grad():
+        assert not train(point()[0], h)["w"].requires_grad
+    assert calls == []
+    train(point()[0], h)
+    assert calls == [1]
+
+
+def test_the_result_is_that_of_the_function_with_its_name_and_docstring():
+    def fitted(init: Any, h: Any) -> Any:
+        """Fit."""
+        assert not h["weights"].requires_grad
+        return {**newton(init, h, X), "steps": 20, "seen": torch.arange(3)}
+
+    _, weights, log_decay = point()
+    train = implicit_minimizer(lambda p, h: inner(p, h, X), solver=EXACT)(fitted)
+    assert (train.__name__, train.__doc__) == ("fitted", "Fit.")
+    h = {"weights": weights, "log_decay": log_decay}
+    params = train(point()[0], h)
+    wanted = newton(point()[0], {name: v.detach() for name, v in h.items()}, X)
+    assert torch.equal(params["w"], wanted["w"])
+    assert params["steps"] == 20
+    assert torch.equal(params["seen"], torch.arange(3))
+    assert params["w"].requires_grad
+
+
+def test_init_has_the_derivative_zero():
+    init, weights, log_decay = point()
+    init["w"].requires_grad_()
+    h = {"weights": weights, "log_decay": log_decay}
+    params = implicit_minimizer(inner, solver=EXACT)(newton)(init, h, X)
+    grads = torch.autograd.grad(outer(params), [init["w"], weights], allow_unused=True)
+    assert grads[0] is None
+    assert grads[1] is not None
+
+
+def test_training_may_go_on_from_an_earlier_result():
+    init, weights, log_decay = point()
+    minimizer = implicit_minimizer(inner, solver=EXACT)(newton)
+    grads = []
+    params = init
+    for _ in range(2):
+        params = minimizer(params, {"weights": weights, "log_decay": log_decay}, X)
+        weights.grad = None
+        outer(params).backward()
+        grads.append(weights.grad)
+    assert relative(grads[1], grads[0]) < 1e-10
+
+
+# torch.func.
+
+
+def test_grad_vjp_and_jacrev_of_torch_func_agree_with_backward():
+    init, weights, log_decay = point()
+    value(weights, log_decay).backward()
+    h, s = weights.detach(), log_decay.detach()
+    found = torch.func.grad(value, argnums=(0, 1))(h, s)
+    assert relative(found[0], weights.grad) < 1e-12
+    assert relative(found[1], log_decay.grad) < 1e-12
+    _, pull = torch.func.vjp(lambda h: value(h, s), h)
+    assert relative(pull(torch.tensor(2.0, dtype=F64))[0], 2 * weights.grad) < 1e-12
+    minimizer = implicit_minimizer(inner, solver=EXACT)(newton)
+    jacobian = torch.func.jacrev(lambda h: minimizer(init, {"weights": h, "log_decay": s}, X)["w"])(
+        h
+    )
+    for row in range(DIM):
+        w = minimizer(init, {"weights": weights, "log_decay": s}, X)["w"][row]
+        assert relative(jacobian[row], torch.autograd.grad(w, weights)[0]) < 1e-10
+
+
+def test_vmap_runs_over_a_batch_of_tasks():
+    _, weights, log_decay = point()
+    tasks = torch.stack([X, 0.5 * X, X + 1])
+    h, s = weights.detach(), log_decay.detach()
+    values = torch.func.vmap(lambda x: value(h, s, x))(tasks)
+    grads = torch.func.vmap(torch.func.grad(lambda h, x: value(h, s, x)), in_dims=(None, 0))(
+        h, tasks
+    )
+    for i, x in enumerate(tasks):
+        single = value(weights, s, x)
+        assert relative(values[i], single.detach()) < 1e-12
+        assert relative(grads[i], torch.autograd.grad(single, weights)[0]) < 1e-10
+
+
+# Errors.
+
+
+def test_a_second_derivative_and_forward_mode_are_refused():
+    _, weights, log_decay = point()
+    (grad,) = torch.autograd.grad(value(weights, log_decay), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative\. Leave create_graph=True out"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no forward mode in torch"):
+        torch.func.jvp(lambda h: value(h, log_decay.detach()), (weights.detach(),), (X[:, 0],))
+
+
+def test_a_tensor_changed_in_place_between_the_passes_is_reported():
+    _, weights, log_decay = point()
+    loss = value(weights, log_decay)
+    with torch.no_grad():
+        weights += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_solver_that_is_none_is_refused_at_once():
+    with pytest.raises(TypeError, match="`solver` must be settings"):
+        implicit_minimizer(inner, solver=3)
+
+
+BAD: dict[str, Any] = {
+    "no function": (lambda: implicit_minimizer(3.0, solver=EXACT), "`inner_loss` must be a funct"),
+    "complex argument": (
+        lambda: implicit_minimizer(inner, solver=EXACT)(newton)(None, X.to(torch.complex128)),
+        "`hparams` and `args` must be real; one is torch.complex128",
+    ),
+    "complex result": (
+        lambda: implicit_minimizer(inner, solver=EXACT)(lambda i, h: h.to(torch.complex128))(
+            None, X
+        ),
+        "parameters returned must be real; got torch.complex128",
+    ),
+    "two dtypes": (
+        lambda: (
+            implicit_minimizer(lambda p, h: (p[0].sum() * h).sum() + p[1].sum(), solver=EXACT)(
+                lambda i, h: [h.float(), h]
+            )(None, X.clone().requires_grad_())[1]
+            .sum()
+            .backward()
+        ),
+        "`params` must have one dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize(("run", "message"), BAD.values(), ids=BAD)
+def test_bad_kinds_are_refused_by_name(run, message):
+    with pytest.raises(TypeError, match=message):
+        run()
+
+
+def test_losses_that_cannot_be_differentiated_are_refused_by_name():
+    h = torch.ones(2, dtype=F64, requires_grad=True)
+    for loss, message in (
+        (lambda p, h: p * h, r"`inner_loss` must be a scalar; got shape \(2,\)"),
+        (lambda p, h: (h**2).sum(), "`inner_loss` must depend on `params`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            implicit_minimizer(loss, solver=EXACT)(lambda i, h: 2 * h)(None, h).sum().backward()
+    with pytest.raises(ValueError, match="must return a floating-point tensor"):
+        implicit_minimizer(lambda p, h: h.sum(), solver=EXACT)(lambda i, h: 3)(None, h)
+
+
+def test_a_module_named_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(DIM, 2), nn.BatchNorm1d(2)).double()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    h = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    @implicit_minimizer(
+        lambda p, h: (
+            (functional_call(model, p, (X,)) ** 4).mean()
+            + h * sum((v**2).sum() for v in p.values())
+        ),
+        solver=li.CG(0.1),
+        module=model,
+    )
+    def train(init: Any, h: Any) -> Any:
+        return dict(model.named_parameters())
+
+    sum(v.sum() for v in train(None, h).values()).backward()
+    assert h.grad.isfinite()
+    assert model.training
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,582 @@
+"""What the paper's experiments compare is what it is said to be, and they are kept and judged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the experiments need the extra `torch`")
+pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
+pytest.importorskip("matplotlib", reason="the extra `plot` is missing: no matplotlib")
+
+import torch
+
+import lowrank_inverse as li
+from benchmarks import __main__ as command
+from benchmarks import table5 as speed
+from benchmarks._torch_speed import num_products
+from benchmarks.paper import (
+    _curves,
+    _methods,
+    _runs,
+    _weight_decay,
+    everything,
+    figure1,
+    figure2,
+    figure3,
+    figure4,
+    table5,
+)
+from lowrank_inverse.low_rank.column_sampling import sample_columns
+from tests.conftest import assert_picture
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+N = 12
+TINY = _weight_decay.Setting(
+    dimension=24, examples=60, inner_steps=20, early=2, outer_steps=3, control_steps=2
+)
+
+
+@pytest.fixture
+def system() -> tuple[torch.Tensor, torch.Tensor]:
+    """A definite matrix in float64, and a right-hand side."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(N, N, generator=generator, dtype=torch.float64))[0]
+    b = torch.randn(N, generator=generator, dtype=torch.float64)
+    return (basis * torch.logspace(0, -2, N, dtype=torch.float64)) @ basis.T, b
+
+
+def solve(method: str, A: Any, b: torch.Tensor, k: int, alpha: float = 0.1) -> li.Solution:
+    return _methods.solvers(k, alpha, alpha)[method].prepare(A, rng=3).solve(b)
+
+
+def here(target: str, settings: dict[str, Any]) -> Any:
+    """Call what a process of its own would call."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)(**settings)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Run the cells in this process, with tiny settings; the settings of each that was run."""
+    found: list[dict[str, Any]] = []
+
+    def apart(target: str, settings: dict[str, Any]) -> Any:
+        found.append(settings)
+        return here(target, settings)
+
+    monkeypatch.setattr(_runs, "apart", apart)
+    monkeypatch.setattr(_runs, "use_threads", lambda count: None)
+    monkeypatch.setattr(_weight_decay, "QUICK", TINY)
+    return found
+
+
+def written(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# The methods.
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1.0])
+def test_the_first_step_of_the_papers_cg_is_steepest_descent_at_every_alpha(system, alpha):
+    A, b = system
+    for solver, damping in ((_methods.PaperCG(1, alpha), 0.0), (li.CG(alpha, max_steps=1), alpha)):
+        expected = (b @ b) / (b @ (A @ b) + damping * (b @ b)) * b
+        torch.testing.assert_close(solver.prepare(A).solve(b).value, expected)
+
+
+def test_the_second_step_of_the_papers_cg_goes_the_first_way_again(system):
+    A, b = system
+    for alpha in (0.1, 1.0):
+        step = (b @ b) / (alpha * (b @ (A @ b)))
+        r = b - step * (A @ b)
+        # Along b again, (1 + β) b, with the length that its own rule gives it.
+        second = (r @ r) / (alpha * (b @ (A @ b))) / (1 + (r @ r) / (b @ b))
+        found = solve(_methods.PAPER_CG, A, b, 2, alpha).value
+        torch.testing.assert_close(found, alpha * (step + second) * b)
+    exact = torch.linalg.solve(A + 0.1 * torch.eye(N, dtype=A.dtype), b)
+    cg = solve(_methods.CG, A, b, 2).value
+    assert abs(float(cg @ b / (cg.norm() * b.norm()))) < 0.99
+    first = li.cg(A, b, damping=0.1, rtol=0.0, max_steps=1).value
+    assert (cg - exact).norm() < (first - exact).norm()
+
+
+def test_cg_is_exact_after_n_steps_and_the_papers_is_not(system):
+    A, b = system
+    exact = torch.linalg.solve(A + 0.1 * torch.eye(N, dtype=A.dtype), b)
+    torch.testing.assert_close(solve(_methods.CG, A, b, N).value, exact)
+    undamped = torch.linalg.solve(A, b)
+    for alpha in (0.01, 1.0):
+        found = solve(_methods.PAPER_CG, A, b, N, alpha).value
+        assert (found - undamped).norm() > 0.1 * undamped.norm()
+
+
+@pytest.mark.parametrize("method", [_methods.PAPER_NYSTROM, _methods.NYSTROM])
+def test_both_forms_of_nystrom_are_the_dense_inverse_in_float64(system, method):
+    A, b = system
+    K = sample_columns(A, 5, rng=3)
+    H, C = A.numpy(), A.numpy()[:, K]
+    low_rank = C @ np.linalg.inv(H[np.ix_(K, K)]) @ C.T
+    expected = np.linalg.inv(low_rank + 0.1 * np.eye(N)) @ b.numpy()
+    np.testing.assert_allclose(solve(method, A, b, 5).value.numpy(), expected, rtol=1e-9)
+
+
+def test_the_papers_neumann_series_has_one_term_more_than_steps_and_no_damping(system):
+    A, b = system
+    contraction = np.eye(N) - 0.1 * A.numpy()
+    series = 0.1 * sum(np.linalg.matrix_power(contraction, j) for j in range(6))
+    found = solve(_methods.PAPER_NEUMANN, A, b, 5).value
+    np.testing.assert_allclose(found.numpy(), series @ b.numpy(), rtol=1e-12)
+
+
+def test_the_safe_neumann_series_and_nystrom_cg_approach_the_damped_inverse(system):
+    A, b = system
+    exact = torch.linalg.solve(A + 0.1 * torch.eye(N, dtype=A.dtype), b)
+    for method in (_methods.NEUMANN, _methods.NYSTROM_CG):
+        errors = [float((solve(method, A, b, k).value - exact).norm()) for k in (2, 6, 18)]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 0.2 * exact.norm()
+    torch.testing.assert_close(solve(_methods.IDENTITY, A, b, 5).value, b)
+
+
+@pytest.mark.parametrize("method", _methods.METHODS)
+def test_every_method_has_k_products_and_at_most_one_to_judge_itself(system, method):
+    A, b = system
+    k, count = 6, 0
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1 if v.ndim == 1 else v.shape[1]
+        return A @ v
+
+    solve(method, li.FunctionOperator(product, N, like=b), b, k)
+    if method == _methods.IDENTITY:
+        assert count <= 1
+    elif method == _methods.NEUMANN:  # finds its step by eight more
+        assert count <= k + 9
+    else:
+        assert k <= count <= k + 1
+    assert set(_methods.PAPER_METHODS.values()) <= set(_methods.METHODS)
+
+
+# Runs that are kept.
+
+
+def options_of(folder: Path, **more: Any) -> Any:
+    return types.SimpleNamespace(output=folder, device="cpu", workers=1, **more)
+
+
+def test_runs_that_are_done_are_not_run_again_and_changed_ones_are(tmp_path, monkeypatch):
+    called = []
+
+    def apart(target: str, settings: dict[str, Any]) -> Any:
+        called.append(settings["x"])
+        return {"twice": 2 * settings["x"]}
+
+    monkeypatch.setattr(_runs, "apart", apart)
+    monkeypatch.setattr(_runs, "use_threads", lambda count: None)
+    cells = {"a": {"x": 1}, "b": {"x": 2}}
+    found, about = _runs.run_all("name", "m:f", cells, options_of(tmp_path))
+    assert found == {"a": {"twice": 2}, "b": {"twice": 4}}
+    assert about["device"] == "cpu"
+    again, _ = _runs.run_all("name", "m:f", cells, options_of(tmp_path))
+    assert (again, called) == (found, [1, 2])
+    changed, _ = _runs.run_all("name", "m:f", cells | {"b": {"x": 5}}, options_of(tmp_path))
+    assert (changed["b"], called) == ({"twice": 10}, [1, 2, 5])
+
+
+def test_a_run_that_fails_or_is_interrupted_loses_none_that_is_done(tmp_path, monkeypatch):
+    called, outcome = [], {"failed": "ValueError: no"}
+
+    def apart(target: str, settings: dict[str, Any]) -> Any:
+        called.append(settings["x"])
+        if settings["x"] == 2:
+            if outcome is None:
+                raise KeyboardInterrupt
+            return outcome
+        return {"x": settings["x"]}
+
+    monkeypatch.setattr(_runs, "apart", apart)
+    monkeypatch.setattr(_runs, "use_threads", lambda count: None)
+    cells = {name: {"x": x} for x, name in enumerate("abc", 1)}
+    with pytest.raises(SystemExit, match=r"1 of 3 runs failed\. b: ValueError: no"):
+        _runs.run_all("name", "m:f", cells, options_of(tmp_path))
+    outcome, called[:] = None, []
+    with pytest.raises(KeyboardInterrupt):
+        _runs.run_all("name", "m:f", cells, options_of(tmp_path))
+    assert called == [2]
+    outcome = {"x": 2}
+    found, _ = _runs.run_all("name", "m:f", cells, options_of(tmp_path))
+    assert (sorted(found), called) == (["a", "b", "c"], [2, 2])
+
+
+def test_options_and_verdicts_are_checked(capsys):
+    parser = _runs.parser("figure2", "about", seeds=5, data=False)
+    assert _runs.parse(parser, []).seeds == 5
+    with pytest.raises(SystemExit, match="2"):
+        _runs.parse(parser, ["--workers", "0"])
+    assert "--workers must be at least 1; got 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`verdict` must be one of the three"):
+        _runs.claim("it is so", "it is", "yes")
+    told = _runs.told([_runs.claim("it is so", "it is", _runs.SUPPORTED)])
+    assert told.splitlines() == ["Paper: it is so", "Here:  it is", "→ supported"]
+    assert _runs.spread([1.0, 3.0], ".1f") == "2.0 ± 1.0"
+
+
+# Figure 1.
+
+
+def test_the_verdict_on_figure_1_counts_the_matrices():
+    def errors(five: float) -> dict[str, list[float]]:
+        names = figure1.approximations(0)
+        return {n: [five if n.startswith("Nyström") else 0.5] for n in names}
+
+    both = figure1.judge({"a": errors(0.01), "b": errors(0.02)})
+    assert [c["verdict"] for c in both] == [_runs.SUPPORTED] * 2
+    one = figure1.judge({"a": errors(0.01), "b": errors(0.9)})
+    assert [c["verdict"] for c in one] == [_runs.IN_PART] * 2
+    none = figure1.judge({"a": errors(0.2), "b": errors(0.9)})
+    assert [c["verdict"] for c in none] == [_runs.NOT_SUPPORTED, _runs.IN_PART]
+
+
+# Figures 2, 3 and 4.
+
+
+def test_the_inner_problem_is_descended_along_its_own_gradient():
+    problem = _weight_decay.Problem(1, TINY)
+    with torch.no_grad():
+        problem.phi.copy_(torch.linspace(0, 2, TINY.dimension))
+    losses = problem.descend()
+    found = problem.theta.detach().clone()
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert losses[-1] == pytest.approx(problem.cross_entropy().item())
+    with torch.no_grad():
+        problem.theta.zero_()
+    for _ in range(TINY.inner_steps):
+        (gradient,) = torch.autograd.grad(problem.inner(), problem.theta)
+        with torch.no_grad():
+            problem.theta -= TINY.inner_rate * gradient
+    torch.testing.assert_close(found, problem.theta.detach())
+
+
+def test_the_exact_hypergradient_is_that_of_autograd_with_the_ridge_inside_or_outside():
+    problem = _weight_decay.Problem(2, TINY)
+    problem.descend()
+    q, exact = problem.exact()
+    found = _weight_decay.hypergradient(problem, _weight_decay.EXACT, 5, 0.01, 0)
+    torch.testing.assert_close(found.grads, exact.float(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.ihvp, q.float(), rtol=1e-4, atol=1e-7)
+    # With all columns and hardly a damping, what is left is the ridge, which has to be φ.
+    closed = _weight_decay.hypergradient(
+        problem, _weight_decay.KNOWN_RIDGE, TINY.dimension, 1e-6, 0
+    )
+    torch.testing.assert_close(closed.grads, exact.float(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_controlled_step_has_the_length_it_is_said_to_have():
+    setting = _weight_decay.Setting(
+        dimension=8, examples=30, outer_steps=1, control_steps=1, least_decay=-10.0
+    )
+    problem = _weight_decay.Problem(0, setting)
+
+    def length(method: str, control: str | float) -> tuple[float, Any]:
+        curve = _weight_decay.follow(problem, method, 5, 0.1, control, 0)
+        return float((problem.phi.detach() - 1).norm()), curve
+
+    identity = _methods.IDENTITY
+    moved, own = length(identity, _weight_decay.OWN)
+    assert moved == pytest.approx(own.norms[0], rel=1e-4)
+    assert length(identity, 0.3)[0] == pytest.approx(0.3, rel=1e-4)
+    moved, exact = length(identity, _weight_decay.AS_EXACT)
+    assert moved == pytest.approx(exact.exact_norms[0], rel=1e-4)
+    _, nystrom = length(_methods.PAPER_NYSTROM, _weight_decay.OWN)
+    moved, _ = length(identity, _weight_decay.AS_NYSTROM)
+    assert moved == pytest.approx(nystrom.norms[0], rel=1e-4)
+    assert nystrom.norms[0] != pytest.approx(own.norms[0], rel=0.05)
+
+
+def test_a_run_that_diverges_is_cut_short_and_said_to():
+    problem = _weight_decay.Problem(0, _weight_decay.Setting(dimension=8, examples=30))
+    curve = _weight_decay.follow(problem, _methods.IDENTITY, 5, 0.01, 1e6, 0)
+    assert len(curve.validation) < 10
+    assert np.isfinite(curve.validation).all()
+    losses = _curves.losses([vars(curve), {"validation": [0.5] * 20}], 10)
+    assert losses == [np.inf, 0.5]
+    assert _curves.entry(losses) == "diverges, 1 of 2"
+    assert _curves.entry([0.5, 0.7], ".1f") == "0.6 ± 0.1"
+
+
+def test_a_loss_is_lower_where_it_is_by_more_than_both_deviations():
+    lower = _curves.lower
+    assert lower([1.0, 1.2], [[2.0, 2.2], [np.inf, 1.0]]) == _runs.SUPPORTED
+    assert lower([1.0, 2.0], [[1.1, 2.2], [9.0, 9.0]]) == _runs.IN_PART
+    assert lower([1.0, 2.0], [[1.0, 1.0], [9.0, 9.0]]) == _runs.NOT_SUPPORTED
+    assert lower([1.0, np.inf], [[5.0, 5.0]]) == _runs.NOT_SUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("second", "verdict"),
+    [
+        (0.32, _runs.SUPPORTED),
+        (0.38, _runs.IN_PART),
+        (0.6, _runs.NOT_SUPPORTED),
+        (np.inf, _runs.NOT_SUPPORTED),
+    ],
+)
+def test_a_choice_makes_no_difference_within_a_tenth_of_the_gain(second, verdict):
+    values = {"k = 5": [0.3, 0.3], "k = 10": [second, second]}
+    assert _curves.steady("paper", values, [0.7, 0.7])["verdict"] == verdict
+
+
+def test_figure_2_runs_from_end_to_end_and_is_not_run_twice(tmp_path, calls, capsys):
+    arguments = ["--quick", "--seeds", "2", "--workers", "1", "--output", str(tmp_path)]
+    assert figure2.main(arguments) == 0
+    assert [settings["seed"] for settings in calls] == [0, 1]
+    results = written(tmp_path, "figure2")
+    text = (tmp_path / "figure2.txt").read_text(encoding="utf-8")
+    assert len(results["claims"]) == 3
+    assert _runs.told(results["claims"]) in text
+    assert_picture(tmp_path / "figure2.png")
+    methods = _weight_decay.METHODS
+    assert len(results["curves"]) == len(methods) * len(figure2.CONTROLS)
+    own = results["curves"][_weight_decay.label(_methods.CG, 5, 0.01)]
+    assert [len(curve["validation"]) for curve in own] == [TINY.outer_steps + 1] * 2
+    assert own[0]["validation"] != own[1]["validation"]
+    assert all(text.count(f"\n{method} ") >= 2 for method in methods[1:])
+    assert figure2.main(arguments) == 0
+    assert len(calls) == 2
+    assert written(tmp_path, "figure2")["claims"] == results["claims"]
+
+
+@pytest.mark.parametrize(("figure", "runs"), [(figure3, 3), (figure4, 3)])
+def test_figures_3_and_4_have_a_curve_for_every_choice(tmp_path, calls, figure, runs):
+    name = figure.__name__.rsplit(".", 1)[1]
+    assert figure.main(["--quick", "--seeds", "1", "--output", str(tmp_path)]) == 0
+    results = written(tmp_path, name)
+    assert len(results["curves"]) == runs * len(_weight_decay.METHODS)
+    exact = [curves for key, curves in results["curves"].items() if key.startswith("exact")]
+    assert exact[0] == exact[1] == exact[2]
+    assert all(c["verdict"] and c["ours"] for c in results["claims"])
+    assert_picture(tmp_path / f"{name}.png")
+    assert len(calls) == 1
+
+
+def test_figure_3_counts_the_pairs_in_which_nystrom_is_lower():
+    def curves(nystrom: float) -> Any:
+        found = {}
+        for method in _weight_decay.METHODS:
+            for alpha in figure3.ALPHAS:
+                last = nystrom if method == _methods.PAPER_NYSTROM and alpha < 1 else 0.5
+                curve = {"validation": [0.7, last], "norms": [2.0], "exact_norms": [1.0]}
+                found[_weight_decay.label(method, 5, alpha)] = [curve]
+        return found
+
+    setting = _weight_decay.Setting(early=1)
+    most, robust = figure3.judge(curves(0.3), setting)
+    assert most["verdict"] == _runs.SUPPORTED
+    assert "in 4 of 6 pairs" in most["ours"]
+    assert robust["verdict"] == _runs.NOT_SUPPORTED
+    most, robust = figure3.judge(curves(0.5), setting)
+    assert (most["verdict"], robust["verdict"]) == (_runs.NOT_SUPPORTED, _runs.SUPPORTED)
+
+
+# Table 5.
+
+
+def measurement(method: str, k: int, per_product: float, graph: float = 10.0) -> dict[str, Any]:
+    """A measurement of a method that needs its products' time and as much memory as it holds."""
+    held = {table5.TOGETHER: graph * k, table5.STORED: graph + k}.get(method, graph)
+    return {"seconds": num_products(method, k) * per_product, "mib": held}
+
+
+def test_table_5_is_measured_kept_and_judged(tmp_path, monkeypatch):
+    called = []
+
+    def apart(target: str, settings: dict[str, Any]) -> Any:
+        called.append(target)
+        if target.endswith(":prepare"):
+            graph = {"n": 100, "mib": 10.0, "product": [0.1, 0.1, 0.3]}
+            return graph | {"lowest": -0.1, "highest": 1.0}
+        if settings["method"] == table5.SPARING and settings["k"] == 20:
+            return {"left out": "too long", "n": 100}
+        return measurement(settings["method"], settings["k"], 0.1)
+
+    monkeypatch.setattr(speed, "apart", apart)
+    monkeypatch.setattr(table5, "use_threads", lambda count: None)
+    monkeypatch.setattr(speed, "has_peers", lambda: False)
+    assert table5.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert len(called) == 1 + 3 * 6
+    results = written(tmp_path, "paper_table5")
+    faster, memory, sparing = results["claims"]
+    # As many products as CG's take as long as CG.
+    assert faster["verdict"] == _runs.NOT_SUPPORTED
+    assert "1 x (2.20 s against 2.20 s)" in faster["ours"]
+    assert memory["verdict"] == _runs.SUPPORTED
+    assert "all columns at a time: 20 x; one column at a time: 3 x" in memory["ours"]
+    assert sparing["verdict"] == _runs.IN_PART
+    assert "23 s, left out, by its 233 products" in sparing["ours"]
+    text = (tmp_path / "paper_table5.txt").read_text(encoding="utf-8")
+    assert "left out, too long" in text
+    assert "hypergrad Nyström" not in text
+    assert not (tmp_path / "table5.json").exists()
+    assert_picture(tmp_path / "paper_table5.png")
+    assert table5.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert len(called) == 1 + 3 * 6
+
+
+def test_table_5_does_not_judge_what_failed():
+    measured = {
+        f"wrn, {method}, k = {k}": measurement(method, k, 0.1)
+        for method in table5.METHODS
+        for k in table5.RANKS
+    }
+    assert table5.judge(measured)[1]["verdict"] == _runs.SUPPORTED
+    for k in table5.RANKS:  # three times the memory at the last
+        measured[f"wrn, {table5.SPARING}, k = {k}"] |= {"mib": 30.0 if k == 20 else 10.0}
+        measured[f"wrn, {table5.SPARING}, k = {k}"] |= {"seconds": 1e3}
+    assert table5.judge(measured)[2]["verdict"] == _runs.IN_PART
+    ours, theirs = (measured[f"wrn, {form}, k = 20"] for form in (table5.STORED, table5.TOGETHER))
+    for times, verdict in (
+        ((2.0, 2.0), _runs.NOT_SUPPORTED),
+        ((0.5, 2.0), _runs.IN_PART),
+        ((0.5, 0.5), _runs.SUPPORTED),
+    ):
+        ours["seconds"], theirs["seconds"] = times
+        assert table5.judge(measured)[0]["verdict"] == verdict
+    measured["wrn, CG, k = 20"] = {"failed": "no memory"}
+    with pytest.raises(SystemExit, match="CG, k = 20 failed: no memory"):
+        table5.judge(measured)
+
+
+# All of them.
+
+
+class Fakes:
+    """Experiments that write what they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.called: list[tuple[str, list[str]]] = []
+        self.outcomes: dict[str, Any] = {}
+        names = ("one", "two", "three")
+        experiments = {
+            name.title(): everything.Experiment(name, f"result_{name}") for name in names
+        }
+        monkeypatch.setattr(everything, "EXPERIMENTS", experiments)
+        for name in names:
+            module = types.ModuleType(f"fake_{name}")
+            module.main = lambda arguments, name=name: self.run(name, arguments)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            monkeypatch.setitem(command.COMMANDS, name, (module.__name__, "a fake"))
+
+    def run(self, name: str, arguments: list[str]) -> int:
+        self.called.append((name, arguments))
+        outcome = self.outcomes.get(name, 0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        folder = Path(arguments[arguments.index("--output") + 1])
+        claims = [_runs.claim(f"{name} holds", f"it does, {'very ' * 30}", _runs.SUPPORTED)]
+        content = {"claims": [] if outcome == "no claims" else claims}
+        (folder / f"result_{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        return outcome if isinstance(outcome, int) else 0
+
+    def names(self) -> list[str]:
+        found = [name for name, _ in self.called]
+        self.called.clear()
+        return found
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    return Fakes(monkeypatch)
+
+
+def test_all_experiments_end_in_one_summary_and_are_not_run_again(tmp_path, fakes, capsys):
+    arguments = ["--quick", "--data-dir", "there", "--output", str(tmp_path)]
+    assert command.main(["paper", *arguments]) == 0
+    expected = ["--quick", "--data-dir", "there", "--device", "cpu", "--workers", "2"]
+    assert fakes.called[0] == ("one", [*expected, "--output", str(tmp_path)])
+    assert fakes.names() == ["one", "two", "three"]
+    summary = written(tmp_path, "paper")["experiments"]
+    assert list(summary) == ["One", "Two", "Three"]
+    assert summary["Two"]["claims"][0]["verdict"] == "supported"
+    assert all(found["seconds"] > 0 for found in summary.values())
+    text = (tmp_path / "paper.txt").read_text(encoding="utf-8")
+    assert "Verdicts: 3 supported, 0 in part, 0 not supported." in text
+    assert max(map(len, text.split("\n\nVerdicts")[0].splitlines())) < 135
+    assert everything.main(arguments) == 0
+    assert fakes.names() == []
+    assert written(tmp_path, "paper")["experiments"] == summary
+    (tmp_path / "result_two.json").unlink()
+    assert everything.main(arguments) == 0
+    assert fakes.names() == ["two"]
+    assert everything.main(["--only", "Three", "--output", str(tmp_path)]) == 0
+    assert fakes.names() == ["three"]  # the full setting is another one
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [
+        (SystemExit("put the data there"), "put the data there"),
+        (SystemExit(2), "it ended with 2"),
+        (ValueError("no such thing"), "no such thing"),
+        (3, "it ended with 3"),
+        ("no claims", "has no claims"),
+    ],
+)
+def test_one_that_fails_is_named_and_the_next_one_begins(tmp_path, fakes, capsys, outcome, reason):
+    fakes.outcomes["two"] = outcome
+    assert everything.main(["--output", str(tmp_path)]) == 1
+    assert fakes.names() == ["one", "two", "three"]
+    assert "Failed: Two." in capsys.readouterr().out
+    summary = written(tmp_path, "paper")["experiments"]
+    assert reason in summary["Two"]["failed"]
+    assert "claims" in summary["Three"]
+    assert "failed" in (tmp_path / "paper.txt").read_text(encoding="utf-8")
+    fakes.outcomes.clear()
+    assert everything.main(["--output", str(tmp_path)]) == 0
+    assert fakes.names() == ["two"]
+
+
+def test_an_older_result_is_not_taken_for_that_of_a_run_that_failed(tmp_path, fakes):
+    (tmp_path / "result_two.json").write_text('{"claims": []}', encoding="utf-8")
+    fakes.outcomes["two"] = ValueError("no")
+    assert everything.main(["--output", str(tmp_path)]) == 1
+    assert not (tmp_path / "result_two.json").exists()
+
+
+def test_an_interruption_says_what_is_left_and_is_taken_up_there(tmp_path, fakes, capsys):
+    fakes.outcomes["two"] = KeyboardInterrupt()
+    assert everything.main(["--output", str(tmp_path)]) == everything.INTERRUPTED
+    assert fakes.names() == ["one", "two"]
+    assert "Interrupted. Left: Two, Three." in capsys.readouterr().out
+    assert not (tmp_path / "paper.json").exists()
+    fakes.outcomes.clear()
+    assert everything.main(["--output", str(tmp_path)]) == 0
+    assert fakes.names() == ["two", "three"]
+
+
+def test_the_experiments_of_the_paper_are_commands_and_take_their_options(tmp_path):
+    options = types.SimpleNamespace(
+        quick=True, data_dir=Path("d"), device="cpu", workers=2, output=tmp_path
+    )
+    for name, experiment in everything.EXPERIMENTS.items():
+        if experiment.command in command.COMMANDS:
+            arguments = everything.arguments_of(experiment, options)
+            assert ("--data-dir" in arguments) == name.startswith(
+                ("Table 2", "Table 3", "Table 4", "Table 6")
+            )
+    assert {"figure1", "figure2", "figure3", "figure4", "paper-table5", "paper"} <= set(
+        command.COMMANDS
+    )
+    with pytest.raises(RuntimeError, match="there is no such command"):
+        everything.call("table0", [])

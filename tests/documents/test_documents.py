@@ -1,0 +1,100 @@
+"""What the documents show is run, and what they list is complete."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import lowrank_inverse as li
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+TASKS = {"hypercleaning", "weight_decay", "loss_weights", "imaml", "distillation"}
+FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax", "sklearn"}
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def run_blocks(page):
+    """Run the Python blocks of a page one after the other, each in the names of those before."""
+    names = {}
+    for block in map(textwrap.dedent, BLOCK.findall(page.read_text(encoding="utf-8"))):
+        for framework in FRAMEWORKS.intersection(re.findall(r"\w+", block)):
+            pytest.importorskip(framework, reason=f"the page shows {framework}")
+        if re.search(r"^import numpy", block, re.MULTILINE):
+            names = {}
+        exec(compile(block, page.name, "exec"), names)
+        yield names
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, id=p.stem) for p in PAGES if p.stem not in TASKS],
+)
+def test_every_python_block_of_a_page_runs_and_leaves_finite_answers(page):
+    for names in run_blocks(page):
+        for solution in (value for value in names.values() if isinstance(value, li.Solution)):
+            assert float(abs(solution.value).max()) < float("inf")
+
+
+def test_the_readme_system_has_an_error_below_its_certificate():
+    names = next(run_blocks(ROOT / "README.md"))
+    assert 0 < names["error"] <= names["x"].error_bound < 0.1 * abs(names["x"].value).sum()
+
+
+def test_the_guide_to_hypergradients_ends_with_a_small_residual():
+    pytest.importorskip("torch", reason="the guide shows PyTorch, which is not installed")
+    *_, names = run_blocks(ROOT / "docs" / "guides" / "hypergradients.md")
+    assert names["out"].info.relative_residual < 0.1
+    assert names["decayed"].info.relative_residual < 0.1
+
+
+def answers(page):
+    """Return the names after the last block of each framework."""
+    for name in ("torch", "jax", "optax"):
+        pytest.importorskip(name, reason=f"the page shows {name}")
+    blocks = map(textwrap.dedent, BLOCK.findall(page.read_text(encoding="utf-8")))
+    for block in blocks:
+        names = {}
+        exec(compile(block, page.name, "exec"), names)
+        yield names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_what_the_guide_to_a_task_promises_holds_in_both_frameworks(task):
+    found = list(answers(ROOT / "docs" / "guides" / f"{task}.md"))
+    assert len(found) == 2
+    for names in found:
+        if task == "hypercleaning":
+            assert names["right_weight"] > names["wrong_weight"] + 0.2
+        else:
+            assert names["values"][-1] < 0.8 * names["values"][0]
+        if task == "weight_decay":
+            assert names["useless"] > names["useful"] + 1
+            assert names["out"].info.relative_residual < 0.05
+        if task == "loss_weights":
+            assert names["helpful"] > names["noise"]
+        if task == "distillation":
+            assert names["accuracy"] > 0.9
+        if task in ("hypercleaning", "distillation"):
+            assert names["out"].info.findings() == ()
+
+
+@pytest.mark.parametrize(
+    "package", ["lowrank_inverse", "lowrank_inverse_torch", "lowrank_inverse_jax"]
+)
+def test_every_public_name_has_its_place_in_the_reference(package):
+    module = pytest.importorskip(package, reason=f"{package} cannot be imported here")
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    listed = set(re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in pages), re.M))
+    missing = [
+        name
+        for name in module.__all__
+        if not any(
+            entry.startswith(package + ".") and entry.endswith(f".{name}") for entry in listed
+        )
+    ]
+    assert missing == []
