@@ -13,7 +13,7 @@ import numpy as np
 
 import lowrank_inverse as li
 from lowrank_inverse.low_rank.column_sampling import sample_columns
-from lowrank_inverse_jax import bilevel as hypergradient
+from lowrank_inverse_jax import hypergradient
 
 jax.config.update("jax_enable_x64", True)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from lowrank_inverse_torch import bilevel as hypergradient
+from lowrank_inverse_torch import hypergradient
 
 
 class TorchCleaning:

@@ -90,7 +90,7 @@ def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> 
     from torch.nn import functional as F
 
     from benchmarks.paper._inner import against, descend, initialize, outputs
-    from lowrank_inverse_torch import bilevel as hypergradient
+    from lowrank_inverse_torch import hypergradient
 
     setting = Setting(**{**sizes, "widths": tuple(sizes["widths"])})
     train_x, train_y, test_x, test_y = load_mnist(Path(data_dir))

@@ -93,7 +93,7 @@ def run(
     from torch.nn import functional as F
 
     from benchmarks.paper._inner import against, descend, initialize, outputs
-    from lowrank_inverse_torch import bilevel as hypergradient
+    from lowrank_inverse_torch import hypergradient
 
     setting = Setting(**sizes)
     images = load_omniglot(Path(data_dir), Path(cache), setting.side)

@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
 pytest.importorskip("sklearn", reason="the experiments need scikit-learn's digits: extra `dev`")
 
-from benchmarks import influence, leaveoneout  # noqa: E402
-from lowrank_inverse.influence.metrics import leave_one_out  # noqa: E402
-from tests.conftest import assert_picture  # noqa: E402
+from benchmarks import influence, leaveoneout
+from lowrank_inverse.influence.metrics import leave_one_out
+from tests.conftest import assert_picture
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 

@@ -17,8 +17,8 @@ pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm 
 pytest.importorskip("matplotlib", reason="the extra `plot` is missing: matplotlib")
 torch = pytest.importorskip("torch", reason="the experiments need the extra `torch`")
 
-from benchmarks import _mnist  # noqa: E402
-from benchmarks.paper import (  # noqa: E402
+from benchmarks import _mnist
+from benchmarks.paper import (
     _inner,
     _learned,
     _methods,
@@ -28,7 +28,7 @@ from benchmarks.paper import (  # noqa: E402
     table2,
     table3,
 )
-from tests.conftest import assert_picture  # noqa: E402
+from tests.conftest import assert_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

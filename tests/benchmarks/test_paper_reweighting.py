@@ -10,13 +10,13 @@ torch = pytest.importorskip("torch", reason="the experiments need the extra `tor
 pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
 pytest.importorskip("matplotlib", reason="the extra `plot` is missing: matplotlib")
 
-from benchmarks import _cifar, _images  # noqa: E402
-from benchmarks.paper import _reweighting, table4, table6  # noqa: E402
-from benchmarks.paper._methods import IDENTITY, METHODS, NYSTROM  # noqa: E402
-from benchmarks.paper._reference import Minres  # noqa: E402
-from benchmarks.paper._runs import IN_PART, NOT_SUPPORTED, SUPPORTED  # noqa: E402
-from benchmarks.paper._verdicts import above, comparable, verdict  # noqa: E402
-from tests.conftest import assert_picture  # noqa: E402
+from benchmarks import _cifar, _images
+from benchmarks.paper import _reweighting, table4, table6
+from benchmarks.paper._methods import IDENTITY, METHODS, NYSTROM
+from benchmarks.paper._reference import Minres
+from benchmarks.paper._runs import IN_PART, NOT_SUPPORTED, SUPPORTED
+from benchmarks.paper._verdicts import above, comparable, verdict
+from tests.conftest import assert_picture
 
 TINY = replace(
     _reweighting.QUICK, network="cnn-2", largest=20, batch=8, inner_steps=6, outer_every=3,

@@ -143,7 +143,7 @@ def by_numpy(case: Case, dtype: str) -> Answer:
 
 def by_torch(case: Case, dtype: str) -> Answer:
     torch = pytest.importorskip("torch")
-    from lowrank_inverse_torch import bilevel as hypergradient
+    from lowrank_inverse_torch import hypergradient
 
     torch.set_num_threads(1)
     d = data(dtype)
@@ -191,7 +191,7 @@ def by_jax(case: Case, dtype: str, *, jit: bool = True) -> Answer:
     jax = pytest.importorskip("jax")
     import jax.numpy as jnp
 
-    from lowrank_inverse_jax import bilevel as hypergradient
+    from lowrank_inverse_jax import hypergradient
 
     d = data(dtype)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from lowrank_inverse_jax import bilevel as hypergradient
+from lowrank_inverse_jax import hypergradient
 from tests.conftest import x64
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_HIDDEN, NUM_OUTPUTS = 6, 3, 2, 2

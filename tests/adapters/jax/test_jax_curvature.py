@@ -9,14 +9,14 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
-from jax.flatten_util import ravel_pytree  # noqa: E402
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-import lowrank_inverse as li  # noqa: E402
-from lowrank_inverse_jax import GaussNewtonOperator, HessianOperator, hessian_columns, hvp  # noqa: E402
-from lowrank_inverse_jax.parameters import as_parameters  # noqa: E402
-from tests.adapters.jax.jax_oracle import Counted, N, Problem, flat, forward, inner, relative  # noqa: E402
-from tests.conftest import x64  # noqa: E402
+import lowrank_inverse as li
+from lowrank_inverse_jax import GaussNewtonOperator, HessianOperator, hessian_columns, hvp
+from lowrank_inverse_jax.parameters import as_parameters
+from tests.adapters.jax.jax_oracle import Counted, N, Problem, flat, forward, inner, relative
+from tests.conftest import x64
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -9,11 +9,11 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
-from jax.flatten_util import ravel_pytree  # noqa: E402
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-import lowrank_inverse_jax as lij  # noqa: E402
-from tests.conftest import x64  # noqa: E402
+import lowrank_inverse_jax as lij
+from tests.conftest import x64
 
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 SOLVERS = {

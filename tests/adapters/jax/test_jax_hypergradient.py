@@ -14,11 +14,13 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from lowrank_inverse_jax import HessianOperator  # noqa: E402
-from lowrank_inverse_jax import bilevel as hypergradient  # noqa: E402
-from tests.adapters.jax.jax_oracle import (  # noqa: E402
+from lowrank_inverse_jax import (
+    HessianOperator,
+    hypergradient,
+)
+from tests.adapters.jax.jax_oracle import (
     N,
     Problem,
     Tree,

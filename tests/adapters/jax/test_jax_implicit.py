@@ -11,11 +11,11 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from lowrank_inverse_jax import implicit_minimizer  # noqa: E402
-from tests.adapters.jax.jax_oracle import Counted, compilations, relative  # noqa: E402
-from tests.conftest import x64  # noqa: E402
+from lowrank_inverse_jax import implicit_minimizer
+from tests.adapters.jax.jax_oracle import Counted, compilations, relative
+from tests.conftest import x64
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -9,11 +9,11 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
-from jax.flatten_util import ravel_pytree  # noqa: E402
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-from lowrank_inverse_jax.parameters import Parameters, as_parameters  # noqa: E402
-from tests.conftest import x64  # noqa: E402
+from lowrank_inverse_jax.parameters import Parameters, as_parameters
+from tests.conftest import x64
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -12,10 +12,10 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from lowrank_inverse_jax import as_lineax, as_solve  # noqa: E402
-from tests.adapters.jax.jax_oracle import relative  # noqa: E402
+from lowrank_inverse_jax import as_lineax, as_solve
+from tests.adapters.jax.jax_oracle import relative
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -9,9 +9,9 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from lowrank_inverse_jax import bilevel as hypergradient  # noqa: E402
+from lowrank_inverse_jax import hypergradient
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -11,12 +11,14 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from lowrank_inverse_jax import HessianOperator  # noqa: E402
-from lowrank_inverse_jax import bilevel as hypergradient  # noqa: E402
-from lowrank_inverse_jax.bilevel import Hypergradient, HypergradientInfo  # noqa: E402
-from tests.adapters.jax.jax_oracle import (  # noqa: E402
+from lowrank_inverse_jax import (
+    HessianOperator,
+    hypergradient,
+)
+from lowrank_inverse_jax.bilevel import Hypergradient, HypergradientInfo
+from tests.adapters.jax.jax_oracle import (
     Counted,
     N,
     Problem,
@@ -26,7 +28,7 @@ from tests.adapters.jax.jax_oracle import (  # noqa: E402
     outer,
     relative,
 )
-from tests.conftest import x64  # noqa: E402
+from tests.conftest import x64
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -12,13 +12,15 @@ import lowrank_inverse as li
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.func import functional_call  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowrank_inverse_torch import bilevel as hypergradient  # noqa: E402
-from lowrank_inverse_torch import implicit_minimizer  # noqa: E402
+from lowrank_inverse_torch import (
+    hypergradient,
+    implicit_minimizer,
+)
 
 NUM, DIM = 8, 4
 

@@ -12,16 +12,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lowrank_inverse_torch.curvature.operators import (  # noqa: E402
+from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
     hessian_columns,
     hvp,
 )
-from lowrank_inverse_torch.parameters import as_parameters  # noqa: E402
+from lowrank_inverse_torch.parameters import as_parameters
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -9,10 +9,10 @@ import lowrank_inverse as li
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch.nn.functional as F
+from torch import nn
 
-import lowrank_inverse_torch as lit  # noqa: E402
+import lowrank_inverse_torch as lit
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SOLVERS = {

@@ -15,12 +15,14 @@ import lowrank_inverse as li
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.func import functional_call  # noqa: E402
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from lowrank_inverse_torch import HessianOperator  # noqa: E402
-from lowrank_inverse_torch import bilevel as hypergradient  # noqa: E402
+from lowrank_inverse_torch import (
+    HessianOperator,
+    hypergradient,
+)
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES, NUM_HIDDEN = 8, 3, 2, 4
 N = NUM_HIDDEN * (NUM_FEATURES + 1) + NUM_CLASSES * (NUM_HIDDEN + 1)

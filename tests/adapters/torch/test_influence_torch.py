@@ -17,9 +17,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import (  # noqa: E402
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import (
     BatchSampler,
     DataLoader,
     IterableDataset,
@@ -28,8 +28,8 @@ from torch.utils.data import (  # noqa: E402
     WeightedRandomSampler,
 )
 
-import lowrank_inverse as li  # noqa: E402
-from lowrank_inverse_torch import InfluenceFunction  # noqa: E402
+import lowrank_inverse as li
+from lowrank_inverse_torch import InfluenceFunction
 
 NUM_TRAIN, NUM_QUERY, NUM_FEATURES, NUM_CLASSES = 14, 5, 4, 3
 DAMPING = 0.05

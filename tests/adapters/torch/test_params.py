@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lowrank_inverse_torch.parameters import Parameters, as_parameters  # noqa: E402
+from lowrank_inverse_torch.parameters import Parameters, as_parameters
 
 
 def mlp() -> torch.nn.Module:

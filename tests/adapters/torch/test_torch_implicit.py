@@ -12,11 +12,13 @@ from tests.conftest import x64
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
-from torch.func import functional_call  # noqa: E402
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from lowrank_inverse_torch import bilevel as hypergradient  # noqa: E402
-from lowrank_inverse_torch import implicit_minimizer  # noqa: E402
+from lowrank_inverse_torch import (
+    hypergradient,
+    implicit_minimizer,
+)
 
 F64 = torch.float64
 NUM, DIM = 8, 3

@@ -11,10 +11,13 @@ import lowrank_inverse as li
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from lowrank_inverse_torch import HessianOperator, as_solve  # noqa: E402
-from lowrank_inverse_torch import bilevel as hypergradient  # noqa: E402
+from lowrank_inverse_torch import (
+    HessianOperator,
+    as_solve,
+    hypergradient,
+)
 
 F64 = torch.float64
 DIM, NUM = 4, 12

@@ -13,9 +13,9 @@ from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
 
 torch = pytest.importorskip("torch")
 
-from torch.nn.functional import cross_entropy  # noqa: E402
+from torch.nn.functional import cross_entropy
 
-from lowrank_inverse_torch import bilevel as hypergradient  # noqa: E402
+from lowrank_inverse_torch import hypergradient
 
 RIDGE = 0.01
 

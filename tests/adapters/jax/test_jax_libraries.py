@@ -11,11 +11,14 @@ import lowrank_inverse as li
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from lowrank_inverse_jax import HessianOperator, implicit_minimizer  # noqa: E402
-from lowrank_inverse_jax import bilevel as hypergradient  # noqa: E402
-from tests.adapters.jax.jax_oracle import (  # noqa: E402
+from lowrank_inverse_jax import (
+    HessianOperator,
+    hypergradient,
+    implicit_minimizer,
+)
+from tests.adapters.jax.jax_oracle import (
     Counted,
     Problem,
     data_term,
