@@ -63,6 +63,5 @@ class TorchCleaning:
             ridge=self.ridge,
             state=state,
             rng=seed,
-            accumulate_grad=False,
             chunk_size=50,
         )

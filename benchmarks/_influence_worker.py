@@ -93,8 +93,8 @@ def own(name: str) -> Callable[[Problem], Outcome]:
             "default": ("hessian", None),
             "rtol 1e-4": ("hessian", li.NystromCG(rank=50, rtol=1e-4)),
             "CG": ("hessian", li.CG(rtol=1e-4)),
-            "Nyström 50": ("hessian", li.Nystrom(rank=50)),
-            "Nyström 200": ("hessian", li.Nystrom(rank=200)),
+            "Nyström 50": ("hessian", li.Nystrom(rank=50, damping=1e-2)),
+            "Nyström 200": ("hessian", li.Nystrom(rank=200, damping=1e-2)),
             "Gauss-Newton": ("ggn", None),
             "gradient product": ("hessian", li.Identity()),
         }

@@ -24,7 +24,6 @@ def ours(problem: Reweighting, damping: float, step: float, k: int) -> dict[str,
             problem.model,
             problem.w,
             solver=solver,
-            accumulate_grad=False,
             rng=0,
             chunk_size=chunk_size,
         )

@@ -41,8 +41,10 @@ FORMS: dict[str, Callable[[np.ndarray, np.ndarray, float, np.ndarray], np.ndarra
     "Algorithm 1, chunk 1": lambda H, K, rho, v: (
         li.nystrom(H, indices=K).inverse(rho, chunk_size=1) @ v
     ),
-    "chunked, chunk 5": lambda H, K, rho, v: li.chunked_inverse(H, K, rho, chunk_size=5) @ v,
-    "streamed": lambda H, K, rho, v: li.streamed_inverse(H, K, rho, chunk_size=RANK) @ v,
+    "chunked, chunk 5": lambda H, K, rho, v: (
+        li.chunked_inverse(H, K, damping=rho, chunk_size=5) @ v
+    ),
+    "streamed": lambda H, K, rho, v: li.streamed_inverse(H, K, damping=rho, chunk_size=RANK) @ v,
 }
 
 

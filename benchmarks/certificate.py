@@ -30,12 +30,12 @@ INVERSES = (None, "uniform", "rpcholesky", "greedy", "gaussian")
 def answers(A: np.ndarray, b: np.ndarray, damping: float, seed: int) -> dict[str, np.ndarray]:
     """Approximate solutions to certify."""
     solvers = {
-        "Nyström, k = 20": li.Nystrom(20, damping),
-        "CG, 3 steps": li.CG(damping, max_steps=3),
-        "CG, 15 steps": li.CG(damping, max_steps=15),
-        "Nyström-CG, 2 steps": li.NystromCG(20, damping, max_steps=2),
-        "Neumann, 10 terms": li.Neumann(damping),
-        "zero": li.Identity(1e-30),
+        "Nyström, k = 20": li.Nystrom(rank=20, damping=damping),
+        "CG, 3 steps": li.CG(damping=damping, max_steps=3),
+        "CG, 15 steps": li.CG(damping=damping, max_steps=15),
+        "Nyström-CG, 2 steps": li.NystromCG(rank=20, damping=damping, max_steps=2),
+        "Neumann, 10 terms": li.Neumann(damping=damping),
+        "zero": li.Identity(scale=1e-30),
     }
     return {name: li.solve(A, b, solver=solver, rng=seed).value for name, solver in solvers.items()}
 
@@ -60,7 +60,7 @@ def ratios(seed: int, dtype: str) -> dict[str, list[tuple[float, float]]]:
                     if sampling is not None:
                         approx = li.nystrom(A, RANK, sampling=sampling, rng=seed + 1)
                         inverse = approx.inverse(damping)
-                    bounds = li.certify(A, x, b, damping, inverse=inverse)
+                    bounds = li.certify(A, b, x, damping=damping, inverse=inverse)
                     found[str(sampling)].append(
                         (float(bounds.error_bound / true[0]), float(bounds.energy_bound / true[1]))
                     )

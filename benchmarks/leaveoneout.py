@@ -113,7 +113,7 @@ def influence_function(digits: Digits, theta: np.ndarray, l2: float) -> Influenc
         return nn.functional.cross_entropy(output, target, reduction="none")
 
     train = torch.tensor(digits.train_x), torch.tensor(digits.train_y)
-    return InfluenceFunction(model, loss, train, l2=l2, solver=li.NystromCG(rank=50), rng=0)
+    return InfluenceFunction(model, loss, train, ridge=l2, solver=li.NystromCG(rank=50), rng=0)
 
 
 def draw(digits: Digits, scores: np.ndarray, queries: np.ndarray, path: Path) -> None:

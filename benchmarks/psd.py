@@ -137,7 +137,7 @@ def by_sampling(
     system: System, b: np.ndarray, rank: int, rtol: float, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Measure CG and each choice of columns."""
-    solvers: dict[str, Any] = {"CG": li.CG(system.damping, rtol=rtol, max_steps=MAX_STEPS)}
+    solvers: dict[str, Any] = {"CG": li.CG(damping=system.damping, rtol=rtol, max_steps=MAX_STEPS)}
     for sampling in SAMPLINGS:
         solvers[sampling] = solver_at(rank, sampling, system.damping, rtol)
     return {

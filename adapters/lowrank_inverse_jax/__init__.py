@@ -7,7 +7,7 @@ except ImportError as error:
         'lowrank_inverse_jax needs JAX. Install it with: pip install "lowrank-inverse[jax]"'
     ) from error
 
-from lowrank_inverse_jax.bilevel import Hypergradient, HypergradientInfo, hypergradient
+from lowrank_inverse_jax.bilevel import Hypergradient, hypergradient
 from lowrank_inverse_jax.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -22,7 +22,6 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "Hypergradient",
-    "HypergradientInfo",
     "InfluenceFunction",
     "as_lineax",
     "as_solve",

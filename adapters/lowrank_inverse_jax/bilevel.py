@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +11,10 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from lowrank_inverse.arrays.checks import describe
-from lowrank_inverse.bilevel import diagnostics
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
-from lowrank_inverse.bilevel.info import hypergradient_info
+from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
+from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse.bilevel.state import HypergradientState
-from lowrank_inverse.low_rank.column_memory import StoragePlan
 from lowrank_inverse.results.solution import Solution
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
@@ -25,8 +23,8 @@ from lowrank_inverse_jax.parameters import Parameters, as_parameters
 __all__ = ["Hypergradient", "HypergradientInfo", "hypergradient"]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
+jax.tree_util.register_dataclass(
+    HypergradientInfo,
     data_fields=[
         "num_products",
         "relative_residual",
@@ -41,58 +39,6 @@ __all__ = ["Hypergradient", "HypergradientInfo", "hypergradient"]
     ],
     meta_fields=["hparams_without_path", "storage"],
 )
-@dataclasses.dataclass(frozen=True)
-class HypergradientInfo:
-    """What a hypergradient cost, and how far it is to be trusted: a pytree.
-
-    Attributes
-    ----------
-    num_products : int
-        Products with the inner Hessian.
-    relative_residual : array, shape ()
-        Residual norm of the linear system over the norm of the outer gradient.
-    inner_grad_norm : array, shape ()
-        Of the inner problem, ridge included: the formula assumes 0.
-    negative_curvature : array of bool, shape ()
-        Whether the solver met negative curvature of Hessian plus ridge plus damping.
-    rank : int or None
-        Columns or eigenvalues that the solver kept, where it has any.
-    hparams_without_path : tuple of str
-        Hyperparameters on which neither loss depends; their gradient is zero. Static.
-    num_steps, reason : array of int, shape ()
-        Steps of the solver, and the code of the :class:`lowrank_inverse.Reason` why it ended.
-    refreshed : bool or None
-        Whether NystromCG computed its columns in this call, rather than keep those of the state.
-    inner_step, error_bound : array, shape ()
-        As in :class:`lowrank_inverse.bilevel.info.HypergradientInfo`.
-    storage : StoragePlan or None
-        How the columns of a Nystrom solver were held. Static.
-    """
-
-    num_products: Any
-    relative_residual: Any
-    inner_grad_norm: Any
-    negative_curvature: Any
-    rank: Any
-    hparams_without_path: tuple[str, ...]
-    num_steps: Any = None
-    reason: Any = None
-    refreshed: Any = None
-    inner_step: Any = None
-    error_bound: Any = None
-    storage: StoragePlan | None = None
-
-    def findings(self) -> tuple[diagnostics.Finding, ...]:
-        """Return what is wrong; see :func:`lowrank_inverse.bilevel.diagnostics.findings`."""
-        return diagnostics.findings(self)
-
-    def explain(self) -> str:
-        """Say in a few lines how it went, what is wrong, and what to do about it."""
-        return diagnostics.explain(self)
-
-    def warn(self) -> None:
-        """Issue a warning for each finding."""
-        diagnostics.warn(self)
 
 
 class Hypergradient(NamedTuple):
@@ -139,7 +85,7 @@ def hypergradient(
     inner_args: tuple[Any, ...] = (),
     outer_args: tuple[Any, ...] = (),
     has_aux: bool = False,
-    solver: Any,
+    solver: Any = None,
     ridge: Any = None,
     state: HypergradientState | Solution | None = None,
     key: Any = None,
@@ -161,7 +107,7 @@ def hypergradient(
     has_aux : bool
         The losses return ``(scalar, aux)``.
     solver : settings such as ``lowrank_inverse.Nystrom(...)``, or callable ``solve(matvec, b)``
-        With the damping it adds to the Hessian.
+        With the damping it adds to the Hessian. Default: ``NystromCG(rank=20, max_steps=20)``.
     ridge : float, array, structure of `params`, or callable (hparams) -> one of these, optional
         Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
         `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) array or in
@@ -173,8 +119,8 @@ def hypergradient(
     key : jax PRNG key, optional
         From which columns are drawn uniformly, also inside ``jax.jit``.
     rng : int or numpy.random.Generator, optional
-        Host seed of the columns: the same as in NumPy and torch. Inside ``jax.jit`` they are
-        drawn once, when the function is traced.
+        Host seed of the columns: the same as in NumPy and torch. Default: 0. Inside
+        ``jax.jit`` they are drawn once, when the function is traced.
     chunk_size : int
         Hessian products taken at a time; see `HessianOperator`.
 
@@ -212,7 +158,11 @@ def hypergradient(
     -0.75 0.0
     """
     theta, phi = as_parameters(params), as_parameters(hparams, name="hparams")
-    settings = solver if key is None else _with_drawn_columns(solver, key, rng, theta.n)
+    settings = default_solver(solver)
+    if key is not None:
+        settings = _with_drawn_columns(settings, key, rng, theta.n)
+    elif rng is None:
+        rng = 0
     ridge_of = ridge if callable(ridge) else lambda hparams: ridge
     inner_value = _value(inner_loss, "inner_loss", has_aux)
     outer_value = _value(outer_loss, "outer_loss", has_aux)
@@ -262,7 +212,7 @@ def hypergradient(
         implicit=phi.restore(implicit),
         ihvp=theta.restore(result.solution.value),
         state=result.state,
-        info=HypergradientInfo(**info._asdict()),
+        info=info,
         solution=result.solution,
         aux=aux,
     )
@@ -302,9 +252,7 @@ def _with_drawn_columns(solver: Any, key: Any, rng: Any, n: int) -> Any:
             f"`key` draws a number of columns that is known; got rank={solver.rank!r}. Find the "
             "rank outside, or use `rng`."
         )
-    if solver.rank > n:
-        raise ValueError(f"`rank` must be from 1 to {n}; got {solver.rank}.")
-    drawn = jax.random.choice(key, n, (solver.rank,), replace=False)
+    drawn = jax.random.choice(key, n, (min(solver.rank, n),), replace=False)
     return dataclasses.replace(solver, indices=drawn)
 
 

@@ -17,7 +17,7 @@ __all__ = ["as_lineax", "as_solve"]
 
 
 def as_solve(
-    solver: Any, *, rng: Any = None, sign: int | None = None
+    solver: Any, *, rng: Any = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
     """Return ``solve(matvec, b) -> x`` on pytrees, such as jaxopt's implicit differentiation takes.
 
@@ -66,7 +66,7 @@ def as_solve(
     return solve
 
 
-def as_lineax(solver: Any, *, rng: Any = None) -> Any:
+def as_lineax(solver: Any, *, rng: Any = 0) -> Any:
     """Return a lineax solver, for ``lineax.linear_solve`` and ``optimistix.ImplicitAdjoint``.
 
     Parameters

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_inverse.solvers.base import as_settings
+from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
 from lowrank_inverse_jax.parameters import as_parameters
 
@@ -17,7 +17,7 @@ __all__ = ["implicit_minimizer"]
 
 
 def implicit_minimizer(
-    inner_loss: Callable[..., Any], *, solver: Any, rng: Any = None, chunk_size: int = 8
+    inner_loss: Callable[..., Any], *, solver: Any = None, rng: Any = 0, chunk_size: int = 8
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make the result of a training function differentiable by its hyperparameters.
 
@@ -60,7 +60,7 @@ def implicit_minimizer(
     >>> print(jax.grad(lambda h: train(0.0, h))(1.0))
     -0.75
     """
-    settings = as_settings(solver)
+    settings = default_solver(solver)
     value = scalar(inner_loss, name="inner_loss")
 
     def decorator(train: Callable[..., Any]) -> Callable[..., Any]:

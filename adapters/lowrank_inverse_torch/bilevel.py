@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,11 +62,11 @@ def hypergradient(
     params: Any,
     hparams: Any,
     *,
-    solver: Any,
+    solver: Any = None,
     ridge: Any = None,
     state: HypergradientState | Solution | None = None,
-    accumulate_grad: bool = True,
-    rng: Any = None,
+    accumulate_grad: bool = False,
+    rng: Any = 0,
     chunk_size: int = 1,
     module: Modules | None = None,
 ) -> Hypergradient:
@@ -85,7 +86,7 @@ def hypergradient(
     hparams : Module, Tensor, iterable of tensors, or pytree
         φ. Those that neither loss depends on get zeros, and are named in the info.
     solver : settings such as ``lowrank_inverse.Nystrom(...)``, or callable ``solve(matvec, b)``
-        With the damping it adds to the Hessian.
+        With the damping it adds to the Hessian. Default: ``NystromCG(rank=20, max_steps=20)``.
     ridge : float, Tensor, or structure of `params`, optional
         Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
         `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) tensor or in
@@ -95,9 +96,10 @@ def hypergradient(
         ``.state`` of an earlier call, which CG and NystromCG continue; the Solution of a similar
         system is a start too.
     accumulate_grad : bool
-        Add the result to ``.grad`` of the hyperparameters, as ``backward()`` would.
+        Also add the result to ``.grad`` of the hyperparameters, as ``backward()`` would.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns that the solver samples.
+        Seed of the columns that the solver samples: the same call gives the same answer. None
+        for fresh entropy.
     chunk_size : int
         Hessian products taken at a time; see `HessianOperator`.
     module : Module or iterable of Modules, optional
@@ -177,7 +179,8 @@ def hypergradient(
         implicit=_restore(hparams, result.implicit),
         ihvp=params.restore(result.solution.value),
         state=result.state,
-        info=info._replace(
+        info=replace(
+            info,
             relative_residual=info.relative_residual.item(),
             inner_grad_norm=info.inner_grad_norm.item(),
             negative_curvature=bool(info.negative_curvature),

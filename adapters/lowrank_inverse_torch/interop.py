@@ -16,7 +16,7 @@ __all__ = ["as_solve"]
 
 
 def as_solve(
-    solver: Any, *, rng: Any = None, sign: int | None = None
+    solver: Any, *, rng: Any = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
     """Return ``solve(matvec, b) -> x`` on structures of tensors, such as TorchOpt takes.
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lowrank_inverse.bilevel.ridge import inverse_product
-from lowrank_inverse.solvers.base import as_settings
+from lowrank_inverse.bilevel.ridge import default_solver, inverse_product
 from lowrank_inverse_torch.curvature.gradient_graph import graph_nodes
 from lowrank_inverse_torch.curvature.operators import HessianOperator, Modules
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched
@@ -34,8 +33,8 @@ _FORWARD = (
 def implicit_minimizer(
     inner_loss: Callable[..., Tensor],
     *,
-    solver: Any,
-    rng: Any = None,
+    solver: Any = None,
+    rng: Any = 0,
     chunk_size: int = 1,
     module: Modules | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -98,7 +97,7 @@ def implicit_minimizer(
     >>> print(h.grad.item())
     -0.75
     """
-    settings = as_settings(solver)
+    settings = default_solver(solver)
     if not callable(inner_loss):
         raise TypeError(
             f"`inner_loss` must be a function; got {type(inner_loss).__name__}. Pass the function, "
@@ -285,7 +284,7 @@ class _Adjoint(torch.autograd.Function):
             name="inner_loss",
         )
         b = H.params.flatten(cotangents)
-        solution, _ = inverse_product(H, b, solver=problem.settings, rng=problem.rng)
+        solution = inverse_product(H, b, solver=problem.settings, rng=problem.rng).solution
         by = [t for t, want in zip([*arguments, *problem.read], wanted, strict=True) if want]
         parts = H.vjp(-solution.value, by)
         return tuple(

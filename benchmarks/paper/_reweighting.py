@@ -162,7 +162,6 @@ class Reweighting:
             solver=solver,
             ridge=self.setting.weight_decay,
             rng=seed,
-            accumulate_grad=False,
         )
 
     def outer_batch(self) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,6 @@ def hypergradient(problem: Problem, method: str, k: int, alpha: float, rng: int)
         problem.phi,
         solver=inverse(method, k, alpha),
         ridge=problem.phi if closed else None,  # (ridge / 2) θ², the same half
-        accumulate_grad=False,
         rng=rng,
         chunk_size=problem.setting.dimension if method == EXACT else 1,
     )

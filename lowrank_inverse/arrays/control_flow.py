@@ -54,3 +54,8 @@ def while_loop(
             return state
         for _ in range(check_every):
             state = body(state)
+
+
+def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
+    """Return what one of two functions returns, as ``jax.lax.cond``, for a traced `predicate`."""
+    return sys.modules["jax"].lax.cond(predicate, on_true, on_false)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_finite
-from lowrank_inverse.bilevel.ridge import smallest_shift, solve_with_state
-from lowrank_inverse.bilevel.state import HypergradientState, adopt
+from lowrank_inverse.bilevel.ridge import default_solver, inverse_product, smallest_shift
+from lowrank_inverse.bilevel.state import HypergradientState
 from lowrank_inverse.results.solution import Solution
-from lowrank_inverse.solvers.base import PreparedInverse, as_settings
+from lowrank_inverse.solvers.base import PreparedInverse
 
 
 class ImplicitGradient(NamedTuple):
@@ -21,6 +21,7 @@ class ImplicitGradient(NamedTuple):
     solution: Solution
     inverse: PreparedInverse
     state: HypergradientState
+    refreshed: Any
     shift: Any
 
 
@@ -30,9 +31,9 @@ def implicit_gradient(
     mixed_vjp: Callable[[Array], Sequence[Array | None]],
     direct: Sequence[Array | None],
     *,
-    solver: Any,
+    solver: Any = None,
     ridge: Any = None,
-    rng: RNG = None,
+    rng: RNG = 0,
     state: HypergradientState | Solution | None = None,
 ) -> ImplicitGradient:
     """Evaluate ``direct - mixed_vjp((H + ridge + damping)^{-1} outer_grad)`` (Eq. 3 of [1]_).
@@ -62,13 +63,11 @@ def implicit_gradient(
        Differentiation. AISTATS 2023.
     """
     check_finite("gradient of the outer loss", outer_grad)
-    solution, inverse, following = solve_with_state(
-        as_settings(solver), H, outer_grad, ridge, rng, adopt(state, outer_grad)
-    )
-    implicit = [None if part is None else -part for part in mixed_vjp(solution.value)]
+    product = inverse_product(H, outer_grad, solver=solver, ridge=ridge, rng=rng, state=state)
+    implicit = [None if part is None else -part for part in mixed_vjp(product.solution.value)]
     grads = [_sum(d, i) for d, i in zip(direct, implicit, strict=True)]
-    shift = smallest_shift(as_settings(solver), ridge, outer_grad)
-    return ImplicitGradient(grads, implicit, solution, inverse, following, shift)
+    shift = smallest_shift(default_solver(solver), ridge, outer_grad)
+    return ImplicitGradient(grads, implicit, *product, shift)
 
 
 def _sum(a: Array | None, b: Array | None) -> Array | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from array_api_compat import array_namespace
 
@@ -14,8 +15,11 @@ from lowrank_inverse.low_rank.column_memory import StoragePlan
 from lowrank_inverse.results.solution import Reason
 
 
-class HypergradientInfo(NamedTuple):
+@dataclass(frozen=True)
+class HypergradientInfo:
     """What a hypergradient cost, and how far it is to be trusted.
+
+    Python numbers from torch; arrays of shape () from jax, where it is a pytree.
 
     Attributes
     ----------
@@ -114,7 +118,7 @@ def hypergradient_info(
         rank=inverse.rank,
         num_steps=solution.num_steps,
         reason=solution.reason,
-        refreshed=None if inverse.factor is None else inverse.factor.refreshed,
+        refreshed=result.refreshed,
         inner_step=step,
         error_bound=xp.where(bounded, solution.residual_norm / safe / scale, nan),
         storage=inverse.storage,

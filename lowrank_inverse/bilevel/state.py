@@ -12,7 +12,7 @@ from lowrank_inverse._io import replace_file
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_finite, describe, namespace
 from lowrank_inverse.arrays.conversion import astype, eps, is_traced, like_device, to_host
-from lowrank_inverse.bilevel.column_reuse import Factor
+from lowrank_inverse.bilevel.column_reuse import ReusedColumns
 from lowrank_inverse.results.solution import Reason, Solution, code, ended
 
 NUM_SETTLING = 3
@@ -141,9 +141,9 @@ def adopt(state: Any, b: Array) -> Any:
 
 
 def next_state(
-    state: Any, solution: Solution, factor: Factor | None = None, start_norm: Array | None = None
+    state: Any, solution: Solution, reused: ReusedColumns | None = None
 ) -> HypergradientState:
-    """Return the state for the call after that which gave `solution` with `factor`.
+    """Return the state for the call after that which gave `solution` with the columns `reused`.
 
     Parameters
     ----------
@@ -151,15 +151,14 @@ def next_state(
         What this call was given.
     solution : Solution
         Of one right-hand side.
-    factor : Factor, optional
+    reused : ReusedColumns, optional
         The columns used.
-    start_norm : array, shape ()
-        Norm of the residual before the first step.
     """
     x = solution.value
     xp = array_namespace(x)
     value = xp.where(xp.all(xp.isfinite(x)), x, xp.zeros_like(x))
-    if factor is None or factor.columns is None or start_norm is None:
+    start_norm = solution.initial_residual_norm
+    if reused is None or reused.columns is None or start_norm is None or x.ndim == 2:
         return HypergradientState(value)
     steps = astype(solution.num_steps, x.dtype)
     # Below rounding there is nothing left to fall, and no log of 0.
@@ -172,7 +171,7 @@ def next_state(
     ran = steps > 0
     speed = xp.where(ran, fall / xp.where(ran, steps, one), zero)
 
-    fresh = xp.asarray(factor.refreshed, device=like_device(x)) | (zero > 0)
+    fresh = xp.asarray(reused.refreshed, device=like_device(x)) | (zero > 0)
     kept = isinstance(state, HypergradientState) and state.rate is not None
     rate, excess, age = zero, zero, 0 * solution.reason
     if kept:
@@ -188,12 +187,12 @@ def next_state(
     excess = excess + lost
     excess = xp.where(fresh | (excess < 0), zero, excess)
     broken = ended(solution.reason, Reason.INDEFINITE_PRECONDITIONER, Reason.NONFINITE)
-    rank = factor.columns.shape[1]
+    rank = reused.columns.shape[1]
     excess = xp.where(broken & ~fresh, code(excess, rank), excess)
     return HypergradientState(
         value,
-        factor.columns,
-        _as_array(factor.indices, x),
+        reused.columns,
+        _as_array(reused.indices, x),
         xp.where(settling, slowest, rate),
         excess,
         age,

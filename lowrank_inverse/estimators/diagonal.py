@@ -33,7 +33,7 @@ class DiagonalEstimate(NamedTuple):
 
 
 @quietly
-def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = None) -> DiagonalEstimate:
+def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = 0) -> DiagonalEstimate:
     """Estimate the diagonal of `A` from products with random vectors.
 
     Parameters

@@ -26,9 +26,9 @@ class InfluenceBase(Workings):
     """Influence of the training examples on the loss of others [1]_, [2]_.
 
     With g_q the gradient of a query, g_i that of a training example and H the mean curvature:
-    ``score[q, i] = g_q.T (H + (l2 + damping) I)^{-1} g_i``. Positive is helpful: without example i
-    the loss of the query would rise, by about ``score / num_train``. The ``InfluenceFunction`` of
-    each framework derives from this class.
+    ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``. Positive is helpful: without
+    example i the loss of the query would rise, by about ``score / num_train``. The
+    ``InfluenceFunction`` of each framework derives from this class.
 
     References
     ----------
@@ -135,8 +135,8 @@ class InfluenceBase(Workings):
         Returns
         -------
         array, shape (n_train,)
-            ``g_i.T (H + (l2 + damping) I)^{-1} g_i``, at least 0. Mislabelled examples have large
-            ones.
+            ``g_i.T (H + (ridge + damping) I)^{-1} g_i``, at least 0. Mislabelled examples have
+            large ones.
 
         Notes
         -----
@@ -181,8 +181,8 @@ class InfluenceBase(Workings):
 
         Notes
         -----
-        The problem without them is ``1 / num_train * sum of the others + l2 / 2 * sum(params **
-        2)``: neither divisor nor l2 change. One solve, however many queries.
+        The problem without them is ``1 / num_train * sum of the others + ridge / 2 * sum(params **
+        2)``: neither divisor nor ridge change. One solve, however many queries.
         """
         chosen = check_indices(indices, self._train.num)
         weights = np.zeros(self._train.num)
@@ -195,7 +195,7 @@ class InfluenceBase(Workings):
         return array_namespace(parts[0]).concat(parts, axis=0)
 
     def inverse_product(self, G: Array) -> Array:
-        """Apply ``(H + (l2 + damping) I)^{-1}`` to a vector or a block.
+        """Apply ``(H + (ridge + damping) I)^{-1}`` to a vector or a block.
 
         Parameters
         ----------
@@ -235,7 +235,7 @@ class InfluenceBase(Workings):
         record = {
             "solver": to_record(self._solver),
             "curvature": self._curvature,
-            "l2": self._l2,
+            "ridge": self._ridge,
             "damping": self._damping,
             "seed": self._seed,
             "parameters": digest(self._backend.vector()),
@@ -262,14 +262,14 @@ class InfluenceBase(Workings):
     @property
     def info(self) -> InfluenceInfo:
         """Cost and trust; see `InfluenceInfo`."""
-        gradient = self._operator.gradient + self._l2 * self._backend.vector()
+        gradient = self._operator.gradient + self._ridge * self._backend.vector()
         residual, steps, message = self._solution or (None, None, "nothing solved yet")
         prepared = self._factor._inverse
         return InfluenceInfo(
             num_train=self._train.num,
             num_params=self._backend.n,
             curvature=self._curvature,
-            l2=self._l2,
+            ridge=self._ridge,
             damping=self._damping,
             loss=self._loss,
             gradient_norm=float(column_norm(gradient)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from lowrank_inverse.operators.base import Operator, block_width
 from lowrank_inverse.operators.composition import shifted
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, ended
-from lowrank_inverse.solvers.base import PreparedInverse, as_settings, has_damping
+from lowrank_inverse.solvers.base import PreparedInverse, as_settings
 from lowrank_inverse.solvers.direct import Exact, Identity
 from lowrank_inverse.solvers.iterative import CG, Neumann
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
@@ -73,13 +73,13 @@ class KeptColumns(Operator):
 
 
 class Factor:
-    """``(A + (l2 + damping) I)^{-1}`` by the settings of a solver.
+    """``(A + (ridge + damping) I)^{-1}`` by the settings of a solver.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
     solver : settings, or callable ``solve(matvec, b)``
-    l2, damping : float
+    ridge, damping : float
     seed : int
         Of the columns.
     name : str
@@ -95,21 +95,26 @@ class Factor:
         A: Any,
         solver: Any,
         *,
-        l2: float,
+        ridge: float,
         damping: float,
         seed: int,
         name: str,
         source: Any = None,
         kept: KeptColumns | None = None,
     ) -> None:
-        self.solver, self.l2, self.damping, self.seed, self.name = solver, l2, damping, seed, name
-        settings = as_settings(solver)
+        self.solver, self.ridge, self.damping, self.seed, self.name = (
+            solver,
+            ridge,
+            damping,
+            seed,
+            name,
+        )
+        settings: Any = as_settings(solver)
         stored = getattr(settings, "storage", "stored") == "stored"
         source = source if isinstance(settings, NystromCG) else None
         self.A = KeptColumns(A, source, keep=stored) if kept is None else kept
-        self.takes_damping = has_damping(settings)
-        if self.takes_damping:
-            settings = replace(settings, damping=l2 + damping)
+        if is_dataclass(settings) and hasattr(settings, "damping"):
+            settings = replace(settings, damping=0.0)  # type: ignore[type-var]  # it is added to A
         self.settings = settings
         self._inverse: PreparedInverse | None = None
 
@@ -117,7 +122,7 @@ class Factor:
     def inverse(self) -> PreparedInverse:
         """What the settings become, prepared when first used."""
         if self._inverse is None:
-            A = self.A if self.takes_damping else shifted(self.A, self.l2 + self.damping)
+            A = shifted(self.A, self.ridge + self.damping)
             self._inverse = self.settings.prepare(A, rng=self.seed)
         return self._inverse
 
@@ -134,11 +139,11 @@ class Factor:
         return solution
 
     def _indefinite(self, b: Array) -> str:
-        total = self.l2 + self.damping
+        total = self.ridge + self.damping
         value, residual, largest = lowest_ritz(self.A, self.seed, b)
         enough = max(MARGIN * (residual - value), eps(b) ** 0.5 * largest)
         parts = [f"the {self.name}"]
-        parts += [f"l2 = {self.l2:g}"] if self.l2 else []
+        parts += [f"ridge = {self.ridge:g}"] if self.ridge else []
         parts += [f"damping = {self.damping:g}"]
         matrix = f"{parts[0]} (with {' and '.join(parts[1:])})"
         if value + total > 0:  # rounding, or the search was too short
@@ -148,8 +153,8 @@ class Factor:
             matrix = f"{matrix} is not positive definite; its"
         return (
             f"{matrix} lowest Ritz value is {value + total:.3g}. A damping of "
-            f"{_rounded_up(enough - self.l2):.2g} would do; curvature='ggn' is never negative for "
-            "a loss that is convex in the outputs; or train the model further."
+            f"{_rounded_up(enough - self.ridge):.2g} would do; curvature='ggn' is never negative "
+            "for a loss that is convex in the outputs; or train the model further."
         )
 
 

@@ -97,7 +97,7 @@ class Workings:
         *,
         curvature: str,
         solver: Any,
-        l2: float,
+        ridge: float,
         damping: Any,
         batch_size: int | None,
         rng: RNG,
@@ -107,10 +107,10 @@ class Workings:
         if curvature not in CURVATURES:
             names = ", ".join(map(repr, CURVATURES))
             raise ValueError(f"`curvature` must be one of {names}; got {curvature!r}.")
-        check_scalar("l2", l2)
+        check_scalar("ridge", ridge)
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        self._backend, self._curvature, self._l2 = backend, curvature, float(l2)
+        self._backend, self._curvature, self._ridge = backend, curvature, float(ridge)
         self._batch_size, self._progress = batch_size, bool(progress)
         self._memory_budget = check_count("memory_budget", memory_budget)
         self._seeded = rng is not None
@@ -118,7 +118,7 @@ class Workings:
         self._seed = int(rng) if fixed else int(np.random.default_rng(rng).integers(2**32))
         if solver is None:
             solver = NystromCG(rank=min(DEFAULT_RANK, backend.n))
-            damping = damping if damping is not None else (0.0 if l2 else "auto")
+            damping = damping if damping is not None else (0.0 if ridge else "auto")
         self._solver = solver
         self._train, self._loss = self._read(train, "train")
         self._operator = backend.operator(self._train, curvature)
@@ -140,7 +140,7 @@ class Workings:
         return Factor(
             A,
             self._solver,
-            l2=self._l2,
+            ridge=self._ridge,
             damping=self._damping,
             seed=self._seed,
             name=CURVATURES[self._curvature],
@@ -262,7 +262,7 @@ class Workings:
                 "`checkpoint` needs a seed, so that a later run draws the same columns: give `rng`."
             )
         solver = to_record(self._solver)
-        settings = (self._curvature, self._l2, self._damping, solver, self._seed, method)
+        settings = (self._curvature, self._ridge, self._damping, solver, self._seed, method)
         blocks = [(self._width(), one.sizes) for one in data.values()]
         key = {
             "kind": kind,

@@ -27,7 +27,7 @@ class Saved(NamedTuple):
         return {
             "solver": from_record(record["solver"]),
             "curvature": record["curvature"],
-            "l2": record["l2"],
+            "ridge": record["ridge"],
             "damping": record["damping"],
             "rng": record["seed"],
         }

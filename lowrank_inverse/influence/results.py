@@ -31,10 +31,10 @@ class InfluenceInfo(NamedTuple):
     ----------
     num_train, num_params : int
     curvature : str
-    l2, damping : float
+    ridge, damping : float
         Both are added to the mean curvature; `damping` is the number found for "auto".
     loss, gradient_norm : float
-        Mean loss on the training set, and norm of the gradient of ``mean loss + l2 / 2 *
+        Mean loss on the training set, and norm of the gradient of ``mean loss + ridge / 2 *
         sum(params ** 2)``: the formula assumes 0.
     rank : int or None
         Columns that the solver kept, where it has any.
@@ -51,7 +51,7 @@ class InfluenceInfo(NamedTuple):
     num_train: int
     num_params: int
     curvature: str
-    l2: float
+    ridge: float
     damping: float
     loss: float
     gradient_norm: float

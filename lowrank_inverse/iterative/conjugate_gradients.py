@@ -161,6 +161,10 @@ def cg(
         x = xp.where(xp.any(b != 0, axis=0), x0, x)
     r = b if x0 is None else residual(x)
     norm = column_norm(r)
+    if x0 is not None:  # a start whose residual overflows is none
+        finite = xp.isfinite(norm)
+        x, r = choose(finite, x, xp.zeros_like(x)), choose(finite, r, b)
+        norm = xp.where(finite, norm, column_norm(b))
 
     def sweep(state: _Progress) -> _Progress:
         scale = column_scale(state.r)
@@ -202,6 +206,7 @@ def cg(
         num_products=end.num_blocks * (b.shape[1] if b.ndim == 2 else 1),
         converged=ended(end.reason, Reason.CONVERGED),
         reason=end.reason,
+        initial_residual_norm=norm,
     )
 
 

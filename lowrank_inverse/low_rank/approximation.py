@@ -130,7 +130,7 @@ class NystromApproximation(SpectralFunctions):
 
     def inverse(self, damping: Any, *, chunk_size: int | None = None) -> Any:
         """Return ``(H_k + damping * I)^{-1}`` as an operator; see :func:`woodbury_inverse`."""
-        return woodbury_inverse(self, damping, chunk_size=chunk_size)
+        return woodbury_inverse(self, damping=damping, chunk_size=chunk_size)
 
     def __repr__(self) -> str:
         return (

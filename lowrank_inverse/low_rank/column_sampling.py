@@ -29,7 +29,7 @@ def check_sampling(sampling: str) -> None:
 
 
 def sample_columns(
-    A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = None, diagonal: Any = None
+    A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = 0, diagonal: Any = None
 ) -> np.ndarray:
     """Draw distinct column indices of `A`.
 

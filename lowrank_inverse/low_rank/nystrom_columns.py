@@ -32,7 +32,7 @@ def nystrom(
     *,
     indices: Any = None,
     sampling: str = "uniform",
-    rng: RNG = None,
+    rng: RNG = 0,
     chunk_size: int | None = None,
     pivot_rtol: float | None = None,
     indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,

@@ -71,7 +71,7 @@ def pivoted_cholesky(
     rank: int,
     *,
     method: str = "rpcholesky",
-    rng: RNG = None,
+    rng: RNG = 0,
     rtol: float | None = None,
 ) -> PivotedCholesky:
     """Choose up to `rank` columns of `A`, each by the diagonal that those before it left over.
@@ -156,7 +156,7 @@ class Pivoting:
         method: str,
         *,
         chunk_size: int | None = None,
-        rng: RNG = None,
+        rng: RNG = 0,
         rtol: float | None = None,
     ) -> None:
         if method not in METHODS:

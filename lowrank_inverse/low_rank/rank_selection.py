@@ -101,7 +101,7 @@ def _reason(
     if b is not None:
         inverse = approx.inverse(damping)
         x = inverse @ b
-        bound = certify(A, x, b, damping, inverse=inverse).error_bound
+        bound = certify(A, b, x, damping=damping, inverse=inverse).error_bound
         width = block_width(b)
         cost = width + certificate_cost(A) + apply_cost(inverse, width)
         if bool(array_namespace(b).all(bound <= rtol * column_norm(x))):

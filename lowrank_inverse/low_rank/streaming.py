@@ -91,10 +91,10 @@ class RecomputedInverse(Operator):
 
 
 @quietly
-def chunked_inverse(A: Any, indices: Any, damping: Any, *, chunk_size: int) -> RecomputedInverse:
+def chunked_inverse(A: Any, indices: Any, *, damping: Any, chunk_size: int) -> RecomputedInverse:
     """Return ``(H_k + damping * I)^{-1}`` with two chunks of columns in memory at most.
 
-    The same operator as ``woodbury_inverse(nystrom(A, indices=indices), damping)``, and as
+    The same operator as ``nystrom(A, indices=indices).inverse(damping)``, and as
     accurate, for those who cannot hold n·k numbers: columns are computed again where needed
     (the space-efficient form of [1]_, Algorithm 1).
 
@@ -156,7 +156,7 @@ def chunked_inverse(A: Any, indices: Any, damping: Any, *, chunk_size: int) -> R
 
 @quietly
 def streamed_inverse(
-    A: Any, indices: Any, damping: Any, *, chunk_size: int = 1
+    A: Any, indices: Any, *, damping: Any, chunk_size: int = 1
 ) -> RecomputedInverse:
     """Return ``(H_k + damping * I)^{-1}`` without storing a column, by 2k products.
 

@@ -69,7 +69,7 @@ class ChunkedWoodburyInverse(Operator):
 
 
 def woodbury_inverse(
-    approx: NystromApproximation, damping: Any, *, chunk_size: int | None = None
+    approx: NystromApproximation, *, damping: Any, chunk_size: int | None = None
 ) -> WoodburyInverse | ChunkedWoodburyInverse:
     """Return ``(H_k + damping * I)^{-1}`` as an operator.
 
@@ -103,7 +103,7 @@ def woodbury_inverse(
     >>> import numpy as np
     >>> import lowrank_inverse as li
     >>> A = np.diag([4.0, 1.0, 0.0])
-    >>> inverse = li.woodbury_inverse(li.nystrom(A, 3, rng=0), 1.0)
+    >>> inverse = li.woodbury_inverse(li.nystrom(A, 3, rng=0), damping=1.0)
     >>> print(inverse @ np.ones(3))
     [0.2 0.5 1. ]
     """

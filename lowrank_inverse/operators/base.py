@@ -1,4 +1,4 @@
-"""Base classes of operators: checked products, columns by products, and dense matrices."""
+"""Base classes of operators, and what becomes of them by addition and scaling."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.checks import check_block, check_floating, check_indices, describe
-from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.checks import check_block, check_indices, describe
 from lowrank_inverse.arrays.conversion import (
-    eps,
-    is_traced,
-    like,
+    is_array,
+    scalar_like,
     scatter,
     take,
 )
-from lowrank_inverse.arrays.linalg import column_norm
-
-NUM_SYMMETRY_ROWS = 16
+from lowrank_inverse.arrays.conversion import like as like_array
 
 
 class ProductOnly:
@@ -62,12 +58,50 @@ class ProductOnly:
 
 
 class Operator(ProductOnly):
-    """A symmetric operator with products, columns and, where it can, a diagonal."""
+    """A symmetric operator with products, columns and, where it can, a diagonal.
+
+    Operators combine: ``A + B``, ``c * A``, ``-A``, ``A - B`` and ``A.T``, which is A.
+    """
+
+    __array_ufunc__ = None  # NumPy's own scalars and arrays leave c * A to __rmul__
+
+    @property
+    def T(self) -> Operator:
+        """The transpose: the operator itself."""
+        return self
+
+    def __add__(self, other: Any) -> Operator:
+        if not hasattr(other, "shape") or not hasattr(type(other), "__matmul__"):
+            return NotImplemented
+        if isinstance(other, DiagonalOperator):
+            return ShiftedOperator(self, other.entries)
+        if isinstance(self, DiagonalOperator) and isinstance(other, Operator):
+            return ShiftedOperator(other, self.entries)
+        return SumOperator(self, other)
+
+    def __radd__(self, other: Any) -> Operator:
+        return self + other
+
+    def __sub__(self, other: Any) -> Operator:
+        return self + (-1.0) * other
+
+    def __neg__(self) -> Operator:
+        return -1.0 * self
+
+    def __mul__(self, factor: Any) -> Operator:
+        if isinstance(factor, bool) or getattr(factor, "ndim", 0) != 0 or hasattr(factor, "matvec"):
+            return NotImplemented
+        return ScaledOperator(self, factor)
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(n={self.shape[0]}, dtype={self.dtype})"
 
     def columns(self, indices: Any) -> Array:
         """Return the columns at `indices`, shape (n, k), by k products with unit vectors."""
         indices = check_indices(indices, self.shape[0])
-        unit = like(np.eye(indices.size), self.like)
+        unit = like_array(np.eye(indices.size), self.like)
         return self @ scatter(unit, indices, self.shape[0])
 
     def diagonal(self) -> Array:
@@ -78,35 +112,141 @@ class Operator(ProductOnly):
         )
 
 
-class DenseOperator(Operator):
-    """A symmetric matrix held as an array of shape (n, n)."""
+class SumOperator(Operator):
+    """``A + B``."""
 
-    def __init__(self, matrix: Array) -> None:
-        check_floating("A", matrix)
-        check_square(matrix)
-        _check_symmetric(matrix)
-        self.matrix = matrix
-        self.shape, self.dtype = (matrix.shape[0], matrix.shape[0]), matrix.dtype
-        self.like = matrix[:0, 0]
+    def __init__(self, A: Operator, B: Any) -> None:
+        if tuple(A.shape) != tuple(B.shape):
+            raise ValueError(
+                f"operators that are added must have one shape; got {tuple(A.shape)} and "
+                f"{tuple(B.shape)}."
+            )
+        self.parts = A, B
+        self.shape, self.dtype, self.like = A.shape, A.dtype, A.like
 
     def _multiply(self, block: Array) -> Array:
-        return self.matrix @ block
-
-    def frobenius_norm(self) -> Array:
-        """Return the root of the sum of the squared entries, as a 0-d array."""
-        return column_norm(array_namespace(self.matrix).reshape(self.matrix, (-1,)))
+        A, B = self.parts
+        return A @ block + B @ block
 
     def columns(self, indices: Any) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
-        return take(self.matrix, check_indices(indices, self.shape[0]), axis=1)
-
-    def submatrix(self, indices: np.ndarray) -> Array:
-        """Return the rows and columns at host `indices`, shape (k, k), and read nothing else."""
-        return take(take(self.matrix, indices), indices, axis=1)
+        A, B = self.parts
+        if is_array(B):
+            return A.columns(indices) + take(B, check_indices(indices, self.shape[0]), axis=1)
+        return A.columns(indices) + B.columns(indices)
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
-        return array_namespace(self.matrix).linalg.diagonal(self.matrix)
+        A, B = self.parts
+        if is_array(B):
+            return A.diagonal() + array_namespace(B).linalg.diagonal(B)
+        return A.diagonal() + B.diagonal()
+
+
+class ScaledOperator(Operator):
+    """``c * A`` for a number c."""
+
+    def __init__(self, A: Operator, factor: Any) -> None:
+        self.A, self.factor = A, factor
+        self.shape, self.dtype, self.like = A.shape, A.dtype, A.like
+
+    def _multiply(self, block: Array) -> Array:
+        return scalar_like(self.factor, block) * (self.A @ block)
+
+    def columns(self, indices: Any) -> Array:
+        """Return the columns at `indices`, shape (n, k)."""
+        C = self.A.columns(indices)
+        return scalar_like(self.factor, C) * C
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        d = self.A.diagonal()
+        return scalar_like(self.factor, d) * d
+
+
+class DiagonalOperator(Operator):
+    """A diagonal matrix: ``DiagonalOperator(n, entries)``.
+
+    Parameters
+    ----------
+    n : int
+        Number of rows.
+    entries : float, 0-d array or array of shape (n,)
+        The diagonal. The identity by default.
+    like : array, optional
+        An array of the library, dtype and device of the products. Default: `entries`, or NumPy's
+        float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank_inverse as li
+    >>> A = li.aslinearoperator(np.ones((2, 2)))
+    >>> print((A + 0.5 * li.DiagonalOperator(2)) @ np.ones(2))
+    [2.5 2.5]
+    """
+
+    def __init__(self, n: int, entries: Any = 1.0, *, like: Array | None = None) -> None:
+        self.entries = entries
+        if like is None:
+            like = entries if getattr(entries, "ndim", 0) == 1 else np.zeros(0)
+        if getattr(entries, "ndim", 0) == 1:
+            check_block("entries", entries, n)
+        self.like = array_namespace(like).reshape(like, (-1,))[:0]
+        self.shape, self.dtype = (n, n), self.like.dtype
+
+    def _multiply(self, block: Array) -> Array:
+        return times_diagonal(self.entries, block)
+
+    def __mul__(self, factor: Any) -> Operator:
+        return DiagonalOperator(self.shape[0], factor * self.entries, like=self.like)
+
+    __rmul__ = __mul__
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        return times_diagonal(self.entries, like_array(np.ones(self.shape[0]), self.like))
+
+
+class ShiftedOperator(Operator):
+    """``A + diag(shift)``; solvers keep the shift out of what they approximate.
+
+    Attributes
+    ----------
+    base : operator
+    shift : float, 0-d array or array of shape (n,)
+    """
+
+    def __init__(self, A: Any, shift: Any) -> None:
+        self.base, self.shift = A, shift
+        if isinstance(A, ShiftedOperator):
+            self.base, self.shift = A.base, A.shift + shift
+        self.shape, self.dtype = (int(A.shape[0]), int(A.shape[0])), A.dtype
+        self.like = getattr(A, "like", None)
+
+    def _multiply(self, block: Array) -> Array:
+        return self.base @ block + times_diagonal(self.shift, block)
+
+    def columns(self, indices: Any) -> Array:
+        """Return the columns at `indices`, shape (n, k)."""
+        indices = check_indices(indices, self.shape[0])
+        C = self.base.columns(indices)
+        shift = self.shift if getattr(self.shift, "ndim", 0) == 0 else take(self.shift, indices)
+        return C + scatter(
+            times_diagonal(shift, like_array(np.eye(indices.size), C)), indices, self.shape[0]
+        )
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        d = self.base.diagonal()
+        return d + times_diagonal(self.shift, like_array(np.ones(self.shape[0]), d))
+
+
+def times_diagonal(d: Any, block: Array) -> Array:
+    """Return ``diag(d) @ block`` for a number or a vector d."""
+    if getattr(d, "ndim", 0) == 0:
+        return scalar_like(d, block) * block
+    return d * block if block.ndim == 1 else d[:, None] * block
 
 
 def check_square(A: Any) -> None:
@@ -114,23 +254,6 @@ def check_square(A: Any) -> None:
     shape = tuple(A.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ValueError(f"`A` must be square, of shape (n, n) with n >= 1; got shape {shape}.")
-
-
-@quietly
-def _check_symmetric(A: Array) -> None:
-    """Compare some rows of a concrete dense array with its columns: cheap, catches most slips."""
-    xp = array_namespace(A)
-    n = A.shape[0]
-    rows = np.unique(np.linspace(0, n - 1, NUM_SYMMETRY_ROWS).astype(np.int64))
-    across, down = take(A, rows, axis=0), take(A, rows, axis=1).T
-    difference = xp.max(xp.abs(across - down))
-    # NaN passes here: it is reported where the values are used. Traced values are unknown.
-    asymmetric = difference > eps(A) ** 0.5 * xp.max(xp.abs(across))
-    if not is_traced(asymmetric) and bool(asymmetric):
-        raise ValueError(
-            f"`A` must be symmetric; A and A.T differ by {float(difference):.2g}. Use (A + A.T) "
-            "/ 2 if the difference is rounding, or solve A.T @ A if A is not symmetric."
-        )
 
 
 def block_width(b: Array) -> int:

@@ -1,17 +1,15 @@
-"""Operators made of operators."""
+"""Operators made of operators: shifted, and scaled by a diagonal from both sides."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.checks import (
-    check_scalar,
-)
-from lowrank_inverse.arrays.conversion import like, scalar_like, scatter
-from lowrank_inverse.operators.base import Operator
+from lowrank_inverse.arrays.checks import check_scalar
+from lowrank_inverse.arrays.conversion import is_traced, take
+from lowrank_inverse.operators.base import Operator, ShiftedOperator
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 
 
@@ -32,23 +30,47 @@ def shifted(A: Any, damping: Any) -> Operator:
     [1.5 1.5]
     """
     check_scalar("damping", damping)
-    A = aslinearoperator(A)
-    n = int(A.shape[0])
+    return ShiftedOperator(aslinearoperator(A), damping)
 
-    def shifted_columns(indices: np.ndarray) -> Array:
-        C = A.columns(indices)
-        return C + scalar_like(damping, C) * scatter(like(np.eye(indices.size), C), indices, n)
 
-    def shifted_diagonal() -> Array:
-        d = A.diagonal()
-        return d + scalar_like(damping, d)
+def scaled_by_diagonal(A: Any, s: Array) -> FunctionOperator:
+    """Return ``diag(s) A diag(s)``, for `s` of shape (n,)."""
+
+    def columns(indices: Any) -> Array:
+        return s[:, None] * A.columns(indices) * take(s, indices)
 
     return FunctionOperator(
-        lambda v: A @ v + scalar_like(damping, v) * v,
-        n,
-        dtype=A.dtype,
-        like=getattr(A, "like", None),
-        matmat=lambda block: A @ block + scalar_like(damping, block) * block,
-        columns=shifted_columns,
-        diagonal=shifted_diagonal,
+        lambda v: s * (A @ (s * v)),
+        int(A.shape[0]),
+        like=s,
+        matmat=lambda V: s[:, None] * (A @ (s[:, None] * V)),
+        columns=columns,
+        diagonal=lambda: s * s * A.diagonal(),
     )
+
+
+def split_shift(A: Any, damping: Any) -> tuple[Any, Any]:
+    """Return ``(H, d)`` with ``H + d I = A + damping I`` for a number d, the largest part in d."""
+    if isinstance(A, ShiftedOperator) and getattr(A.shift, "ndim", 0) == 0:
+        return A.base, A.shift + damping
+    return A, damping
+
+
+def split_diagonal(A: Any, damping: Any) -> tuple[Any, Any, Array | None]:
+    """Return ``(H, d, s)`` with ``H + d I = S (A + damping I) S``, S the identity if s is None.
+
+    A diagonal D that `A` was shifted by stays out of H: with ``s = (D + damping)^{-1/2}`` it
+    becomes the identity.
+    """
+    A, damping = split_shift(A, damping)
+    if not isinstance(A, ShiftedOperator):
+        return A, damping, None
+    D = A.shift + damping
+    positive = array_namespace(D).all(D > 0)
+    if not is_traced(positive) and not bool(positive):
+        raise ValueError(
+            "`ridge` plus the damping of the solver must be > 0 everywhere; some entries are 0. "
+            "Give the solver a small damping."
+        )
+    s = D**-0.5
+    return scaled_by_diagonal(A.base, s), 1.0, s

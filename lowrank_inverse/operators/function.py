@@ -17,7 +17,8 @@ from lowrank_inverse.arrays.checks import (
     prototype,
 )
 from lowrank_inverse.arrays.conversion import is_array
-from lowrank_inverse.operators.base import DenseOperator, Operator, check_square
+from lowrank_inverse.operators.base import Operator, check_square
+from lowrank_inverse.operators.dense import DenseOperator
 
 
 class FunctionOperator(Operator):

@@ -45,14 +45,15 @@ class Certificate(NamedTuple):
 
 
 @quietly
-def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) -> Certificate:
+def certify(A: Any, b: Array, x: Array, *, damping: Any, inverse: Any = None) -> Certificate:
     """Bound the error of any approximate solution `x` of ``(A + damping * I) x = b``.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
         Symmetric positive semidefinite; the bounds do not hold otherwise.
-    x, b : array, shape (n,) or (n, m)
+    b, x : array, shape (n,) or (n, m)
+        Right-hand sides, one per column, and the approximate solution.
     damping : float or 0-d array
         Positive.
     inverse : linear operator, shape (n, n), optional
@@ -80,7 +81,7 @@ def certify(A: Any, x: Array, b: Array, damping: Any, *, inverse: Any = None) ->
     >>> import numpy as np
     >>> import lowrank_inverse as li
     >>> A, b = np.diag([3.0, 1.0]), np.ones(2)
-    >>> certificate = li.certify(A, np.array([0.25, 0.4]), b, 1.0)
+    >>> certificate = li.certify(A, b, np.array([0.25, 0.4]), damping=1.0)
     >>> print(certificate.error_bound.round(3))  # the error is 0.1
     0.2
     """

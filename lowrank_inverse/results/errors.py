@@ -9,7 +9,7 @@ from lowrank_inverse.results.solution import Reason, Solution
 
 ADVICE = {
     Reason.MAX_STEPS: "all steps were used. Raise `max_steps`, loosen `rtol`, or take "
-    "NystromCG with a larger `rank`; `state=` goes on from this solution.",
+    "NystromCG with a larger `rank`; `x0=solution.value` goes on from this solution.",
     Reason.NEGATIVE_CURVATURE: "A + damping * I is not positive definite. Raise `damping` above "
     "the most negative eigenvalue of A; for a Hessian, Gauss-Newton products are semidefinite.",
     Reason.STAGNATED: "the residual ceased to fall: the tolerance is out of reach in this "

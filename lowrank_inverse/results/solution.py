@@ -57,6 +57,11 @@ class Solution(NamedTuple):
         Codes of :class:`Reason`.
     error_bound : array or None, shape () or (m,)
         Bound of the Euclidean error where asked for; see :func:`lowrank_inverse.certify`.
+    initial_residual_norm : array or None, shape () or (m,)
+        Euclidean norm of the residual where conjugate gradients started.
+    method : str or None
+        What :func:`lowrank_inverse.solve` took, and why where the choice was its own. None from
+        other functions, and while jax traces.
     """
 
     value: Array
@@ -66,6 +71,8 @@ class Solution(NamedTuple):
     converged: Array
     reason: Array
     error_bound: Array | None = None
+    initial_residual_norm: Array | None = None
+    method: str | None = None
 
     @property
     def message(self) -> str:
@@ -87,6 +94,8 @@ class Solution(NamedTuple):
             lines += [f"  error bound    {span(self.error_bound)}"]
         lines += [f"  steps          {span(self.num_steps)}"]
         lines += [f"  products       {span(self.num_products)}"]
+        if self.method is not None:
+            lines += [f"  method         {self.method}"]
         return "\n".join(lines)
 
 

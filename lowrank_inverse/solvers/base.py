@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from array_api_compat import array_namespace
 
@@ -27,6 +26,9 @@ from lowrank_inverse.operators.base import ProductOnly, apply_cost, block_width
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, tolerance
 
+if TYPE_CHECKING:
+    from lowrank_inverse.low_rank.approximation import NystromApproximation
+
 DEFAULT_RTOL = 1e-5
 
 
@@ -45,19 +47,18 @@ class PreparedInverse(ProductOnly):
         Whether the preparation proved ``A + damping * I`` indefinite; None if it did not look.
     nystrom_inverse : operator or None
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
-    storage : StoragePlan or None
-        How the columns are held, where there are any; see
-        :func:`lowrank_inverse.low_rank.column_memory.plan_storage`.
     preconditioner : operator or None
         What stands for the inverse in conjugate gradients, where there is such a thing.
-    factor : lowrank_inverse.bilevel.column_reuse.Factor or None
-        The columns of a NystromCG, for the state of the next call.
+    storage : StoragePlan or None
+        How the columns are held, where there are any.
+    approximation : NystromApproximation or None
+        That of a NystromCG.
     """
 
     def __init__(
         self,
         A: Any,
-        run: Callable[[Array], Solution],
+        run: Callable[[Array, Array | None], Solution],
         *,
         apply: Callable[[Array], Array] | None = None,
         num_products: Any = 0,
@@ -66,22 +67,26 @@ class PreparedInverse(ProductOnly):
         nystrom_inverse: Any = None,
         preconditioner: Any = None,
         storage: StoragePlan | None = None,
-        factor: Any = None,
+        approximation: NystromApproximation | None = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
         self.like = getattr(A, "like", None)
         self._run, self._apply = run, apply
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
-        self.preconditioner, self.storage, self.factor = preconditioner, storage, factor
+        self.preconditioner = preconditioner
+        self.storage, self.approximation = storage, approximation
 
     def _multiply(self, block: Array) -> Array:
-        return self._apply(block) if self._apply is not None else self._run(block).value
+        return self._apply(block) if self._apply is not None else self._run(block, None).value
 
-    def solve(self, b: Array) -> Solution:
-        """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone."""
+    def solve(self, b: Array, *, x0: Array | None = None) -> Solution:
+        """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone.
+
+        Conjugate gradients start from `x0`, of the shape of `b`; other methods need no start.
+        """
         self._check(b, "b")
-        return self._run(b)
+        return self._run(b, x0)
 
 
 @quietly
@@ -117,11 +122,6 @@ def with_apply_cost(solution: Solution, preconditioner: Any, b: Array) -> Soluti
     return solution._replace(num_products=solution.num_products + extra)
 
 
-def has_damping(settings: Any) -> bool:
-    """Whether these are settings with a damping of their own."""
-    return is_dataclass(settings) and hasattr(settings, "damping")
-
-
 def is_positive(damping: Any) -> bool:
     """Whether `damping` is positive; a traced one is taken to be."""
     return is_traced(damping) or concrete(damping) > 0
@@ -135,11 +135,11 @@ class CallableSolver:
     def __init__(self, function: Callable[[Callable[[Array], Array], Array], Array]) -> None:
         self.function = function
 
-    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
         """Return what calls the function with the product of `A`, and counts its calls."""
         A = aslinearoperator(A)
 
-        def run(b: Array) -> Solution:
+        def run(b: Array, x0: Array | None) -> Solution:
             check_system(A, b, 0.0)
             calls = 0
 
@@ -161,7 +161,7 @@ class CallableSolver:
 
 
 def as_settings(solver: Any) -> Any:
-    """Return `solver` as something with ``.prepare(A, rng=, state=)``."""
+    """Return `solver` as something with ``.prepare(A, rng=)``."""
     if not isinstance(solver, type):
         if callable(getattr(solver, "prepare", None)):
             return solver

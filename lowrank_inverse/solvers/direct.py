@@ -13,6 +13,7 @@ from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import astype, concrete, eps, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part
 from lowrank_inverse.operators.columns import finite_columns
+from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.base import (
@@ -22,7 +23,7 @@ from lowrank_inverse.solvers.base import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exact:
     """The dense (pseudo-)inverse from all n columns: for small n, and to compare with.
 
@@ -35,16 +36,16 @@ class Exact:
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)
 
-    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``; `state` is not used."""
-        A = aslinearoperator(A)
+    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``."""
+        A, damping = split_shift(aslinearoperator(A), self.damping)
         n = int(A.shape[0])
         H = finite_columns(A, np.arange(n))
         xp = array_namespace(H)
         w, V = xp.linalg.eigh(symmetric_part(astype(H, wide_dtype(H))))
         # Without a damping, what may be the rounding of H is taken for zero.
-        unit = xp.finfo(w.dtype).eps if is_positive(self.damping) else eps(H)
-        w = w + self.damping
+        unit = xp.finfo(w.dtype).eps if is_positive(damping) else eps(H)
+        w = w + damping
         noise = n * float(unit) * xp.max(xp.abs(w))
         keep = xp.abs(w) > noise
         reciprocal = xp.where(keep, 1 / xp.where(keep, w, xp.ones_like(w)), xp.zeros_like(w))
@@ -54,9 +55,9 @@ class Exact:
             scaled = rotated * (reciprocal if b.ndim == 1 else reciprocal[:, None])
             return astype(V @ scaled, b.dtype)
 
-        def run(b: Array) -> Solution:
-            check_system(A, b, self.damping)
-            return direct_solution(A, self.damping, b, apply(b), 0)
+        def run(b: Array, x0: Array | None) -> Solution:
+            check_system(A, b, damping)
+            return direct_solution(A, damping, b, apply(b), 0)
 
         return PreparedInverse(
             A,
@@ -68,7 +69,7 @@ class Exact:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Identity:
     """``scale * I`` in place of the inverse: the baseline that costs nothing."""
 
@@ -77,11 +78,11 @@ class Identity:
     def __post_init__(self) -> None:
         check_scalar("scale", self.scale, positive=True)
 
-    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return ``scale * I``; `rng` and `state` are not used."""
+    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+        """Return ``scale * I``."""
         A = aslinearoperator(A)
 
-        def run(b: Array) -> Solution:
+        def run(b: Array, x0: Array | None) -> Solution:
             check_system(A, b, 0.0)
             return direct_solution(A, 0.0, b, self.scale * b, 0)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count, check_scalar
-from lowrank_inverse.bilevel.state import start
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.iterative.neumann_series import neumann
+from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution
 from lowrank_inverse.solvers.base import (
@@ -17,7 +18,7 @@ from lowrank_inverse.solvers.base import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CG:
     """Conjugate gradients; parameters as in :func:`lowrank_inverse.cg`."""
 
@@ -26,64 +27,71 @@ class CG:
     atol: float = 0.0
     max_steps: int | None = None
     check_every: int = 1
+    preconditioner: Any = None
+    callback: Callable[[Array, Array], object] | None = None
 
     def __post_init__(self) -> None:
         check_iteration(self)
-        check_scalar("atol", self.atol)
 
-    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given."""
-        A = aslinearoperator(A)
+    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``; there is nothing to draw."""
+        H, damping = split_shift(aslinearoperator(A), self.damping)
 
-        def run(b: Array) -> Solution:
+        def run(b: Array, x0: Array | None) -> Solution:
             return cg(
-                A,
+                H,
                 b,
-                damping=self.damping,
-                x0=start(state, b),
+                damping=damping,
+                x0=x0,
+                preconditioner=self.preconditioner,
                 rtol=self.rtol,
                 atol=self.atol,
                 max_steps=self.max_steps,
                 check_every=self.check_every,
+                callback=self.callback,
             )
 
-        return PreparedInverse(A, run)
+        return PreparedInverse(H, run)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Neumann:
     """Truncated Neumann series; parameters as in :func:`lowrank_inverse.neumann`."""
 
     damping: Any = 0.0
+    rtol: float = 1e-5
     num_terms: int = 10
     step_size: Any = None
 
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)
+        check_scalar("rtol", self.rtol)
         check_count("num_terms", self.num_terms)
         if self.step_size is not None:
             check_scalar("step_size", self.step_size, positive=True)
 
-    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``; `state` is not used."""
-        A = aslinearoperator(A)
+    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``; there is nothing to draw."""
+        H, damping = split_shift(aslinearoperator(A), self.damping)
 
-        def run(b: Array) -> Solution:
+        def run(b: Array, x0: Array | None) -> Solution:
             return neumann(
-                A,
+                H,
                 b,
-                damping=self.damping,
+                damping=damping,
                 num_terms=self.num_terms,
                 step_size=self.step_size,
+                rtol=self.rtol,
             )
 
-        return PreparedInverse(A, run)
+        return PreparedInverse(H, run)
 
 
 def check_iteration(settings: Any) -> None:
     """Raise unless damping, tolerance and numbers of steps are in their ranges."""
     check_scalar("damping", settings.damping)
     check_scalar("rtol", settings.rtol)
+    check_scalar("atol", settings.atol)
     check_count("check_every", settings.check_every)
     if settings.max_steps is not None:
         check_count("max_steps", settings.max_steps)

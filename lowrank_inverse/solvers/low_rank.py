@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,6 @@ from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count, check_damping, check_indices, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import concrete, eps, is_traced
-from lowrank_inverse.bilevel.column_reuse import kept_columns
-from lowrank_inverse.bilevel.state import start
 from lowrank_inverse.estimators.diagonal import estimate_diagonal
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.low_rank.approximation import NystromApproximation
@@ -33,6 +32,7 @@ from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
 from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.columns import empty_like, known_or_none
+from lowrank_inverse.operators.composition import scaled_by_diagonal, split_diagonal, split_shift
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.base import (
@@ -52,15 +52,15 @@ AUTO_SHARE = 0.1
 """Of the damping, that a rank which grows may leave to a direct inverse."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Nystrom:
     """Nyström approximation and Woodbury's identity: the method of [1]_.
 
     Parameters
     ----------
     rank : int or "auto"
-        Columns to sample, one product each. ``"auto"``: as many as leave about a tenth of the
-        damping; see :func:`lowrank_inverse.nystrom`.
+        Columns to sample, one product each; n where there are no more. ``"auto"``: as many as
+        leave about a tenth of the damping; see :func:`lowrank_inverse.nystrom`.
     damping : float
         Positive, unless a ridge makes up for it. Small dampings need many columns; see
         :func:`lowrank_inverse.certify`.
@@ -98,7 +98,7 @@ class Nystrom:
     """
 
     rank: Any = 20
-    damping: Any = 1e-2
+    damping: Any = 0.0
     sampling: str = "uniform"
     storage: str = "stored"
     chunk_size: int | None = None
@@ -136,55 +136,58 @@ class Nystrom:
                 f"memory_budget={self.memory_budget!r}, storage={self.storage!r}."
             )
 
-    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``; `state` is not used."""
-        check_damping(self.damping)
+    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``."""
         A = aslinearoperator(A)
+        H, damping, s = split_diagonal(A, self.damping)
+        check_damping(damping)
         inverse: Any
         spent = 0
-        plan = self._plan(A)
+        plan = self._plan(H)
         if plan is None or plan.storage == "stored":
-            aim = AUTO_SHARE * self.damping
             source: Any = _approximation(
                 self,
-                A,
+                H,
                 rng,
-                aim,
+                AUTO_SHARE * damping,
                 chunk_size=self.chunk_size,
                 column_dtype=self.column_dtype,
                 offload=self.offload,
             )
-            inverse = source.inverse(self.damping)
+            inverse = source.inverse(damping)
         else:
-            indices, spent = _indices(self, A, rng)
+            indices, spent = _indices(self, H, rng)
             build = chunked_inverse if plan.storage == "chunked" else streamed_inverse
             chunk_size = plan.chunk_size or 1
-            inverse = source = build(A, indices, self.damping, chunk_size=chunk_size)
+            inverse = source = build(H, indices, damping=damping, chunk_size=chunk_size)
             if self.storage == "auto" and _is_lossy(inverse):
                 spent += inverse.num_products
                 plan = plan._replace(storage="chunked")
-                inverse = source = chunked_inverse(A, indices, self.damping, chunk_size=chunk_size)
+                inverse = source = chunked_inverse(
+                    H, indices, damping=damping, chunk_size=chunk_size
+                )
         unit = eps(inverse.like)
+        approximate = inverse if s is None else scaled_by_diagonal(inverse, s)
 
-        def run(b: Array) -> Solution:
+        def run(b: Array, x0: Array | None) -> Solution:
             check_system(A, b, self.damping)
             if self.refine == 0:
                 cost = apply_cost(inverse, block_width(b))
-                return direct_solution(A, self.damping, b, inverse @ b, cost)
+                return direct_solution(A, self.damping, b, approximate @ b, cost)
             # From zero: the first step is the plain answer with the best length.
             steps = self.refine + 1
-            solution = cg(A, b, damping=self.damping, preconditioner=inverse, max_steps=steps)
+            solution = cg(A, b, damping=self.damping, preconditioner=approximate, max_steps=steps)
             return with_apply_cost(solution, inverse, b)
 
         return PreparedInverse(
             A,
             run,
-            apply=None if self.refine else inverse.__matmul__,
+            apply=None if self.refine else approximate.__matmul__,
             num_products=source.num_products + spent,
             rank=source.rank,
-            negative_curvature=is_indefinite(source.core_eigenvalues, self.damping, unit),
-            nystrom_inverse=inverse,
-            preconditioner=inverse,
+            negative_curvature=is_indefinite(source.core_eigenvalues, damping, unit),
+            nystrom_inverse=inverse if s is None else None,
+            preconditioner=approximate,
             storage=plan,
         )
 
@@ -195,7 +198,7 @@ class Nystrom:
         empty = empty_like(A)
         return plan_storage(
             int(A.shape[0]),
-            self.rank if self.indices is None else np.shape(self.indices)[0],
+            min(self.rank, int(A.shape[0])) if self.indices is None else np.shape(self.indices)[0],
             array_namespace(empty).finfo(empty.dtype).bits // 8,
             storage=self.storage,
             chunk_size=self.chunk_size,
@@ -204,7 +207,7 @@ class Nystrom:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NystromCG:
     """Conjugate gradients, preconditioned by a Nyström approximation.
 
@@ -215,7 +218,7 @@ class NystromCG:
         damping, and without a damping, a thousandth of the trace.
     damping : float
         0 or more.
-    rtol, max_steps, check_every
+    rtol, atol, max_steps, check_every, callback
         As in :func:`lowrank_inverse.cg`.
 
     Notes
@@ -233,9 +236,11 @@ class NystromCG:
     damping: Any = 0.0
     sampling: str = "uniform"
     rtol: float = 1e-5
+    atol: float = 0.0
     max_steps: int | None = None
     indices: Any = None
     check_every: int = 1
+    callback: Callable[[Array, Array], object] | None = None
     max_rank: int | None = None
     diagonal_products: int | None = None
 
@@ -244,45 +249,62 @@ class NystromCG:
         check_iteration(self)
 
     @quietly
-    def prepare(self, A: Any, *, rng: RNG = None, state: Solution | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``, started from ``state.value`` if given.
+    def prepare(
+        self, A: Any, *, rng: RNG = 0, approximation: NystromApproximation | None = None
+    ) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``.
 
-        The columns of a :class:`lowrank_inverse.HypergradientState` serve again while they can.
+        An `approximation` such as :meth:`approximate` returns serves in the place of a new one, for
+        any matrix near that which it was made of, and costs no products.
         """
-        A = aslinearoperator(A)
-        limit = {"indefinite_pivot_rtol": PRECONDITIONER_PIVOT_RTOL}
-        approx, factor = kept_columns(
-            state,
-            self,
-            int(A.shape[0]),
-            fresh=lambda: _approximation(self, A, rng, self.damping, **limit),
-            again=lambda C, indices: NystromApproximation(C, indices, **limit),
-        )
-        preconditioner = NystromPreconditioner(approx, self.damping)
+        _, damping, s = split_diagonal(aslinearoperator(A), self.damping)
+        approx = self.approximate(A, rng=rng) if approximation is None else approximation
+        preconditioner: Any = NystromPreconditioner(approx, damping)
+        if s is not None:
+            preconditioner = scaled_by_diagonal(preconditioner, s)
+        system, total = split_shift(aslinearoperator(A), self.damping)
 
-        def run(b: Array) -> Solution:
+        def run(b: Array, x0: Array | None) -> Solution:
             return cg(
-                A,
+                system,
                 b,
-                damping=self.damping,
-                x0=start(state, b),
+                damping=total,
+                x0=x0,
                 preconditioner=preconditioner,
                 rtol=self.rtol,
+                atol=self.atol,
                 max_steps=self.max_steps,
                 check_every=self.check_every,
+                callback=self.callback,
             )
 
+        bounding = s is None and is_positive(damping)
         return PreparedInverse(
-            A,
+            system,
             run,
-            num_products=factor.num_products,
+            num_products=approx.num_products if approximation is None else 0,
             rank=approx.rank,
-            factor=factor,
-            negative_curvature=is_indefinite(
-                approx.core_eigenvalues, self.damping, eps(approx.columns)
-            ),
-            nystrom_inverse=approx.inverse(self.damping) if is_positive(self.damping) else None,
+            negative_curvature=is_indefinite(approx.core_eigenvalues, damping, eps(approx.columns)),
+            nystrom_inverse=approx.inverse(damping) if bounding else None,
             preconditioner=preconditioner,
+            approximation=approx,
+        )
+
+    def approximate(self, A: Any, *, rng: RNG = 0) -> NystromApproximation:
+        """Return the approximation behind the preconditioner, by `rank` products.
+
+        It is that of `A`; or, for an `A` that a diagonal was added to, that of ``S H S`` as in
+        :func:`lowrank_inverse.operators.composition.split_diagonal`.
+        """
+        H, damping, _ = split_diagonal(aslinearoperator(A), self.damping)
+        return _approximation(
+            self, H, rng, damping, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
+        )
+
+    def approximation_from(self, columns: Array, indices: Any) -> NystromApproximation:
+        """Return the approximation from given columns, shape (n, k), at `indices`."""
+        return NystromApproximation(
+            columns, indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
         )
 
 
@@ -316,7 +338,7 @@ def _indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
         return check_indices(settings.indices, n), 0
     generator = np.random.default_rng(rng)
     weights, spent = _weights(settings, A, generator)
-    rank = check_count("rank", settings.rank, most=n)
+    rank = min(settings.rank, n)
     drawn = sample_columns(A, rank, sampling=settings.sampling, rng=generator, diagonal=weights)
     return drawn, spent
 
@@ -331,7 +353,7 @@ def _approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments: Any) 
         arguments |= {"damping": aim if is_positive(aim) else None, "max_rank": settings.max_rank}
     approx = nystrom(
         A,
-        settings.rank,
+        settings.rank if settings.rank == "auto" else min(settings.rank, int(A.shape[0])),
         sampling=settings.sampling,
         rng=generator,
         diagonal=weights,

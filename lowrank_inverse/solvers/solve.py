@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_scalar
+from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
 from lowrank_inverse.estimators.norm import certificate_cost
 from lowrank_inverse.operators.base import apply_cost, block_width
+from lowrank_inverse.operators.composition import shifted, split_shift
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.results.certificate import certify as certify_solution
 from lowrank_inverse.results.errors import raise_on_failure
 from lowrank_inverse.results.solution import Solution, check_system
-from lowrank_inverse.solvers.base import (
-    as_settings,
-)
+from lowrank_inverse.solvers.auto import Auto
+from lowrank_inverse.solvers.base import as_settings
+from lowrank_inverse.solvers.iterative import CG
 
 
 def solve(
     A: Any,
     b: Array,
     *,
-    solver: Any,
-    rng: RNG = None,
-    state: Solution | None = None,
+    damping: Any = 0.0,
+    solver: Any = None,
+    rtol: float | None = None,
+    x0: Array | None = None,
+    preconditioner: Any = None,
+    callback: Callable[[Array, Array], object] | None = None,
+    progress: bool = False,
+    rng: RNG = 0,
     certify: bool = False,
     throw: bool = False,
 ) -> Solution:
-    """Solve ``(A + damping * I) x = b``, with the damping of `solver`.
+    """Solve ``(A + damping * I) x = b``.
 
     Parameters
     ----------
@@ -36,16 +44,28 @@ def solve(
         Symmetric; see :func:`lowrank_inverse.aslinearoperator` for what qualifies.
     b : array, shape (n,) or (n, m)
         Right-hand sides, one per column.
-    solver : settings, or callable ``solve(matvec, b)``
-        Nystrom, NystromCG, CG, Neumann, Exact or Identity.
+    damping : float or 0-d array
+        Added to the diagonal; 0 or more. The damping of `solver` comes on top.
+    solver : settings, or callable ``solve(matvec, b)``, optional
+        Nystrom, NystromCG, CG, Neumann, Exact or Identity. Default: Exact where the entries of A
+        can be read and n is at most 1000; NystromCG with randomly pivoted columns where A has
+        entries and a diagonal; else CG. `method` of the result says which, and why.
+    rtol : float, optional
+        A column is done when its residual norm is at most ``rtol * norm(b)``. Default: that of the
+        solver, 1e-5.
+    x0 : array, shape of `b`, optional
+        Where conjugate gradients start. Direct methods need no start.
+    preconditioner : linear operator, shape (n, n), optional
+        For CG; without a `solver`, CG is taken.
+    callback : callable (num_steps, residual_norm), optional
+        Called after each step of conjugate gradients; see :func:`lowrank_inverse.cg`.
+    progress : bool
+        Show a bar of the steps of conjugate gradients (needs tqdm).
     rng : int or numpy.random.Generator, optional
-        Seed of the columns sampled.
-    state : Solution, optional
-        Of a similar system: where CG and NystromCG start.
+        Seed of the columns sampled: the same call gives the same answer. None for fresh entropy.
     certify : bool
         Fill `error_bound`, at one more product a column and, where `A` does not tell its norm,
-        two to estimate it. `A` must be positive semidefinite
-        and the damping positive.
+        two to estimate it. `A` must be positive semidefinite and the damping positive.
     throw : bool
         Raise an error unless every column converged. A direct method converged where its
         residual is at most 1e-5 of the right-hand side.
@@ -59,40 +79,100 @@ def solve(
     ------
     SolveError
         With `throw`: it has the solution, and says what to try for each reason to fail.
+    TypeError, ValueError
+        For operands that do not fit, and for options that `solver` does not have.
 
     Examples
     --------
     >>> import numpy as np
     >>> import lowrank_inverse as li
     >>> A = np.diag([4.0, 1.0, 0.0])
-    >>> solver = li.Nystrom(rank=2, damping=1.0, indices=[0, 1])
-    >>> solution = li.solve(A, np.ones(3), solver=solver, certify=True)
+    >>> solution = li.solve(A, np.ones(3), damping=1.0, certify=True)
     >>> print(solution.value, solution.message, bool(solution.error_bound < 1e-12))
     [0.2 0.5 1. ] converged True
+    >>> print(solution.method)
+    Exact: n = 3 is small and the entries can be read
     """
+    check_scalar("damping", damping)
     A = aslinearoperator(A)
-    settings = as_settings(solver)
     check_system(A, b, 0.0)
+    system = A if not is_traced(damping) and concrete(damping) == 0 else shifted(A, damping)
+    settings, why = _settings(solver, system, preconditioner)
+    steps = _progress_bar(callback) if progress else None
+    options = {
+        "rtol": rtol,
+        "preconditioner": preconditioner,
+        "callback": callback if steps is None else steps,
+    }
+    settings = _with_options(settings, {k: v for k, v in options.items() if v is not None})
+    base, total = split_shift(system, getattr(settings, "damping", 0.0))
     if certify:
-        check_scalar("damping", getattr(settings, "damping", 0.0), positive=True)
-    inverse = settings.prepare(A, rng=rng, state=state)
-    solution = inverse.solve(b)
+        check_scalar("damping", total, positive=True)
+    inverse = settings.prepare(system, rng=rng)
+    solution = inverse.solve(b) if x0 is None else inverse.solve(b, x0=x0)
+    if steps is not None:
+        steps.close()
     solution = solution._replace(num_products=inverse.num_products + solution.num_products)
     if certify:
         bounds = certify_solution(
-            A, solution.value, b, settings.damping, inverse=inverse.nystrom_inverse
+            base, b, solution.value, damping=total, inverse=inverse.nystrom_inverse
         )
         width = block_width(b)
-        extra = width + certificate_cost(A) + apply_cost(inverse.nystrom_inverse, width)
+        extra = width + certificate_cost(base) + apply_cost(inverse.nystrom_inverse, width)
         solution = solution._replace(
             num_products=solution.num_products + extra, error_bound=bounds.error_bound
         )
+    if not is_traced(solution.reason):
+        name = type(settings).__name__
+        solution = solution._replace(method=f"{name}: {why}" if why else name)
     if throw:
         raise_on_failure(solution, settings)
     return solution
 
 
-def as_solve(solver: Any, *, rng: RNG = None) -> Callable[[Callable[[Array], Array], Array], Array]:
+def _settings(solver: Any, A: Any, preconditioner: Any) -> tuple[Any, str]:
+    """Return settings and, where they were not given, the reason for them."""
+    if solver is None and preconditioner is not None:
+        return CG(), "a preconditioner was given"
+    settings = Auto() if solver is None else as_settings(solver)
+    return settings.choose(A) if isinstance(settings, Auto) else (settings, "")
+
+
+def _with_options(settings: Any, options: dict[str, Any]) -> Any:
+    """Return the settings with the options that were given."""
+    if not options:
+        return settings
+    known = {field.name for field in fields(settings)} if is_dataclass(settings) else set()
+    name = type(settings).__name__
+    if "preconditioner" in options and "preconditioner" not in known:
+        raise TypeError(f"`preconditioner` is for CG; got solver={name}. Take solver=li.CG().")
+    if "rtol" in options:
+        check_scalar("rtol", options["rtol"])
+    # A direct method has no steps: it meets any tolerance that its precision allows.
+    return replace(settings, **{key: value for key, value in options.items() if key in known})
+
+
+def _progress_bar(callback: Callable[[Array, Array], object] | None) -> Any:
+    """Return a callback that shows the steps, and calls the other one."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            'progress=True needs tqdm. Install it with: pip install "lowrank-inverse[plot]"'
+        ) from error
+    bar = tqdm(desc="steps", mininterval=0.5)
+
+    def step(num_steps: Array, residual_norm: Array) -> None:
+        bar.set_postfix(residual=f"{to_host(residual_norm).max():.1e}", refresh=False)
+        bar.update()
+        if callback is not None:
+            callback(num_steps, residual_norm)
+
+    step.close = bar.close  # type: ignore[attr-defined]
+    return step
+
+
+def as_solve(solver: Any, *, rng: RNG = 0) -> Callable[[Callable[[Array], Array], Array], Array]:
     """Return ``solve(matvec, b) -> x`` for libraries that take such a function.
 
     Parameters

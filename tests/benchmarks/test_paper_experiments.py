@@ -90,7 +90,10 @@ def written(folder: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("alpha", [0.01, 1.0])
 def test_the_first_step_of_the_papers_cg_is_steepest_descent_at_every_alpha(system, alpha):
     A, b = system
-    for solver, damping in ((_methods.PaperCG(1, alpha), 0.0), (li.CG(alpha, max_steps=1), alpha)):
+    for solver, damping in (
+        (_methods.PaperCG(1, alpha), 0.0),
+        (li.CG(damping=alpha, max_steps=1), alpha),
+    ):
         expected = (b @ b) / (b @ (A @ b) + damping * (b @ b)) * b
         torch.testing.assert_close(solver.prepare(A).solve(b).value, expected)
 

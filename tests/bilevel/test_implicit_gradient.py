@@ -34,12 +34,12 @@ def gradient(solver, **arguments):
 @pytest.mark.parametrize(
     "solver",
     [
-        li.Exact(0.1),
-        li.CG(0.1, rtol=1e-12),
+        li.Exact(damping=0.1),
+        li.CG(damping=0.1, rtol=1e-12),
         li.NystromCG(damping=0.1, rtol=1e-12, indices=K),
         li.Nystrom(rank=N, damping=0.1),
         li.Nystrom(rank=N, damping=0.1, storage="streamed"),
-        li.Neumann(0.1, num_terms=2000),
+        li.Neumann(damping=0.1, num_terms=2000),
     ],
     ids=lambda solver: type(solver).__name__,
 )
@@ -55,10 +55,10 @@ def test_the_hypergradient_is_the_dense_implicit_formula(solver, ridge):
 
 
 def test_a_hyperparameter_on_one_path_alone_has_that_part_as_its_gradient():
-    result = gradient(li.Exact(0.1))
+    result = gradient(li.Exact(damping=0.1))
     np.testing.assert_array_equal(result.grads[1], np.ones(2))
     assert result.implicit[1] is None
-    result = implicit_gradient(H, G, lambda q: [None], [None], solver=li.Exact(0.1))
+    result = implicit_gradient(H, G, lambda q: [None], [None], solver=li.Exact(damping=0.1))
     assert result.grads == [None]
 
 
@@ -69,7 +69,7 @@ def test_a_scalar_ridge_joins_the_damping():
 
 
 def test_a_ridge_for_each_parameter_is_kept_out_of_the_approximation():
-    solution, inverse = inverse_product(
+    solution, inverse, *_ = inverse_product(
         H, G, solver=li.Nystrom(damping=0.1, indices=K), ridge=RIDGE
     )
     s = (RIDGE + 0.1) ** -0.5
@@ -85,19 +85,19 @@ def test_a_ridge_for_each_parameter_is_kept_out_of_the_approximation():
 @pytest.mark.parametrize(
     "solver",
     [
-        li.Exact(0.1),
-        li.CG(0.1),
+        li.Exact(damping=0.1),
+        li.CG(damping=0.1),
         li.NystromCG(damping=0.1, indices=K),
         li.Nystrom(damping=0.1, indices=K),
         li.Nystrom(damping=0.1, indices=K, storage="streamed"),
-        li.Neumann(0.1),
+        li.Neumann(damping=0.1),
         li.Identity(),
     ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_num_products_is_what_the_hessian_counted(solver, ridge):
     operator = CountingOperator(H)
-    solution, _ = inverse_product(operator, G, solver=solver, ridge=ridge)
+    solution, *_ = inverse_product(operator, G, solver=solver, ridge=ridge)
     assert solution.num_products == operator.num_products
 
 
@@ -105,7 +105,7 @@ def test_num_products_is_what_the_hessian_counted(solver, ridge):
 def test_success_with_a_ridge_for_each_parameter_means_a_small_true_residual(spread):
     ridge = np.geomspace(1.0, spread, N)
     solver = li.NystromCG(damping=0.1, indices=K, rtol=1e-3)
-    solution, _ = inverse_product(H, G, solver=solver, ridge=ridge)
+    solution, *_ = inverse_product(H, G, solver=solver, ridge=ridge)
     true = norm(G - (H + np.diag(ridge + 0.1)) @ solution.value)
     assert relative_error(solution.residual_norm, true) < 1e-6
     assert bool(solution.converged) == (true <= 1e-3 * norm(G))
@@ -114,8 +114,8 @@ def test_success_with_a_ridge_for_each_parameter_means_a_small_true_residual(spr
 @pytest.mark.parametrize("ridge", [None, 0.5, RIDGE], ids=["none", "scalar", "vector"])
 def test_a_state_saves_the_steps(ridge):
     solver = li.NystromCG(damping=0.1, indices=K)
-    cold, _ = inverse_product(H, G, solver=solver, ridge=ridge)
-    warm, _ = inverse_product(H, G, solver=solver, ridge=ridge, state=cold)
+    cold, *_ = inverse_product(H, G, solver=solver, ridge=ridge)
+    warm, *_ = inverse_product(H, G, solver=solver, ridge=ridge, state=cold)
     assert cold.num_steps > 0
     assert warm.num_steps == 0
     assert relative_error(warm.value, cold.value) < 1e-12
@@ -125,7 +125,7 @@ def test_a_state_saves_the_steps(ridge):
 def test_the_formula_is_the_same_in_every_library(library, kind):
     ridge = kind if kind is None or isinstance(kind, float) else library.asarray(kind)
     operator, g = library.asarray(H), library.asarray(G)
-    solution, _ = inverse_product(
+    solution, *_ = inverse_product(
         operator, g, solver=li.NystromCG(damping=0.1, indices=K), ridge=ridge
     )
     dense = library.seen(H) + np.diag(np.broadcast_to(0.0 if kind is None else kind, N))
@@ -134,7 +134,7 @@ def test_the_formula_is_the_same_in_every_library(library, kind):
 
 
 def test_the_record_tells_cost_residual_and_curvature():
-    result = gradient(li.CG(0.1))
+    result = gradient(li.CG(damping=0.1))
     info = hypergradient_info(result, G, 0.25 * np.ones(4), ("unused",))
     assert info.num_products == result.solution.num_products
     relative = norm(G - (H + 0.1 * np.eye(N)) @ result.solution.value) / norm(G)
@@ -154,7 +154,7 @@ def test_the_record_tells_cost_residual_and_curvature():
 
 
 def test_an_outer_gradient_of_zero_has_a_record_without_nan():
-    result = implicit_gradient(H, 0 * G, mixed_vjp, [None] * 3, solver=li.CG(0.1))
+    result = implicit_gradient(H, 0 * G, mixed_vjp, [None] * 3, solver=li.CG(damping=0.1))
     info = hypergradient_info(result, 0 * G, np.zeros(4), ())
     assert info.relative_residual == 0
     assert not np.any(result.grads[0])

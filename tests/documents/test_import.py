@@ -51,9 +51,9 @@ def test_solving_with_numpy_loads_no_framework():
     code = (
         "import numpy as np, lowrank_inverse as li\n"
         "A, b = np.diag([1.0, 2.0, 3.0]), np.ones(3)\n"
-        "for solver in (li.Nystrom(2), li.NystromCG(2), li.CG(), li.Neumann(), li.Exact()):\n"
+        "for solver in (None, li.Nystrom(damping=0.1), li.NystromCG(), li.CG(), li.Exact()):\n"
         "    li.solve(A, b, solver=solver, rng=0)\n"
-        "li.streamed_inverse(A, [0], 0.1) @ b; li.certify(A, b, b, 0.1)"
+        "li.streamed_inverse(A, [0], damping=0.1) @ b; li.certify(A, b, b, damping=0.1)"
     )
     assert loaded_after(code) == []
 

@@ -20,9 +20,9 @@ APPROX = li.nystrom(A, indices=indices())
 INVERSES = {
     "inverse": APPROX.inverse(DAMPING),
     "Algorithm 1": APPROX.inverse(DAMPING, chunk_size=3),
-    "streamed": li.streamed_inverse(A, indices(), DAMPING),
+    "streamed": li.streamed_inverse(A, indices(), damping=DAMPING),
     "prepared Nyström": li.Nystrom(damping=DAMPING, indices=indices()).prepare(A),
-    "prepared exact": li.Exact(DAMPING).prepare(A),
+    "prepared exact": li.Exact(damping=DAMPING).prepare(A),
     "preconditioner": NystromPreconditioner(APPROX, DAMPING),
 }
 every_inverse = pytest.mark.parametrize("name", INVERSES)
@@ -75,7 +75,9 @@ def test_operators_of_the_package_are_systems_of_scipy():
 
 
 @pytest.mark.parametrize("form", [sp.csr_array, sp.csc_matrix, sla.aslinearoperator])
-@pytest.mark.parametrize("solver", [li.CG(0.1), li.NystromCG(damping=0.1, indices=indices())])
+@pytest.mark.parametrize(
+    "solver", [li.CG(damping=0.1), li.NystromCG(damping=0.1, indices=indices())]
+)
 def test_what_scipy_makes_goes_in(form, solver):
     found = li.solve(form(A), rhs(), solver=solver)
     assert relative_error(found.value, damped_solve(A, 0.1, rhs())) < 1e-4

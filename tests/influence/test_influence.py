@@ -159,18 +159,23 @@ def test_merging_blocks_gives_the_same_as_sorting_all(kind):
 
 
 def factor(A: Any, solver: Any, **options: Any) -> Factor:
-    arguments = {"l2": 0.0, "damping": 0.1, "seed": 0, "name": "matrix"}
+    arguments = {"ridge": 0.0, "damping": 0.1, "seed": 0, "name": "matrix"}
     return Factor(A, solver, **{**arguments, **options})
 
 
-def test_a_factor_solves_with_l2_and_damping(library):
+def test_a_factor_solves_with_ridge_and_damping(library):
     A = problems.matrix("network")
     b = library.asarray(problems.rhs(width=3))
     expected = np.linalg.solve(
         library.seen(A) + 0.3 * np.eye(len(A)), library.seen(problems.rhs(width=3))
     )
-    for solver in (li.CG(), li.NystromCG(rank=9), li.Exact(), li.Nystrom(rank=len(A))):
-        solution = factor(library.asarray(A), solver, l2=0.2).solve(b)
+    for solver in (
+        li.CG(),
+        li.NystromCG(rank=9),
+        li.Exact(),
+        li.Nystrom(rank=len(A), damping=1e-2),
+    ):
+        solution = factor(library.asarray(A), solver, ridge=0.2).solve(b)
         error = np.abs(np.asarray(solution.value, np.float64) - expected).max()
         assert error <= 1e-3 * np.abs(expected).max()
 
@@ -187,7 +192,7 @@ def test_the_columns_are_kept_for_another_damping_and_come_from_the_source():
     assert second.A.num_products - products == solution.num_products
     assert np.allclose(A @ solution.value + 0.5 * solution.value, b, atol=1e-4)
     assert factor(A, li.CG(), source=B).A.source.matrix is A
-    streamed = factor(A, li.Nystrom(rank=5, storage="streamed"))
+    streamed = factor(A, li.Nystrom(rank=5, storage="streamed", damping=1e-2))
     streamed.solve(b)
     assert streamed.A.kept is None
 

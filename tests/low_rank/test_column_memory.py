@@ -60,7 +60,7 @@ def test_a_budget_and_auto_need_each_other(settings):
 @pytest.mark.parametrize("budget", [0, -1.0, np.nan])
 def test_a_budget_that_is_not_positive_is_refused(budget):
     with pytest.raises(ValueError, match="`memory_budget` must be"):
-        li.Nystrom(storage="auto", memory_budget=budget)
+        li.Nystrom(storage="auto", memory_budget=budget, damping=1e-2)
 
 
 @pytest.mark.parametrize("settings", [{"rank": "auto"}, {"sampling": "greedy"}])
@@ -77,12 +77,12 @@ def test_auto_gives_the_answer_of_the_storage_it_names(library, columns, storage
     A, b = library.asarray(matrix("low rank")), library.asarray(rhs())
     operator = CountingOperator(A)
     budget = held_bytes(N, columns, ITEMSIZES[library.dtype])
-    auto = li.Nystrom(K, 0.1, storage="auto", memory_budget=budget)
+    auto = li.Nystrom(rank=K, damping=0.1, storage="auto", memory_budget=budget)
     inverse = auto.prepare(operator, rng=0)
     assert inverse.storage.storage == storage
     assert inverse.storage.num_bytes <= budget
     assert inverse.num_products == operator.num_products
-    expected = li.Nystrom(K, 0.1, storage=storage).prepare(A, rng=0) @ b
+    expected = li.Nystrom(rank=K, damping=0.1, storage=storage).prepare(A, rng=0) @ b
     assert relative_error(host(inverse @ b), host(expected)) < 100 * library.eps
 
 
@@ -91,7 +91,7 @@ def test_a_damping_too_small_for_the_streamed_form_is_chunked_instead(library):
     largest = float(np.linalg.eigvalsh(library.seen(A))[-1])
     operator = CountingOperator(A)
     budget = held_bytes(N, 4, ITEMSIZES[library.dtype])
-    settings = li.Nystrom(K, 3e-4 * largest, storage="auto", memory_budget=budget)
+    settings = li.Nystrom(rank=K, damping=3e-4 * largest, storage="auto", memory_budget=budget)
     inverse = settings.prepare(operator, rng=0)
     assert inverse.storage.storage == ("chunked" if library.dtype == "float32" else "streamed")
     assert inverse.storage.chunk_size == 2
@@ -100,7 +100,7 @@ def test_a_damping_too_small_for_the_streamed_form_is_chunked_instead(library):
         K * (K // 2 + 1) // 2 if library.dtype == "float32" else 0
     )
     b = library.asarray(matrix("low rank") @ rhs())
-    expected = li.Nystrom(K, 3e-4 * largest).prepare(A, rng=0) @ b
+    expected = li.Nystrom(rank=K, damping=3e-4 * largest).prepare(A, rng=0) @ b
     assert relative_error(host(inverse @ b), host(expected)) < 1e6 * library.eps
 
 
@@ -142,8 +142,10 @@ def test_columns_of_any_size_fit_half_precision(library, size):
     A, b = matrix("linear"), rhs()
     if library.name == "array_api_strict":
         pytest.skip("the standard has no float16")
-    plain = li.Nystrom(K, 0.1, column_dtype="float16").prepare(library.asarray(A), rng=0)
-    scaled = li.Nystrom(K, 0.1 * size, column_dtype="float16").prepare(
+    plain = li.Nystrom(rank=K, damping=0.1, column_dtype="float16").prepare(
+        library.asarray(A), rng=0
+    )
+    scaled = li.Nystrom(rank=K, damping=0.1 * size, column_dtype="float16").prepare(
         library.asarray(A * size), rng=0
     )
     expected = host(plain @ library.asarray(b))
@@ -170,7 +172,7 @@ def test_what_is_read_before_it_is_chosen_cannot_be_kept_in_less(rank, sampling)
 
 def test_a_dtype_unknown_is_refused():
     with pytest.raises(ValueError, match="`column_dtype` must be 'float16'"):
-        li.Nystrom(column_dtype="int8")
+        li.Nystrom(column_dtype="int8", damping=1e-2)
 
 
 @pytest.mark.parametrize(("settings", "numbers"), [({}, 2.3), ({"column_dtype": "float16"}, 1.2)])
@@ -220,7 +222,7 @@ def test_a_hypergradient_says_how_its_columns_were_held():
         lambda: ((theta - 1) ** 2).sum(),
         theta,
         weight,
-        solver=li.Nystrom(K, 0.1, storage="auto", memory_budget=budget),
+        solver=li.Nystrom(rank=K, damping=0.1, storage="auto", memory_budget=budget),
         rng=0,
     )
     assert out.info.storage == ("streamed", 1, budget)

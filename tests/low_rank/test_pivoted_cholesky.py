@@ -358,7 +358,10 @@ def test_nystrom_reads_no_column_again(method, chunk_size):
     assert approx.num_products == counting.num_products
     assert counting.num_products == 9
     np.testing.assert_allclose(approx.columns, counting.A[:, approx.indices], rtol=0, atol=1e-15)
-    for solver in (li.Nystrom(9, 0.1, method), li.NystromCG(9, 0.1, method)):
+    for solver in (
+        li.Nystrom(rank=9, damping=0.1, sampling=method),
+        li.NystromCG(rank=9, damping=0.1, sampling=method),
+    ):
         before = counting.num_products
         assert solver.prepare(A, rng=0).num_products == counting.num_products - before == 9
 

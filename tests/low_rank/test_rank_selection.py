@@ -189,7 +189,7 @@ def test_the_enough_of_the_theorem_is_enough():
     """2 ceil(1.5 d) + 1 columns of a Gaussian sketch: a condition number of 28 in the mean."""
     for name, A in (("exponential", EXPONENTIAL), ("polynomial", POLYNOMIAL)):
         for damping in (1e-2, 1e-4):
-            solver = li.NystromCG("auto", damping, "gaussian", rtol=1e-10)
+            solver = li.NystromCG(rank="auto", damping=damping, sampling="gaussian", rtol=1e-10)
             conditions = []
             for seed in range(5):
                 inverse = solver.prepare(A, rng=seed)
@@ -201,7 +201,7 @@ def test_the_enough_of_the_theorem_is_enough():
 
 def test_nystrom_cg_grows_without_a_damping():
     A = symmetric(np.logspace(0, -6, M))
-    solution = li.solve(A, B, solver=li.NystromCG("auto", sampling="rpcholesky"), rng=0)
+    solution = li.solve(A, B, solver=li.NystromCG(rank="auto", sampling="rpcholesky"), rng=0)
     assert np.all(solution.converged)
     plain = li.solve(A, B, solver=li.CG())
     assert np.max(solution.num_steps) < 0.5 * np.max(plain.num_steps)

@@ -94,7 +94,10 @@ def test_products_come_in_chunks_and_are_counted(chunk_size, widths):
 
 def test_the_sketch_needs_no_diagonal_and_serves_both_settings():
     A = CountingOperator(matrix("exponential"))
-    for solver in (li.Nystrom(RANK, 0.1, "gaussian"), li.NystromCG(RANK, 0.1, "gaussian")):
+    for solver in (
+        li.Nystrom(rank=RANK, damping=0.1, sampling="gaussian"),
+        li.NystromCG(rank=RANK, damping=0.1, sampling="gaussian"),
+    ):
         before = A.num_products
         inverse = solver.prepare(A, rng=0)
         assert inverse.num_products == A.num_products - before == RANK
@@ -176,16 +179,22 @@ def test_an_estimate_serves_as_weights_where_asked_for():
 @pytest.mark.parametrize("storage", ["stored", "streamed"])
 def test_the_settings_buy_an_estimate_only_when_told_to(storage):
     A = CountingOperator(np.diag(np.where(np.arange(60) < 5, 1.0, 1e-6)))
-    solver = li.Nystrom(5, 0.1, "diagonal", storage, diagonal_products=6)
+    solver = li.Nystrom(
+        rank=5, damping=0.1, sampling="diagonal", storage=storage, diagonal_products=6
+    )
     inverse = solver.prepare(A, rng=0)
     assert inverse.num_products == A.num_products
     assert A.num_products == 6 + (5 if storage == "stored" else 10)
     with pytest.raises(TypeError, match="has no diagonal"):
-        li.Nystrom(5, 0.1, "diagonal", storage).prepare(A, rng=0)
+        li.Nystrom(rank=5, damping=0.1, sampling="diagonal", storage=storage).prepare(A, rng=0)
     # Not where there is a diagonal, nor where there is no use for one.
-    dense = li.Nystrom(5, 0.1, "diagonal", storage, diagonal_products=6)
+    dense = li.Nystrom(
+        rank=5, damping=0.1, sampling="diagonal", storage=storage, diagonal_products=6
+    )
     assert dense.prepare(A.A, rng=0).num_products == (5 if storage == "stored" else 10)
-    uniform = li.Nystrom(5, 0.1, "uniform", storage, diagonal_products=6)
+    uniform = li.Nystrom(
+        rank=5, damping=0.1, sampling="uniform", storage=storage, diagonal_products=6
+    )
     assert uniform.prepare(A, rng=0).num_products == (5 if storage == "stored" else 10)
 
 

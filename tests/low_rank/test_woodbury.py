@@ -53,29 +53,30 @@ def inverse(A, damping, block):
 def inverse_by_chunks(A, damping, block):
     approx = li.nystrom(A, indices=K)
     return tuple(
-        li.woodbury_inverse(approx, damping, chunk_size=chunk_size) @ block
+        li.woodbury_inverse(approx, damping=damping, chunk_size=chunk_size) @ block
         for chunk_size in (3, RANK)
     )
 
 
 def recomputed_by_chunks(A, damping, block):
     return tuple(
-        li.chunked_inverse(A, K, damping, chunk_size=chunk_size) @ block for chunk_size in (3, RANK)
+        li.chunked_inverse(A, K, damping=damping, chunk_size=chunk_size) @ block
+        for chunk_size in (3, RANK)
     )
 
 
 def streamed(A, damping, block):
     return tuple(
-        li.streamed_inverse(A, K, damping, chunk_size=chunk_size) @ block
+        li.streamed_inverse(A, K, damping=damping, chunk_size=chunk_size) @ block
         for chunk_size in (3, RANK)
     )
 
 
 def make_inverse(form, A, chosen, damping):
     if form == "chunked":
-        return li.chunked_inverse(A, chosen, damping, chunk_size=2)
+        return li.chunked_inverse(A, chosen, damping=damping, chunk_size=2)
     if form == "streamed":
-        return li.streamed_inverse(A, chosen, damping, chunk_size=2)
+        return li.streamed_inverse(A, chosen, damping=damping, chunk_size=2)
     chunk_size = {"batched": None, "Algorithm 1": 2}[form]
     return li.nystrom(A, indices=chosen).inverse(damping, chunk_size=chunk_size)
 
@@ -166,7 +167,7 @@ def test_all_chunk_sizes_from_one_to_beyond_all_columns_agree(chunk_size, dtype)
         expected = approx.inverse(damping) @ b
         stored = approx.inverse(damping, chunk_size=chunk_size) @ b
         assert relative_error(stored, expected) < 200 * np.finfo(dtype).eps
-        recomputed = li.chunked_inverse(A, K, damping, chunk_size=chunk_size) @ b
+        recomputed = li.chunked_inverse(A, K, damping=damping, chunk_size=chunk_size) @ b
         assert relative_error(recomputed, expected) < recomputed_to
 
 
@@ -185,7 +186,7 @@ def test_streamed_equals_stored_in_float64_at_every_chunk_size(name):
         damping = share * largest(name)
         expected = inverse(matrix(name), damping, rhs(width=WIDTH))
         for chunk_size in (1, 3, RANK, RANK + 1):
-            operator = li.streamed_inverse(matrix(name), K, damping, chunk_size=chunk_size)
+            operator = li.streamed_inverse(matrix(name), K, damping=damping, chunk_size=chunk_size)
             assert relative_error(operator @ rhs(width=WIDTH), expected) < tolerance
 
 
@@ -398,7 +399,7 @@ def test_algorithm_1_and_recomputed_columns_meet_about_the_same_accuracy(name, d
         return approx.inverse(damping, chunk_size=10) @ v.astype("float32")
 
     def recomputed(H, chosen, C, v):
-        inverse = li.chunked_inverse(H.astype("float32"), chosen, damping, chunk_size=25)
+        inverse = li.chunked_inverse(H.astype("float32"), chosen, damping=damping, chunk_size=25)
         return inverse @ v.astype("float32")
 
     assert median_error(name, damping, in_chunks) <= 2 * promised
@@ -415,7 +416,7 @@ def test_streamed_in_float32_errs_less_than_the_approximation_where_damping_is_n
     chosen, _, v, _, _ = accuracy_draw(name, 0)
     reference = accuracy_reference(name, 0, damping)
     exact = np.linalg.solve(H + damping * np.eye(len(H)), v)
-    inverse = li.streamed_inverse(H.astype("float32"), chosen, damping, chunk_size=25)
+    inverse = li.streamed_inverse(H.astype("float32"), chosen, damping=damping, chunk_size=25)
     own_error = np.linalg.norm(inverse @ v.astype("float32") - reference)
     assert own_error < np.linalg.norm(reference - exact)
 
@@ -434,7 +435,7 @@ def test_float64_columns_are_accurate_to_many_more_digits(name, damping):
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 8])
 def test_recomputed_columns_cost_the_products_that_are_documented(chunk_size):
     A = CountingOperator(matrix("linear"))
-    operator = li.chunked_inverse(A, K, 0.1, chunk_size=chunk_size)
+    operator = li.chunked_inverse(A, K, damping=0.1, chunk_size=chunk_size)
     chunks = -(-RANK // chunk_size)
     sizes = [min(chunk_size, RANK - i * chunk_size) for i in range(chunks)]
     # Chunk i is computed on its own, then once more beside each chunk before it.
@@ -453,7 +454,7 @@ def test_recomputed_columns_cost_the_products_that_are_documented(chunk_size):
 @pytest.mark.parametrize("chunk_size", [1, 3, 8])
 def test_streaming_costs_two_products_a_column_and_two_a_vector(chunk_size):
     A = CountingOperator(matrix("linear"))
-    operator = li.streamed_inverse(A, K, 0.1, chunk_size=chunk_size)
+    operator = li.streamed_inverse(A, K, damping=0.1, chunk_size=chunk_size)
     assert operator.num_products == A.num_products == 2 * RANK
     assert max(A.widths) <= chunk_size
     for width in (None, WIDTH):
@@ -505,9 +506,9 @@ def test_a_damping_that_is_not_positive_is_refused_with_its_reason(damping):
     for make in (
         lambda: approx.inverse(damping),
         lambda: approx.inverse(damping, chunk_size=1),
-        lambda: li.woodbury_inverse(approx, damping),
-        lambda: li.chunked_inverse(np.eye(3), [0], damping, chunk_size=1),
-        lambda: li.streamed_inverse(np.eye(3), [0], damping),
+        lambda: li.woodbury_inverse(approx, damping=damping),
+        lambda: li.chunked_inverse(np.eye(3), [0], damping=damping, chunk_size=1),
+        lambda: li.streamed_inverse(np.eye(3), [0], damping=damping),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -525,8 +526,8 @@ def test_a_damping_that_is_no_number_is_refused(damping):
 def test_a_chunk_size_that_is_no_positive_whole_number_is_refused(chunk_size, error):
     for make in (
         lambda: li.nystrom(np.eye(3), 2, rng=0).inverse(0.1, chunk_size=chunk_size),
-        lambda: li.chunked_inverse(np.eye(3), [0], 0.1, chunk_size=chunk_size),
-        lambda: li.streamed_inverse(np.eye(3), [0], 0.1, chunk_size=chunk_size),
+        lambda: li.chunked_inverse(np.eye(3), [0], damping=0.1, chunk_size=chunk_size),
+        lambda: li.streamed_inverse(np.eye(3), [0], damping=0.1, chunk_size=chunk_size),
     ):
         with pytest.raises(error, match="`chunk_size` must be"):
             make()
@@ -538,8 +539,8 @@ def test_a_chunk_size_that_is_no_positive_whole_number_is_refused(chunk_size, er
 )
 def test_bad_indices_are_refused(chosen, message):
     for make in (
-        lambda: li.chunked_inverse(np.eye(3), chosen, 0.1, chunk_size=1),
-        lambda: li.streamed_inverse(np.eye(3), chosen, 0.1),
+        lambda: li.chunked_inverse(np.eye(3), chosen, damping=0.1, chunk_size=1),
+        lambda: li.streamed_inverse(np.eye(3), chosen, damping=0.1),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -552,8 +553,8 @@ def test_a_column_that_is_not_finite_is_refused(bad, position):
     A[position, position] = bad
     operator = li.FunctionOperator(lambda v: v, 3, columns=lambda chosen: A[:, chosen])
     for make in (
-        lambda: li.chunked_inverse(operator, [0, 1, 2], 0.1, chunk_size=1),
-        lambda: li.streamed_inverse(operator, [0, 1, 2], 0.1),
+        lambda: li.chunked_inverse(operator, [0, 1, 2], damping=0.1, chunk_size=1),
+        lambda: li.streamed_inverse(operator, [0, 1, 2], damping=0.1),
     ):
         with pytest.raises(ValueError, match="`columns of A` must be finite"):
             make()

@@ -315,7 +315,7 @@ def test_a_kernel_operator_is_solved_and_sampled_as_it_is():
     assert li.aslinearoperator(A) is A
     dense, b = A.columns(np.arange(300)), rhs(300)
     exact = np.linalg.solve(dense + 0.1 * np.eye(300), b)
-    for solver in (li.CG(0.1, rtol=1e-10), li.NystromCG(rank=40, damping=0.1, rtol=1e-10)):
+    for solver in (li.CG(damping=0.1, rtol=1e-10), li.NystromCG(rank=40, damping=0.1, rtol=1e-10)):
         found = li.solve(A, b, solver=solver, rng=0, certify=True)
         assert relative_error(found.value, exact) < 1e-8
         assert found.error_bound >= np.linalg.norm(found.value - exact)

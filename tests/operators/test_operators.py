@@ -158,7 +158,7 @@ def test_inverses_and_approximations_are_operators_too(library):
         approx,
         approx.inverse(0.1),
         approx.inverse(0.1, chunk_size=3),
-        li.streamed_inverse(A, INDICES, 0.1),
+        li.streamed_inverse(A, INDICES, damping=0.1),
     ):
         wrapped = li.aslinearoperator(operator)
         np.testing.assert_array_equal(host(wrapped @ b), host(operator @ b))
@@ -167,7 +167,7 @@ def test_inverses_and_approximations_are_operators_too(library):
 
 def test_prepared_solvers_are_operators_too(eager):
     b = eager.asarray(rhs())
-    prepared = li.Identity(0.5).prepare(eager.asarray(A64))
+    prepared = li.Identity(scale=0.5).prepare(eager.asarray(A64))
     wrapped = li.aslinearoperator(prepared)
     np.testing.assert_array_equal(host(wrapped @ b), host(prepared @ b))
     np.testing.assert_array_equal(host(wrapped.columns([3]))[:, 0], 0.5 * np.eye(N)[3])
@@ -252,7 +252,7 @@ def test_a_damping_that_is_a_numpy_scalar_keeps_library_and_dtype(library, kind)
     x = li.cg(A, b, damping=damping).value
     assert x.dtype == b.dtype
     agree(host(x), host(li.cg(A, b, damping=0.25).value), 0)
-    inverse = li.woodbury_inverse(li.nystrom(A, 8, rng=0), damping)
+    inverse = li.woodbury_inverse(li.nystrom(A, 8, rng=0), damping=damping)
     assert (inverse @ b).dtype == b.dtype
 
 
@@ -281,7 +281,7 @@ def test_inputs_are_never_written_to():
         li.Nystrom(rank=4, damping=0.1, storage="streamed"),
         li.NystromCG(rank=4, damping=0.1),
         li.Neumann(damping=0.1),
-        li.Exact(0.1),
+        li.Exact(damping=0.1),
     )
     for solver in solvers:
         li.solve(A, b, solver=solver, rng=0, certify=True)

@@ -86,7 +86,7 @@ def violations(seed, dtype):
     found = []
     for operator in (A, CountingOperator(A)):
         for N in (None, inverse):
-            certificate = li.certify(operator, x, b, damping, inverse=N)
+            certificate = li.certify(operator, b, x, damping=damping, inverse=N)
             names = ("error_bound", "energy_bound")
             for name, actual in zip(names, true, strict=True):
                 bound = np.asarray(getattr(certificate, name), dtype=np.longdouble)
@@ -123,7 +123,7 @@ def test_a_product_of_nothing_but_rounding_is_allowed_for_without_the_entries_of
         b = (A @ x + dtype_of(A, damping) * x).astype(dtype)
         error = np.asarray(x, dtype=np.longdouble) - damped_solve(A, damping, b)
         for operator in (A, CountingOperator(A)):
-            assert norm(error) <= li.certify(operator, x, b, damping).error_bound
+            assert norm(error) <= li.certify(operator, b, x, damping=damping).error_bound
 
 
 def dtype_of(A, number):

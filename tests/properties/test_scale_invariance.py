@@ -22,9 +22,9 @@ SPECTRA = {
 }
 SOLVERS = {
     "cg": functools.partial(li.CG, rtol=1e-4),
-    "refined": functools.partial(li.Nystrom, 12, refine=4),
+    "refined": functools.partial(li.Nystrom, rank=12, refine=4),
     **{
-        f"{kind.__name__} {rank} {sampling}": functools.partial(kind, rank, sampling=sampling)
+        f"{kind.__name__} {rank} {sampling}": functools.partial(kind, rank=rank, sampling=sampling)
         for kind in (li.NystromCG, li.Nystrom)
         for rank in (12, "auto")
         for sampling in SAMPLINGS

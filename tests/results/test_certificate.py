@@ -75,7 +75,7 @@ def check_bounds_hold(problem, kind, dtype):
     # The k×k algebra knows H_k to the rounding of float64.
     slack = 1 + 1e3 * np.finfo(np.float64).eps * (operator_norm(A) / damping)
     for inverse in (None, li.nystrom(A, indices=chosen).inverse(damping)):
-        certificate = li.certify(A, x, b, damping, inverse=inverse)
+        certificate = li.certify(A, b, x, damping=damping, inverse=inverse)
         assert np.all(true_norm <= slack * certificate.error_bound)
         assert np.all(true_energy <= slack * certificate.energy_bound)
         assert np.all(np.isfinite(certificate.error_bound))
@@ -116,12 +116,12 @@ def test_no_bound_is_ever_violated_in_thousands_of_cases(dtype, kind, problem):
 
 
 def certify(A, x, b, damping):
-    return li.certify(A, x, b, damping)
+    return li.certify(A, b, x, damping=damping)
 
 
 def certify_with_nystrom(A, x, b, damping):
     inverse = li.nystrom(A, indices=indices()).inverse(damping)
-    return li.certify(A, x, b, damping, inverse=inverse)
+    return li.certify(A, b, x, damping=damping, inverse=inverse)
 
 
 @pytest.mark.parametrize("name", ["linear", "polynomial", "step", "clusters"])
@@ -146,7 +146,7 @@ def test_bounds_hold_and_are_not_far_off_on_every_backend(backend, name, width):
 
 def test_the_bound_without_an_inverse_is_the_residual_over_the_damping():
     A, b, x, damping = matrix("linear"), rhs(), rhs(seed=7), 0.1
-    certificate = li.certify(A, x, b, damping)
+    certificate = li.certify(A, b, x, damping=damping)
     residual = residual_norm(A, damping, x, b)
     assert relative_error(certificate.error_bound, residual / damping) < 1e-6
     assert relative_error(certificate.energy_bound, residual / np.sqrt(damping)) < 1e-6
@@ -157,7 +157,7 @@ def test_the_bound_with_an_inverse_is_the_square_root_of_r_n_r():
     inverse = li.nystrom(A, indices=indices()).inverse(damping)
     r = b - A @ x - damping * x
     energy = np.sqrt(r @ (inverse @ r))
-    certificate = li.certify(A, x, b, damping, inverse=inverse)
+    certificate = li.certify(A, b, x, damping=damping, inverse=inverse)
     assert relative_error(certificate.energy_bound, energy) < 1e-6
     expected = min(energy / np.sqrt(damping), np.linalg.norm(r) / damping)
     assert relative_error(certificate.error_bound, expected) < 1e-6
@@ -168,18 +168,18 @@ def test_an_inverse_from_all_columns_makes_the_energy_bound_exact():
     error = x - damped_solve(A, damping, b)
     energy = np.sqrt(error @ (damped(A, damping) @ error))
     inverse = li.nystrom(A, N, rng=0).inverse(damping)
-    certificate = li.certify(A, x, b, damping, inverse=inverse)
+    certificate = li.certify(A, b, x, damping=damping, inverse=inverse)
     assert (1 - 1e-12) * energy <= certificate.energy_bound < (1 + 1e-6) * energy
-    assert certificate.error_bound < 0.5 * li.certify(A, x, b, damping).error_bound
+    assert certificate.error_bound < 0.5 * li.certify(A, b, x, damping=damping).error_bound
 
 
 def test_bounds_tighten_with_the_rank_of_the_inverse():
     A, b, damping = matrix("exponential"), rhs(), 1e-3
     x, order = rhs(seed=7), indices(rank=N)
-    bounds = [li.certify(A, x, b, damping).energy_bound]
+    bounds = [li.certify(A, b, x, damping=damping).energy_bound]
     for k in (2, 8, N):
         inverse = li.nystrom(A, indices=order[:k]).inverse(damping)
-        bounds.append(li.certify(A, x, b, damping, inverse=inverse).energy_bound)
+        bounds.append(li.certify(A, b, x, damping=damping, inverse=inverse).energy_bound)
     assert np.all(np.diff(bounds) < 0)
 
 
@@ -187,7 +187,7 @@ def test_bounds_tighten_with_the_rank_of_the_inverse():
 def test_an_exact_solution_has_a_bound_of_the_size_of_rounding(dtype):
     A, b, damping = matrix("linear").astype(dtype), rhs().astype(dtype), 0.1
     x = damped_solve(A, damping, b).astype(dtype)
-    bound = li.certify(A, x, b, damping).error_bound
+    bound = li.certify(A, b, x, damping=damping).error_bound
     assert bound < 1e3 * np.finfo(dtype).eps * norm(x)
 
 
@@ -201,7 +201,11 @@ def test_scaling_scales_the_bounds(dtype, c, s):
         scaled = (c * A).astype(dtype)
         inverse = li.nystrom(scaled, indices=indices()).inverse(0.1 * c)
         return li.certify(
-            scaled, (s / c * x).astype(dtype), (s * b).astype(dtype), 0.1 * c, inverse=inverse
+            scaled,
+            (s * b).astype(dtype),
+            (s / c * x).astype(dtype),
+            damping=0.1 * c,
+            inverse=inverse,
         )
 
     expected, found = bounds(1.0, 1.0), bounds(c, s)
@@ -215,14 +219,14 @@ def test_a_certificate_costs_a_product_a_column_and_two_for_an_unknown_norm(with
     A = CountingOperator(matrix("linear"))
     inverse = li.nystrom(A, indices=indices()).inverse(0.1) if with_inverse else None
     before = A.num_products
-    li.certify(A, rhs(width=WIDTH), rhs(width=WIDTH), 0.1, inverse=inverse)
+    li.certify(A, rhs(width=WIDTH), rhs(width=WIDTH), damping=0.1, inverse=inverse)
     assert A.num_products - before == WIDTH + 2
     assert before == (RANK if with_inverse else 0)
 
 
 def test_certificates_keep_library_and_dtype(library):
     b = library.asarray(rhs(width=WIDTH))
-    for part in li.certify(library.asarray(matrix("linear")), b, b, 0.1):
+    for part in li.certify(library.asarray(matrix("linear")), b, b, damping=0.1):
         assert type(part) is type(b)
         assert part.dtype == b.dtype
         assert tuple(part.shape) == (WIDTH,)
@@ -256,7 +260,7 @@ def test_solve_certifies_every_solver(name):
 @pytest.mark.parametrize("damping", [0.0, -1.0, np.nan])
 def test_a_damping_that_is_not_positive_is_refused(damping):
     with pytest.raises(ValueError, match="`damping` must be finite and >"):
-        li.certify(np.eye(3), np.ones(3), np.ones(3), damping)
+        li.certify(np.eye(3), np.ones(3), np.ones(3), damping=damping)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +273,9 @@ def test_a_damping_that_is_not_positive_is_refused(damping):
 )
 def test_a_solution_that_does_not_fit_is_refused(x, error, message):
     with pytest.raises(error, match=message):
-        li.certify(np.eye(3), x, np.ones(3), 0.1)
+        li.certify(np.eye(3), np.ones(3), x, damping=0.1)
 
 
 def test_the_message_names_the_argument_that_is_wrong():
     with pytest.raises(ValueError, match="`x` must"):
-        li.certify(np.eye(3), np.ones(2), np.ones(3), 0.1)
+        li.certify(np.eye(3), np.ones(3), np.ones(2), damping=0.1)

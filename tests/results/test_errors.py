@@ -24,10 +24,10 @@ class Indefinite:
 
     damping = 0.0
 
-    def prepare(self, A, *, rng=None, state=None):
+    def prepare(self, A, *, rng=None):
         bad = li.FunctionOperator(lambda r: -r, N)
         inverse = li.CG().prepare(A)
-        inverse._run = lambda b: li.cg(A, b, preconditioner=bad)
+        inverse._run = lambda b, x0: li.cg(A, b, preconditioner=bad)
         return inverse
 
 
@@ -92,15 +92,21 @@ def test_the_error_counts_the_columns_that_failed():
 
 def test_success_raises_nothing_and_changes_nothing(library):
     A, b = library.asarray(matrix("linear")), library.asarray(rhs(width=WIDTH))
-    solution = host(li.solve(A, b, solver=li.CG(0.1), throw=True, certify=True))
-    again = host(li.solve(A, b, solver=li.CG(0.1), certify=True))
+    solution = host(li.solve(A, b, solver=li.CG(damping=0.1), throw=True, certify=True))
+    again = host(li.solve(A, b, solver=li.CG(damping=0.1), certify=True))
     for part, other in zip(solution, again, strict=True):
         np.testing.assert_array_equal(part, other)
 
 
 def test_the_error_has_the_certificate_that_was_asked_for():
     with pytest.raises(li.SolveError) as caught:
-        li.solve(matrix("linear"), rhs(), solver=li.CG(0.1, max_steps=1), throw=True, certify=True)
+        li.solve(
+            matrix("linear"),
+            rhs(),
+            solver=li.CG(damping=0.1, max_steps=1),
+            throw=True,
+            certify=True,
+        )
     assert caught.value.solution.error_bound > 0
 
 
@@ -117,7 +123,7 @@ def test_throwing_is_refused_where_jax_traces():
         import jax
 
         A = jax_backend.asarray(matrix("linear"))
-        solve = jax.jit(lambda b: li.solve(A, b, solver=li.CG(0.1), throw=True).value)
+        solve = jax.jit(lambda b: li.solve(A, b, solver=li.CG(damping=0.1), throw=True).value)
         with pytest.raises(TypeError, match="`throw=True` needs to know how the solve ended"):
             solve(jax_backend.asarray(rhs()))
 
@@ -127,12 +133,12 @@ def test_throwing_is_refused_where_jax_traces():
 
 def test_a_solution_prints_what_happened_and_not_its_numbers(library):
     A, b = library.asarray(matrix("linear")), library.asarray(rhs(width=WIDTH))
-    solution = li.solve(A, b, solver=li.CG(0.1), certify=True)
+    solution = li.solve(A, b, solver=li.CG(damping=0.1), certify=True)
     title, *rest = str(solution).splitlines()
     assert title == f"Solution of shape ({N}, {WIDTH}): {WIDTH} converged"
     fields = dict(line.strip().split("  ", 1) for line in rest)
     norms = host(solution).residual_norm
-    assert list(fields) == ["residual norm", "error bound", "steps", "products"]
+    assert list(fields) == ["residual norm", "error bound", "steps", "products", "method"]
     low, high = map(float, fields["residual norm"].split(" to "))
     assert low == pytest.approx(norms.min(), rel=1e-2)
     assert high == pytest.approx(norms.max(), rel=1e-2)
@@ -148,7 +154,7 @@ def test_a_solution_for_one_right_hand_side_prints_single_numbers():
 
 
 def test_a_certificate_prints_its_bounds():
-    certificate = li.certify(np.diag([3.0, 1.0]), np.array([0.25, 0.4]), np.ones(2), 1.0)
+    certificate = li.certify(np.diag([3.0, 1.0]), np.ones(2), np.array([0.25, 0.4]), damping=1.0)
     lines = str(certificate).splitlines()
     assert lines[0] == "Certificate"
     for name, value in zip(certificate._fields, certificate, strict=True):
@@ -159,14 +165,14 @@ def test_a_certificate_prints_its_bounds():
 
 
 def test_what_jax_traces_or_puts_in_place_of_arrays_prints_too():
-    assert repr(li.Solution(0, 1, 2, 3, 4, 5)) == "Solution(0, 1, 2, 3, 4, 5, None)"
+    assert repr(li.Solution(0, 1, 2, 3, 4, 5)) == "Solution(0, 1, 2, 3, 4, 5, None, None, None)"
     with open_backend("jax", "float64") as jax_backend:
         import jax
 
         printed = []
 
         def function(A, b):
-            solution = li.solve(A, b, solver=li.CG(0.1), certify=True)
+            solution = li.solve(A, b, solver=li.CG(damping=0.1), certify=True)
             printed.append(repr(solution))
             return solution.value
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -40,7 +42,9 @@ def test_solve_is_prepare_and_solve(solver):
     assert found.error_bound is None
 
 
-@pytest.mark.parametrize("solver", [li.CG(0.1, rtol=1e-6), li.NystromCG(damping=0.1, indices=K)])
+@pytest.mark.parametrize(
+    "solver", [li.CG(damping=0.1, rtol=1e-6), li.NystromCG(damping=0.1, indices=K)]
+)
 def test_every_kind_of_operator_is_accepted(solver):
     dense = matrix("polynomial")
     expected = damped_solve(dense, 0.1, rhs())
@@ -109,47 +113,108 @@ def test_the_calls_of_a_function_are_counted_too(width):
 
 def test_state_is_where_cg_starts():
     A, b = matrix("linear"), rhs(width=WIDTH)
-    for solver in (li.CG(0.01), li.NystromCG(damping=0.01, indices=K)):
+    for solver in (li.CG(damping=0.01), li.NystromCG(damping=0.01, indices=K)):
         cold = li.solve(A, b, solver=solver)
-        warm = li.solve(A, b, solver=solver, state=cold)
+        warm = li.solve(A, b, solver=solver, x0=cold.value)
         assert np.all(warm.num_steps == 0)
         assert np.all(warm.converged)
         assert relative_error(warm.value, cold.value) < 1e-14
-        near = li.solve(A, b + 1e-3 * rhs(width=WIDTH, seed=5), solver=solver, state=cold)
+        near = li.solve(A, b + 1e-3 * rhs(width=WIDTH, seed=5), solver=solver, x0=cold.value)
         assert np.all(near.converged)
         assert np.all(near.num_steps < cold.num_steps)
 
 
 def test_state_is_not_used_by_solvers_that_do_not_iterate_from_a_start():
     A, b = matrix("linear"), rhs()
-    state = li.solve(A, b, solver=li.CG(DAMPING))._replace(value=np.full(N, np.nan))
-    for solver in (EVERY[0], li.Exact(DAMPING), li.Neumann(DAMPING), li.Identity()):
+    state = li.solve(A, b, solver=li.CG(damping=DAMPING))._replace(value=np.full(N, np.nan))
+    for solver in (EVERY[0], li.Exact(damping=DAMPING), li.Neumann(damping=DAMPING), li.Identity()):
         expected = li.solve(A, b, solver=solver)
-        np.testing.assert_array_equal(li.solve(A, b, solver=solver, state=state).value, expected[0])
+        np.testing.assert_array_equal(
+            li.solve(A, b, solver=solver, x0=state.value).value, expected[0]
+        )
 
 
-def test_a_state_of_another_shape_is_refused():
+def test_a_start_of_another_shape_is_refused():
     A, b = matrix("linear"), rhs()
-    state = li.solve(A, rhs(width=WIDTH), solver=li.CG(DAMPING))
-    for solver in (li.CG(DAMPING), li.NystromCG(damping=DAMPING, indices=K)):
-        with pytest.raises(ValueError, match=r"`state` must come from .* shape \(24,\)"):
-            li.solve(A, b, solver=solver, state=state)
+    for solver in (li.CG(damping=DAMPING), li.NystromCG(damping=DAMPING, indices=K)):
+        with pytest.raises(ValueError, match=r"`x0` must match `b` of .* shape \(24,\)"):
+            li.solve(A, b, solver=solver, x0=rhs(width=WIDTH))
 
 
-def test_a_state_that_is_no_solution_is_refused():
-    with pytest.raises(TypeError, match="`state` must be a HypergradientState"):
-        li.solve(np.eye(3), np.ones(3), solver=li.CG(), state=np.ones(3))
+def test_a_start_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="`x0` must be finite"):
+        li.solve(np.eye(3), np.ones(3), solver=li.CG(), x0=np.full(3, np.nan))
 
 
-def test_a_state_that_is_not_finite_is_refused():
-    state = FIXED._replace(value=np.full(3, np.nan))
-    with pytest.raises(ValueError, match="`state` must be finite"):
-        li.solve(np.eye(3), np.ones(3), solver=li.CG(), state=state)
+# The default path
+
+
+def test_without_a_solver_a_small_matrix_is_solved_exactly():
+    for name in ("linear", "geometric", "half"):
+        A, b = matrix(name), matrix(name) @ rhs()
+        solution = li.solve(A, b)
+        assert solution.method == f"Exact: n = {N} is small and the entries can be read"
+        assert solution.converged
+        assert norm(A @ solution.value - b) <= 1e-5 * norm(b)
+
+
+def test_the_default_takes_what_the_operator_can_do():
+    X = np.random.default_rng(0).standard_normal((1100, 2))
+    kernel, b = li.KernelOperator(X), rhs(1100)
+    dense = kernel @ np.eye(1100)
+    for A, method in (
+        (kernel, "NystromCG: columns and diagonal of A can be read"),
+        (dense, "NystromCG: columns and diagonal of A can be read"),
+        (CountingOperator(dense), "CG: A is known by products"),
+    ):
+        solution = li.solve(A, b, damping=0.1, rtol=1e-8)
+        assert solution.method == method
+        assert relative_error(solution.value, damped_solve(dense, 0.1, b)) < 1e-6
+    given = li.solve(dense, b, damping=0.1, preconditioner=li.DiagonalOperator(1100))
+    assert given.method == "CG: a preconditioner was given"
+
+
+@every_solver
+def test_a_damping_of_the_call_comes_on_top_of_that_of_the_solver(solver):
+    A, b = matrix("linear"), rhs()
+    if not hasattr(solver, "damping"):
+        pytest.skip("has no damping")
+    found = li.solve(A, b, damping=0.3, solver=solver)
+    expected = li.solve(A, b, solver=dataclasses.replace(solver, damping=solver.damping + 0.3))
+    assert relative_error(found.value, expected.value) < 1e-12
+    assert found.num_products == expected.num_products
+
+
+def test_a_tolerance_a_callback_and_a_start_reach_conjugate_gradients():
+    A, b, seen = matrix("polynomial"), rhs(), []
+    for solver in (li.CG(), li.NystromCG(indices=K)):
+        seen.clear()
+        tight = li.solve(A, b, solver=solver, rtol=1e-9, callback=lambda k, r: seen.append(int(k)))
+        assert tight.residual_norm <= 1e-9 * norm(b)
+        assert seen[-1] == tight.num_steps
+        assert li.solve(A, b, solver=solver, x0=tight.value).num_steps == 0
+
+
+def test_a_preconditioner_for_another_solver_is_refused():
+    with pytest.raises(TypeError, match=r"`preconditioner` is for CG; got solver=Exact"):
+        li.solve(np.eye(3), np.ones(3), solver=li.Exact(), preconditioner=np.eye(3))
+
+
+def test_progress_shows_the_steps(capsys):
+    li.solve(matrix("linear"), rhs(), solver=li.CG(), progress=True)
+    assert "steps" in capsys.readouterr().err
+
+
+def test_the_same_call_gives_the_same_answer():
+    A, b = matrix("exponential"), rhs()
+    solver = li.Nystrom(rank=5, damping=1e-2)
+    first, again = (li.solve(A, b, solver=solver).value for _ in range(2))
+    np.testing.assert_array_equal(first, again)
 
 
 def test_one_seed_gives_one_answer():
     A, b = matrix("exponential"), rhs()
-    solver = li.Nystrom(rank=5)
+    solver = li.Nystrom(rank=5, damping=1e-2)
     first, again, other = (li.solve(A, b, solver=solver, rng=seed).value for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert relative_error(other, first) > 1e-9
@@ -190,7 +255,7 @@ def test_a_function_that_returns_another_dtype_is_reported(function):
         li.solve(np.eye(3), np.ones(3), solver=function)
 
 
-@pytest.mark.parametrize("solver", [None, "cg", 3, li.CG, li.Nystrom])
+@pytest.mark.parametrize("solver", ["cg", 3, li.CG, li.Nystrom])
 def test_what_is_no_solver_is_refused_with_an_example(solver):
     with pytest.raises(TypeError, match=r"`solver` must be settings such as Nystrom\(rank=20"):
         li.solve(np.eye(3), np.ones(3), solver=solver)
@@ -211,15 +276,15 @@ def test_as_solve_gives_a_function_of_matvec_and_b(solver, library):
 
 def test_as_solve_takes_blocks(library):
     A, b = library.asarray(matrix("linear")), library.asarray(rhs(width=WIDTH))
-    found = li.as_solve(li.CG(DAMPING))(lambda v: A @ v, b)
+    found = li.as_solve(li.CG(damping=DAMPING))(lambda v: A @ v, b)
     expected = damped_solve(library.seen(matrix("linear")), DAMPING, library.seen(rhs(width=WIDTH)))
     assert relative_error(host(found), expected) < 1e-3
 
 
 def test_as_solve_takes_a_seed():
     A, b = matrix("exponential"), rhs()
-    found = li.as_solve(li.Nystrom(rank=5), rng=3)(lambda v: A @ v, b)
-    assert relative_error(found, li.Nystrom(rank=5).prepare(A, rng=3) @ b) < 1e-12
+    found = li.as_solve(li.Nystrom(rank=5, damping=1e-2), rng=3)(lambda v: A @ v, b)
+    assert relative_error(found, li.Nystrom(rank=5, damping=1e-2).prepare(A, rng=3) @ b) < 1e-12
 
 
 def test_as_solve_of_a_function_calls_it():
@@ -260,7 +325,7 @@ def test_a_certificate_needs_a_solver_with_a_damping(solver):
         ("A", np.ones(3), TypeError, "`A` must be an array or have"),
     ],
 )
-@pytest.mark.parametrize("solver", [li.CG(), li.Nystrom(rank=1), plain_iteration])
+@pytest.mark.parametrize("solver", [li.CG(), li.Nystrom(rank=1, damping=1e-2), plain_iteration])
 def test_a_system_that_does_not_fit_is_refused(solver, A, b, error, message):
     with pytest.raises(error, match=message):
         li.solve(A, b, solver=solver)

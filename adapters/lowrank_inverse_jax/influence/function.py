@@ -18,8 +18,9 @@ class InfluenceFunction(InfluenceBase):
     """Which training examples helped or harmed a prediction [1]_.
 
     With g_q the gradient of the loss of a query, g_i that of a training example and H the mean
-    curvature of the training set: ``score[q, i] = g_q.T (H + (l2 + damping) I)^{-1} g_i``. Positive
-    is helpful: without example i the loss of the query would rise, by about ``score / num_train``.
+    curvature of the training set: ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``.
+    Positive is helpful: without example i the loss of the query would rise, by about
+    ``score / num_train``.
 
     Parameters
     ----------
@@ -40,9 +41,9 @@ class InfluenceFunction(InfluenceBase):
         Default: "ggn", which needs `outputs`.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
         With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, damping 0 where
-        there is an `l2` and "auto" where there is none. NystromCG takes the columns for the Hessian
-        from the Gauss-Newton matrix, if there are `outputs`.
-    l2 : float
+        there is a `ridge` and "auto" where there is none. NystromCG takes the columns for the
+        Hessian from the Gauss-Newton matrix, if there are `outputs`.
+    ridge : float
         Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
         decay), treated exactly.
     damping : float or "auto", optional
@@ -102,10 +103,10 @@ class InfluenceFunction(InfluenceBase):
         outputs: Callable[..., Any] | None = None,
         curvature: str = "ggn",
         solver: Any = None,
-        l2: float = 0.0,
+        ridge: float = 0.0,
         damping: Any = None,
         batch_size: int | None = None,
-        rng: Any = None,
+        rng: Any = 0,
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
     ) -> None:
@@ -114,7 +115,7 @@ class InfluenceFunction(InfluenceBase):
             train,
             curvature=curvature,
             solver=solver,
-            l2=l2,
+            ridge=ridge,
             damping=damping,
             batch_size=batch_size,
             rng=rng,

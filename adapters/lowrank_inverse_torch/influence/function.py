@@ -20,8 +20,9 @@ class InfluenceFunction(InfluenceBase):
     """Which training examples helped or harmed a prediction [1]_.
 
     With g_q the gradient of the loss of a query, g_i that of a training example and H the mean
-    curvature of the training set: ``score[q, i] = g_q.T (H + (l2 + damping) I)^{-1} g_i``. Positive
-    is helpful: without example i the loss of the query would rise, by about ``score / num_train``.
+    curvature of the training set: ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``.
+    Positive is helpful: without example i the loss of the query would rise, by about
+    ``score / num_train``.
 
     Parameters
     ----------
@@ -42,9 +43,9 @@ class InfluenceFunction(InfluenceBase):
         near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
         With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, damping 0 where
-        there is an `l2` and "auto" where there is none. NystromCG takes the columns for the Hessian
-        from the Gauss-Newton matrix.
-    l2 : float
+        there is a `ridge` and "auto" where there is none. NystromCG takes the columns for the
+        Hessian from the Gauss-Newton matrix.
+    ridge : float
         Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
         decay), treated exactly.
     damping : float or "auto", optional
@@ -107,12 +108,12 @@ class InfluenceFunction(InfluenceBase):
         params: Any = None,
         curvature: str = "ggn",
         solver: Any = None,
-        l2: float = 0.0,
+        ridge: float = 0.0,
         damping: Any = None,
         batch_size: int | None = None,
         split: Split | None = None,
         chunk_size: int = 1,
-        rng: Any = None,
+        rng: Any = 0,
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
     ) -> None:
@@ -121,7 +122,7 @@ class InfluenceFunction(InfluenceBase):
             train,
             curvature=curvature,
             solver=solver,
-            l2=l2,
+            ridge=ridge,
             damping=damping,
             batch_size=batch_size,
             rng=rng,

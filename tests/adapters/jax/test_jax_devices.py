@@ -17,10 +17,10 @@ from tests.conftest import x64
 
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 SOLVERS = {
-    "Nyström": li.Nystrom(20, 0.1),
-    "streamed": li.Nystrom(20, 0.1, storage="streamed"),
+    "Nyström": li.Nystrom(rank=20, damping=0.1),
+    "streamed": li.Nystrom(rank=20, damping=0.1, storage="streamed"),
     "CG": li.CG(damping=0.1, rtol=1e-12),
-    "Nyström-CG": li.NystromCG(20, damping=0.1, rtol=1e-12),
+    "Nyström-CG": li.NystromCG(rank=20, damping=0.1, rtol=1e-12),
 }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lowrank_inverse as li
+from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
 
 jax = pytest.importorskip("jax")
 
@@ -149,9 +150,9 @@ def test_the_record_explains_itself_outside_of_jit_only():
     out = jax.jit(lambda h: step(h, solver=li.CG()))(start())
     assert out.explain().endswith("nothing to warn of")
     assert "products with the Hessian" in out.info.explain()
-    far = hypergradient(inner, outer, minimiser(start()) + 3.0, start(), solver=li.CG(1e-2))
+    far = hypergradient(inner, outer, minimiser(start()) + 3.0, start(), solver=li.CG(damping=1e-2))
     assert {finding.name for finding in far.info.findings()} == {"not_stationary"}
-    with pytest.warns(li.diagnostics.HypergradientWarning, match="Train the inner problem"):
+    with pytest.warns(HypergradientWarning, match="Train the inner problem"):
         far.info.warn()
     with pytest.raises(TypeError, match="while jax traces"):
         jax.jit(lambda h: step(h).explain())(start())

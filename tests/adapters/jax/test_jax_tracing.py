@@ -101,7 +101,7 @@ def test_results_and_records_are_pytrees_that_pass_through_jit():
     def run(hparams: Tree) -> Any:
         return problem.hypergradient(
             inner_loss=losses_with_aux, outer_loss=losses_with_aux, hparams=hparams,
-            has_aux=True, solver=li.Nystrom(rank=5), rng=0,
+            has_aux=True, solver=li.Nystrom(rank=5, damping=1e-2), rng=0,
         )  # fmt: skip
 
     out = jax.jit(run)(hparams)
@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_goes_unchecked_under_jit_and_is_reported():
 
 def test_a_key_may_be_traced_and_draws_the_columns_that_it_draws_outside():
     problem = Problem()
-    for solver in (li.Nystrom(rank=5), li.NystromCG(rank=5, max_steps=1)):
+    for solver in (li.Nystrom(rank=5, damping=1e-2), li.NystromCG(rank=5, max_steps=1)):
         run = jax.jit(lambda key, solver=solver: problem.hypergradient(solver=solver, key=key))
         for seed in (3, 4):
             key = jax.random.key(seed)
@@ -195,7 +195,7 @@ def test_indices_may_be_traced(storage):
     problem = Problem()
 
     def run(indices: Any) -> Any:
-        solver = li.Nystrom(indices=indices, storage=storage)
+        solver = li.Nystrom(indices=indices, storage=storage, damping=1e-2)
         return problem.hypergradient(solver=solver).grads
 
     traced = jax.jit(run)
@@ -207,8 +207,8 @@ def test_indices_may_be_traced(storage):
 def test_a_host_seed_draws_once_when_traced_the_columns_of_numpy():
     problem = Problem()
     indices = tuple(np.random.default_rng(7).choice(N, 5, replace=False).tolist())
-    wanted = problem.hypergradient(solver=li.Nystrom(indices=indices)).grads
-    run = jitted(problem, solver=li.Nystrom(rank=5), rng=np.random.default_rng(7))
+    wanted = problem.hypergradient(solver=li.Nystrom(indices=indices, damping=1e-2)).grads
+    run = jitted(problem, solver=li.Nystrom(rank=5, damping=1e-2), rng=np.random.default_rng(7))
     for _ in range(2):
         assert relative(run(problem.params, problem.hparams).grads, wanted) < 1e-9
 
@@ -228,10 +228,10 @@ def several(problem: Problem) -> Tree:
     [
         pytest.param(li.CG(rtol=1e-10), marks=pytest.mark.slow),
         li.NystromCG(rank=5, rtol=1e-10),
-        li.Nystrom(rank=5),
+        li.Nystrom(rank=5, damping=1e-2),
         pytest.param(li.Neumann(num_terms=5), marks=pytest.mark.slow),
         pytest.param(li.Exact(), marks=pytest.mark.slow),
-        pytest.param(li.Nystrom(rank=5, storage="streamed"), marks=pytest.mark.slow),
+        pytest.param(li.Nystrom(rank=5, storage="streamed", damping=1e-2), marks=pytest.mark.slow),
     ],
     ids=lambda solver: type(solver).__name__,
 )
@@ -278,7 +278,7 @@ def test_vmap_works_outside_jit_and_over_all_arguments():
 
 @pytest.mark.parametrize(
     "solver",
-    [li.CG(), li.NystromCG(rank=5), li.Nystrom(rank=5)],
+    [li.CG(), li.NystromCG(rank=5), li.Nystrom(rank=5, damping=1e-2)],
     ids=["cg", "nystrom-cg", "nystrom"],
 )
 def test_a_second_jitted_call_with_new_values_traces_and_compiles_nothing(solver):
@@ -343,7 +343,7 @@ EAGER = {
     "preconditioned cg": lambda A, b: li.solve(A, b, solver=li.NystromCG(rank=4), rng=0),
     "cg on a block": lambda A, b: li.cg(A, jnp.stack([b, 2 * b], axis=1)),
     "neumann": lambda A, b: li.neumann(A, b),
-    "nystrom": lambda A, b: li.solve(A, b, solver=li.Nystrom(rank=4), rng=0),
+    "nystrom": lambda A, b: li.solve(A, b, solver=li.Nystrom(rank=4, damping=1e-2), rng=0),
 }
 
 
@@ -371,7 +371,7 @@ def test_eager_solves_do_not_compile_anew(solve):
     [
         li.CG(),
         li.NystromCG(rank=5),
-        pytest.param(li.Nystrom(rank=5), marks=pytest.mark.slow),
+        pytest.param(li.Nystrom(rank=5, damping=1e-2), marks=pytest.mark.slow),
         pytest.param(li.Neumann(), marks=pytest.mark.slow),
         pytest.param(li.Exact(), marks=pytest.mark.slow),
     ],
@@ -408,7 +408,7 @@ def test_arrays_closed_over_by_a_jitted_function_are_as_good_as_arguments(solver
     state = li.cg(A, b, max_steps=1)
 
     def solve(A: Any, b: Any) -> Any:
-        return li.solve(A, b, solver=solver, rng=0, state=state).value
+        return li.solve(A, b, solver=solver, rng=0, x0=state.value).value
 
     assert relative(jax.jit(lambda b: solve(A, b))(b), wanted) < 1e-9
     assert relative(jax.jit(lambda A: solve(A, b))(A), wanted) < 1e-9

@@ -28,7 +28,7 @@ NUM, DIM = 8, 4
 def by_hypergradient(model: nn.Module, inner: Any, outer: Any, h: Tensor) -> Tensor:
     out = hypergradient(
         lambda: inner(model, h), lambda: outer(model), model, h,
-        solver=li.Exact(0.2), accumulate_grad=False,
+        solver=li.Exact(damping=0.2), accumulate_grad=False,
     )  # fmt: skip
     return out.grads
 
@@ -42,7 +42,7 @@ def by_minimizer(model: nn.Module, inner: Any, outer: Any, h: Tensor) -> Tensor:
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     train = implicit_minimizer(
-        lambda params, h: inner(called(params), h), solver=li.Exact(0.2), module=model
+        lambda params, h: inner(called(params), h), solver=li.Exact(damping=0.2), module=model
     )(lambda init, h: trainable())
     return torch.autograd.grad(outer(called(train(None, h))), h)[0]
 

@@ -16,13 +16,13 @@ import lowrank_inverse_torch as lit
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SOLVERS = {
-    "stored": li.Nystrom(20, 0.1),
-    "chunked": li.Nystrom(20, 0.1, storage="chunked", chunk_size=4),
-    "streamed": li.Nystrom(20, 0.1, storage="streamed"),
-    "on the host": li.Nystrom(20, 0.1, offload=True),
+    "stored": li.Nystrom(rank=20, damping=0.1),
+    "chunked": li.Nystrom(rank=20, damping=0.1, storage="chunked", chunk_size=4),
+    "streamed": li.Nystrom(rank=20, damping=0.1, storage="streamed"),
+    "on the host": li.Nystrom(rank=20, damping=0.1, offload=True),
     "CG": li.CG(damping=0.1, rtol=1e-12),
     "CG, seldom checked": li.CG(damping=0.1, rtol=1e-12, check_every=5),
-    "Nyström-CG": li.NystromCG(20, damping=0.1, rtol=1e-12),
+    "Nyström-CG": li.NystromCG(rank=20, damping=0.1, rtol=1e-12),
     "Neumann": li.Neumann(damping=0.1, num_terms=5, step_size=0.1),
     "exact": li.Exact(damping=0.1),
 }

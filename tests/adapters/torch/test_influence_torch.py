@@ -286,18 +286,18 @@ def test_parameters_may_be_a_part_of_the_model():
             assert_close(influence.scores(problem.query, method=method), expected, torch.float64)
 
 
-def test_l2_and_damping_add_up():
+def test_ridge_and_damping_add_up():
     problem = Problem()
     expected = problem.expected("ggn", shift=0.03 + 0.02)
     for solver in (li.CG, li.Exact, li.NystromCG):
         options = {} if solver is li.Exact else {"rtol": 1e-12}
-        influence = problem.influence(solver=solver(damping=0.02, **options), l2=0.03)
+        influence = problem.influence(solver=solver(damping=0.02, **options), ridge=0.03)
         assert_close(influence.scores(problem.query), expected, torch.float64)
     by_function = problem.influence(
         solver=lambda matvec, b: (
             li.cg(li.FunctionOperator(matvec, len(b), like=b, matmat=matvec), b, rtol=1e-12).value
         ),
-        l2=0.03,
+        ridge=0.03,
         damping=0.02,
     )
     assert_close(by_function.scores(problem.query), expected, torch.float64)
@@ -349,14 +349,14 @@ def test_info_has_the_true_relative_residual_of_each_query(dtype):
 
 def test_info_has_the_gradient_of_the_objective():
     problem = Problem()
-    l2 = 0.1
+    ridge = 0.1
     model = copy.deepcopy(problem.model).eval()
     objective = cross_entropy(model(problem.train[0]), problem.train[1]).mean()
-    objective = objective + l2 / 2 * sum((p**2).sum() for p in model.parameters())
+    objective = objective + ridge / 2 * sum((p**2).sum() for p in model.parameters())
     objective.backward()
     norm = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).norm().item()
-    assert problem.influence(l2=l2).info.gradient_norm == pytest.approx(norm, rel=1e-10)
-    fisher = problem.influence(l2=l2, curvature="empirical_fisher")
+    assert problem.influence(ridge=ridge).info.gradient_norm == pytest.approx(norm, rel=1e-10)
+    fisher = problem.influence(ridge=ridge, curvature="empirical_fisher")
     assert fisher.info.gradient_norm == pytest.approx(norm, rel=1e-10)
 
 
@@ -443,12 +443,12 @@ def test_with_leverage_the_curvature_of_the_removed_examples_goes_too(curvature,
 def test_with_leverage_the_removal_effect_is_exact_for_least_squares():
     torch.manual_seed(3)
     x, y = torch.randn(20, 4).double(), torch.randn(20, 1).double()
-    l2 = 0.1
+    ridge = 0.1
     keep = torch.ones(20, dtype=torch.bool)
     keep[[0, 5, 6, 11]] = False
 
     def fitted(rows: Tensor) -> Tensor:
-        A = x[rows].T @ x[rows] / 20 + l2 * torch.eye(4).double()
+        A = x[rows].T @ x[rows] / 20 + ridge * torch.eye(4).double()
         return torch.linalg.solve(A, x[rows].T @ y[rows] / 20)
 
     def squares(output: Tensor, target: Tensor) -> Tensor:
@@ -457,7 +457,7 @@ def test_with_leverage_the_removal_effect_is_exact_for_least_squares():
     whole = fitted(torch.ones(20, dtype=torch.bool))
     model = nn.Linear(4, 1, bias=False).double()
     model.weight.data = whole.T.clone()
-    influence = InfluenceFunction(model, squares, (x, y), l2=l2, solver=li.CG(rtol=1e-13))
+    influence = InfluenceFunction(model, squares, (x, y), ridge=ridge, solver=li.CG(rtol=1e-13))
     assert influence.info.gradient_norm < 1e-12
     query = torch.randn(6, 4).double(), torch.randn(6, 1).double()
     # linear outputs: the effect to first order in the step is the gradient times the true step
@@ -494,12 +494,12 @@ def test_the_auto_damping_is_near_a_tenth_of_the_mean_eigenvalue_and_reported():
     assert_close(influence.scores(problem.query), expected, torch.float64)
 
 
-def test_without_a_solver_the_damping_is_automatic_unless_there_is_l2():
+def test_without_a_solver_the_damping_is_automatic_unless_there_is_ridge():
     problem = Problem()
     assert problem.influence(solver=None).info.damping > 0
-    regular = problem.influence(solver=None, l2=0.1)
-    assert (regular.info.damping, regular.info.l2) == (0.0, 0.1)
-    assert problem.influence(solver=li.CG(damping=0.3), l2=0.1).info.damping == 0.3
+    regular = problem.influence(solver=None, ridge=0.1)
+    assert (regular.info.damping, regular.info.ridge) == (0.0, 0.1)
+    assert problem.influence(solver=li.CG(damping=0.3), ridge=0.1).info.damping == 0.3
 
 
 def test_an_indefinite_hessian_is_named_with_its_lowest_ritz_value_and_a_damping_that_does():
@@ -759,7 +759,7 @@ def test_other_bad_arguments_are_refused():
         "`curvature` must be one of 'ggn', 'hessian', 'empirical_fisher'; got 'fisher'",
         curvature="fisher",
     )
-    bad("`l2` must be finite and >= 0", l2=-1.0)
+    bad("`ridge` must be finite and >= 0", ridge=-1.0)
     bad("`damping` must be a number or 'auto'; got 'much'", damping="much")
     bad("`damping` must be finite and >= 0", damping=-1.0)
     bad("`batch_size` must be at least 1", batch_size=0)

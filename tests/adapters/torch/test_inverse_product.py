@@ -119,7 +119,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 @each_way
 def test_the_product_with_the_inverse_has_the_ridge_and_the_damping_in_it(way, ridge):
     H, b = hessian(), right_hand_side()
-    solution, inverse = inverse_product(H, b, solver=way.solver, ridge=ridge, rng=0)
+    solution, inverse, *_ = inverse_product(H, b, solver=way.solver, ridge=ridge, rng=0)
     B = dense_system(H, ridge, way.damping)
     assert relative(solution.value, way.dense(B, b)) < 1e-10
     residual = np.linalg.norm(b - B @ solution.value)
@@ -131,7 +131,7 @@ def test_the_product_with_the_inverse_has_the_ridge_and_the_damping_in_it(way, r
 @each_way
 def test_products_with_the_hessian_are_counted_all_told(way, ridge):
     H = Counted(hessian())
-    solution, _ = inverse_product(H, right_hand_side(), solver=way.solver, ridge=ridge, rng=0)
+    solution, *_ = inverse_product(H, right_hand_side(), solver=way.solver, ridge=ridge, rng=0)
     assert solution.num_products == H.count
 
 
@@ -141,7 +141,7 @@ def test_float32_stays_float32(way, ridge):
     H, b = hessian().astype(np.float32), right_hand_side(np.float32)
     if ridge is RIDGES["one for each"]:
         ridge = ridge.astype(np.float32)
-    solution, _ = inverse_product(H, b, solver=way.solver, ridge=ridge, rng=0)
+    solution, *_ = inverse_product(H, b, solver=way.solver, ridge=ridge, rng=0)
     assert solution.value.dtype == np.float32
     B = dense_system(H.astype(np.float64), ridge, way.damping)
     assert relative(solution.value, way.dense(B, b.astype(np.float64))) < 1e-5
@@ -157,7 +157,7 @@ def test_with_a_ridge_for_each_nystrom_approximates_the_hessian_scaled_from_both
     H_k = scaled[:, indices] @ core @ scaled[:, indices].T
     wanted = s * np.linalg.solve(H_k + np.eye(N), s * b)
     solver = li.Nystrom(damping=0.1, indices=indices, storage=storage)
-    solution, inverse = inverse_product(H, b, solver=solver, ridge=ridge)
+    solution, inverse, *_ = inverse_product(H, b, solver=solver, ridge=ridge)
     assert relative(solution.value, wanted) < 1e-10
     assert inverse.rank == 3
 
@@ -201,7 +201,7 @@ def test_a_state_is_where_the_next_solve_starts(solver, ridge):
 
 def test_one_seed_gives_one_answer():
     def answer(rng: Any) -> np.ndarray:
-        solver = li.Nystrom(rank=3)
+        solver = li.Nystrom(rank=3, damping=1e-2)
         ridge = np.linspace(0.1, 1, N)
         H, b = hessian(), right_hand_side()
         return inverse_product(H, b, solver=solver, ridge=ridge, rng=rng)[0].value
@@ -216,8 +216,8 @@ def test_one_seed_gives_one_answer():
     [
         li.CG(rtol=1e-4),
         li.NystromCG(rank=2, rtol=1e-4),
-        li.Nystrom(rank=2, refine=20),
-        li.Nystrom(rank=N),
+        li.Nystrom(rank=2, refine=20, damping=1e-2),
+        li.Nystrom(rank=N, damping=1e-2),
     ],
     ids=["cg", "nystrom-cg", "nystrom, refined", "nystrom of rank n"],
 )
@@ -226,7 +226,7 @@ def test_converged_means_that_the_residual_of_the_system_asked_for_meets_rtol(so
     b, rtol = right_hand_side(), getattr(solver, "rtol", 1e-5)
     for seed in range(5):
         ridge = np.random.default_rng(seed).permutation(np.logspace(-spread, 2, N))
-        solution, _ = inverse_product(hessian(), b, solver=solver, ridge=ridge, rng=seed)
+        solution, *_ = inverse_product(hessian(), b, solver=solver, ridge=ridge, rng=seed)
         relative_residual = float(solution.residual_norm) / np.linalg.norm(b)
         assert bool(solution.converged) <= (relative_residual <= rtol)
 
@@ -361,8 +361,8 @@ def test_the_record_holds_cost_residual_and_the_norm_of_the_inner_gradient(way, 
 
 def test_the_record_knows_the_rank_where_there_is_one():
     H = hessian("low rank")
-    assert record(H, solver=li.Nystrom(rank=6), rng=0).rank == 4
-    assert record(H, solver=li.Nystrom(rank=6), ridge=np.ones(N), rng=0).rank == 4
+    assert record(H, solver=li.Nystrom(rank=6, damping=1e-2), rng=0).rank == 4
+    assert record(H, solver=li.Nystrom(rank=6, damping=1e-2), ridge=np.ones(N), rng=0).rank == 4
     assert record(H, solver=li.NystromCG(rank=3), ridge=1.0, rng=0).rank == 3
     assert record(H, solver=li.Exact()).rank == 4
     assert record(H, solver=li.Exact(), ridge=1.0).rank == N
@@ -375,8 +375,8 @@ def test_the_record_knows_the_rank_where_there_is_one():
         li.Exact(),
         li.CG(),
         li.NystromCG(rank=N, damping=0.01),
-        li.Nystrom(rank=N),
-        li.Nystrom(rank=N, storage="streamed"),
+        li.Nystrom(rank=N, damping=1e-2),
+        li.Nystrom(rank=N, storage="streamed", damping=1e-2),
     ],
     ids=["exact", "cg", "nystrom-cg", "nystrom", "streamed"],
 )
@@ -444,16 +444,6 @@ BAD = {
         ValueError,
         "`ridge` plus the damping of the solver must be > 0 everywhere; some entries are 0",
     ),
-    "rank above n": (
-        {"solver": li.Nystrom(rank=N + 1)},
-        ValueError,
-        "`rank` must be from 1 to 12; got 13",
-    ),
-    "rank above n, ridge for each": (
-        {"solver": li.Nystrom(rank=N + 1), "ridge": np.ones(N)},
-        ValueError,
-        "`rank` must be from 1 to 12; got 13",
-    ),
     "solver a class": ({"solver": li.CG}, TypeError, "`solver` must be settings"),
     "Hessian of another order": (
         {"H": np.eye(N - 1)},
@@ -471,7 +461,9 @@ def test_bad_input_is_refused_by_name(options, kind, message):
         implicit_gradient(H, b, lambda q: [q], [None], **arguments)
 
 
-@pytest.mark.parametrize("solver", [li.CG(), li.Nystrom(rank=2)], ids=["cg", "nystrom"])
+@pytest.mark.parametrize(
+    "solver", [li.CG(), li.Nystrom(rank=2, damping=1e-2)], ids=["cg", "nystrom"]
+)
 def test_a_ridge_of_zeros_is_none_where_the_damping_does_without(solver):
     H, b = hessian(), right_hand_side()
     found = inverse_product(H, b, solver=solver, ridge=np.zeros(N), rng=0)[0].value

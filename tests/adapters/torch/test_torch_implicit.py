@@ -97,8 +97,8 @@ def test_gradcheck_passes_by_hyperparameters_and_arguments():
 @pytest.mark.parametrize(
     "solver",
     [
-        li.Exact(0.05),
-        li.CG(0.05, rtol=1e-14),
+        li.Exact(damping=0.05),
+        li.CG(damping=0.05, rtol=1e-14),
         li.NystromCG(rank=2, damping=0.05, rtol=1e-14),
         li.Nystrom(rank=DIM + 1, damping=0.05),
         lambda matvec, b: li.cg(li.FunctionOperator(matvec, DIM + 1, like=b), b, rtol=1e-14).value,
@@ -402,7 +402,7 @@ def test_a_module_named_is_left_as_it_was():
             (functional_call(model, p, (X,)) ** 4).mean()
             + h * sum((v**2).sum() for v in p.values())
         ),
-        solver=li.CG(0.1),
+        solver=li.CG(damping=0.1),
         module=model,
     )
     def train(init: Any, h: Any) -> Any:

@@ -162,7 +162,10 @@ def test_the_operators_of_curvlinops_are_solved_with(kind):
         ours = HessianOperator(lambda: nn.functional.cross_entropy(model(x), y), model)
         assert torch.allclose(dense, ours @ torch.eye(n, dtype=F64), atol=1e-12)
     wanted = torch.linalg.solve(dense + 5 * torch.eye(n, dtype=F64), b)
-    solvers: list[Any] = [li.CG(5.0, rtol=1e-12), li.NystromCG(rank=5, damping=5.0, rtol=1e-12)]
+    solvers: list[Any] = [
+        li.CG(damping=5.0, rtol=1e-12),
+        li.NystromCG(rank=5, damping=5.0, rtol=1e-12),
+    ]
     if kind.startswith("GGN"):  # semidefinite
         solvers.append(li.Nystrom(rank=n, damping=5.0))
     for solver in solvers:
@@ -186,6 +189,7 @@ def test_the_gradients_accumulate_for_any_optimizer_of_torch():
             w,
             penalty,
             solver=li.CG(rtol=1e-12),
+            accumulate_grad=True,
         )
         assert torch.allclose(penalty.grad, exact_gradient(penalty.detach()), rtol=1e-8)
         before = penalty.detach().clone()

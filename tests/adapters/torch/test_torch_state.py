@@ -55,6 +55,7 @@ class Loop:
             "ridge": RIDGE,
             "rng": 0,
             "state": state,
+            "accumulate_grad": True,
         }
         out = hypergradient(
             self.inner_loss, self.outer_loss, self.model, self.weight, **{**arguments, **options}

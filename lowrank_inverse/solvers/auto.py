@@ -1,0 +1,57 @@
+"""The choice of a solver where none is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_inverse._typing import RNG
+from lowrank_inverse.arrays.checks import check_scalar
+from lowrank_inverse.arrays.conversion import is_traced
+from lowrank_inverse.operators.base import ShiftedOperator
+from lowrank_inverse.operators.columns import known_or_none
+from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.solvers.base import PreparedInverse
+from lowrank_inverse.solvers.direct import Exact
+from lowrank_inverse.solvers.iterative import CG
+from lowrank_inverse.solvers.low_rank import NystromCG
+
+MOST_ROWS = 1000
+"""Up to which a matrix whose entries can be read is decomposed: a second, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """What :func:`lowrank_inverse.solve` takes where no solver is given.
+
+    A small matrix whose entries can be read is decomposed; a large one with a diagonal is solved
+    by conjugate gradients with a randomly pivoted preconditioner; what is known by products alone,
+    by conjugate gradients.
+    """
+
+    damping: Any = 0.0
+    rtol: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_scalar("damping", self.damping)
+        check_scalar("rtol", self.rtol)
+
+    def choose(self, A: Any) -> tuple[Any, str]:
+        """Return settings for `A`, and the reason in words."""
+        A = aslinearoperator(A)
+        base, n = A.base if isinstance(A, ShiftedOperator) else A, int(A.shape[0])
+        readable = hasattr(base, "submatrix")
+        if readable and n <= MOST_ROWS:
+            return Exact(damping=self.damping), f"n = {n} is small and the entries can be read"
+        shared = {"damping": self.damping, "rtol": self.rtol}
+        if not readable:
+            return CG(**shared), "A is known by products"
+        d = known_or_none(base)
+        if d is None or is_traced(d):
+            return CG(**shared), "the diagonal of A is unknown"
+        cheap = NystromCG(rank="auto", sampling="rpcholesky", **shared)
+        return cheap, "columns and diagonal of A can be read"
+
+    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``."""
+        return self.choose(A)[0].prepare(A, rng=rng)
