@@ -134,7 +134,7 @@ def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> 
                 params,
                 few,
                 solver=solver,
-                rng=[seed, update],  # no state: on an indefinite Hessian, CG from it goes astray,
+                rng=[seed, update],  # no state: on an indefinite Hessian, CG from it goes astray
                 accumulate_grad=True,
             )
         except torch.linalg.LinAlgError:  # of Eq. (6), where a column is zero

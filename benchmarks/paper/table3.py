@@ -160,7 +160,7 @@ def run(
                     *(inner, outer, params, meta),
                     solver=solver,
                     ridge=ridge,
-                    rng=[seed, update, number],  # no state: the tasks have nothing in common,
+                    rng=[seed, update, number],  # no state: the tasks have nothing in common
                     accumulate_grad=True,
                 )
             except torch.linalg.LinAlgError:  # of Eq. (6), where a column is zero
