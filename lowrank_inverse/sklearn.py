@@ -21,7 +21,7 @@ except ImportError as error:
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.low_rank.column_sampling import sample_columns
 from lowrank_inverse.low_rank.core import spectrum, whiten
-from lowrank_inverse.operators.function import FunctionOperator
+from lowrank_inverse.operators.composition import scaled_by_diagonal
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.low_rank import NystromCG
@@ -336,21 +336,7 @@ def _weighted(K: Any, root: np.ndarray) -> Any:
         return K
     if isinstance(K, np.ndarray):
         return root * K * root.T
-
-    def product(block: np.ndarray) -> np.ndarray:
-        return root * (K @ (root * block))
-
-    def submatrix_columns(indices: np.ndarray) -> np.ndarray:
-        return root * K.columns(indices) * root[indices].T
-
-    return FunctionOperator(
-        lambda v: product(v[:, None])[:, 0],
-        len(root),
-        like=root,
-        matmat=product,
-        columns=submatrix_columns,
-        diagonal=lambda: K.diagonal() * root[:, 0] ** 2,
-    )
+    return scaled_by_diagonal(K, root[:, 0])
 
 
 def _row_blocks(n: int, size: int) -> list[slice]:

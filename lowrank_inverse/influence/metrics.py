@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_finite, describe
@@ -70,12 +71,12 @@ def leave_one_out(predicted: Array, actual: Array) -> Agreement:
         raise ValueError(f"`predicted` must have at least two entries; got {p.size}.")
     scale = float(np.max(np.abs(p))) or 1.0
     unit = p / scale
-    square, norm = float(unit @ unit), frobenius_norm(a)
+    square, norm = float(unit @ unit), _norm(a)
     return Agreement(
         pearson=_correlation(p, a),
-        spearman=_correlation(_ranks(p), _ranks(a)),
+        spearman=_correlation(stats.rankdata(p), stats.rankdata(a)),
         slope=float(unit @ a) / square / scale if square > 0 else float("nan"),
-        relative_error=frobenius_norm(a - p) / norm if norm > 0 else float("nan"),
+        relative_error=_norm(a - p) / norm if norm > 0 else float("nan"),
     )
 
 
@@ -125,7 +126,9 @@ def linear_datamodelling_score(scores: Array, subsets: Array, losses: Array) -> 
     if len(m) < 2:
         raise ValueError(f"`subsets` must have at least two models; got {len(m)}.")
     sums = m.astype(np.float64) @ s.T
-    found = [_correlation(_ranks(-f[:, q]), _ranks(sums[:, q])) for q in range(len(s))]
+    found = [
+        _correlation(stats.rankdata(-f[:, q]), stats.rankdata(sums[:, q])) for q in range(len(s))
+    ]
     constant = np.flatnonzero(np.isnan(found))
     if constant.size:
         raise ValueError(
@@ -174,33 +177,18 @@ def mislabel_auc(self_influence: Array, is_mislabelled: Array) -> float:
         raise ValueError(
             f"`is_mislabelled` must have both kinds; got {num} True and {others} False."
         )
-    ranks = _ranks(values)  # the statistic of Mann and Whitney
+    ranks = stats.rankdata(values)  # the statistic of Mann and Whitney
     return float((ranks[flags].sum() - num * (num + 1) / 2) / (num * others))
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """Return ranks from 1, equal values having the mean of theirs."""
-    _, places, counts = np.unique(x, return_inverse=True, return_counts=True)
-    means: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
-    return means[places]
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Return the correlation of Pearson, NaN where one is constant."""
-    x, y = (_centred(z) for z in (x, y))
-    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(np.clip(x @ y / norm, -1, 1)) if norm > 0 else float("nan")
+    if x.min() == x.max() or y.min() == y.max():
+        return float("nan")
+    return float(stats.pearsonr(x / np.max(np.abs(x)), y / np.max(np.abs(y))).statistic)
 
 
-def _centred(x: np.ndarray) -> np.ndarray:
-    if x.min() == x.max():
-        return np.zeros_like(x)
-    x = x / np.max(np.abs(x))
-    centred: np.ndarray = x - x.mean()
-    return centred / np.max(np.abs(centred))
-
-
-def frobenius_norm(x: np.ndarray) -> float:
+def _norm(x: np.ndarray) -> float:
     scale = float(np.max(np.abs(x)))
     return scale * float(np.linalg.norm(x / scale)) if scale > 0 else 0.0
 
