@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lowrank_inverse.operators.function import FunctionOperator
 from lowrank_inverse.solvers.base import as_settings
+from lowrank_inverse.solvers.solve import as_solve as core_as_solve
 from lowrank_inverse_jax.curvature.operators import full_precision
 from lowrank_inverse_jax.parameters import as_parameters
 
@@ -17,13 +16,14 @@ __all__ = ["as_lineax", "as_solve"]
 
 
 def as_solve(
-    solver: Any, *, rng: Any = 0, sign: int | None = None
+    solver: Any = None, *, rng: Any = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
     """Return ``solve(matvec, b) -> x`` on pytrees, such as jaxopt's implicit differentiation takes.
 
     Parameters
     ----------
-    solver : settings such as ``lowrank_inverse.NystromCG(...)``
+    solver : settings such as ``lowrank_inverse.NystromCG(...)``, optional
+        Default: CG.
     rng : int or numpy.random.Generator, optional
         Host seed of the columns.
     sign : {1, -1}, optional
@@ -44,9 +44,7 @@ def as_solve(
     >>> print(solve(lambda x: {"a": -2.0 * x["a"]}, {"a": jnp.ones(2)}))
     {'a': Array([-0.5, -0.5], dtype=float32)}
     """
-    settings = as_settings(solver)
-    if sign not in (None, 1, -1):
-        raise ValueError(f"`sign` must be 1, -1 or None; got {sign!r}.")
+    solve_flat = core_as_solve(solver, rng=rng, sign=sign)
 
     def solve(matvec: Callable[[Any], Any], b: Any, **ignored: Any) -> Any:
         rhs = as_parameters(b, name="b")
@@ -55,13 +53,7 @@ def as_solve(
             return as_parameters(matvec(rhs.replace(vector)), name="matvec(x)").vector
 
         with full_precision():
-            positive: Any = sign
-            if positive is None:
-                curvature = rhs.vector @ multiply(rhs.vector)
-                positive = jnp.where(curvature < 0, -1, 1).astype(rhs.dtype)
-            A = FunctionOperator(lambda v: positive * multiply(v), rhs.n, like=rhs.vector)
-            x = settings.prepare(A, rng=rng).solve(positive * rhs.vector).value
-        return rhs.replace(x)
+            return rhs.replace(solve_flat(multiply, rhs.vector))
 
     return solve
 

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lowrank_inverse.operators.function import FunctionOperator
-from lowrank_inverse.solvers.base import as_settings
+from lowrank_inverse.solvers.solve import as_solve as core_as_solve
 
 __all__ = ["as_solve"]
 
 
 def as_solve(
-    solver: Any, *, rng: Any = 0, sign: int | None = None
+    solver: Any = None, *, rng: Any = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
     """Return ``solve(matvec, b) -> x`` on structures of tensors, such as TorchOpt takes.
 
     Parameters
     ----------
-    solver : settings such as ``lowrank_inverse.NystromCG(...)``
+    solver : settings such as ``lowrank_inverse.NystromCG(...)``, optional
+        Default: CG.
     rng : int or numpy.random.Generator, optional
         Seed of the columns.
     sign : {1, -1}, optional
@@ -43,9 +43,7 @@ def as_solve(
     >>> print(solve(lambda x: {"a": -2.0 * x["a"]}, {"a": torch.ones(2)}))
     {'a': tensor([-0.5000, -0.5000])}
     """
-    settings = as_settings(solver)
-    if sign not in (None, 1, -1):
-        raise ValueError(f"`sign` must be 1, -1 or None; got {sign!r}.")
+    solve_flat = core_as_solve(solver, rng=rng, sign=sign)
 
     def solve(matvec: Callable[[Any], Any], b: Any, **ignored: Any) -> Any:
         leaves, structure = pytree.tree_flatten(b)
@@ -60,15 +58,7 @@ def as_solve(
             parts = zip(vector.split(sizes), shapes, strict=True)
             return pytree.tree_unflatten([part.reshape(shape) for part, shape in parts], structure)
 
-        def multiply(vector: Tensor) -> Tensor:
-            return flat(matvec(tree(vector)))
-
-        rhs = flat(b)
-        positive = sign
-        if positive is None:
-            positive = -1 if float(rhs @ multiply(rhs)) < 0 else 1
-        A = FunctionOperator(lambda v: positive * multiply(v), rhs.shape[0], like=rhs)
-        return tree(settings.prepare(A, rng=rng).solve(positive * rhs).value)
+        return tree(solve_flat(lambda vector: flat(matvec(tree(vector))), flat(b)))
 
     return solve
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lowrank_inverse as li
 from lowrank_inverse.low_rank.column_sampling import sample_columns
+from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.solvers.base import PreparedInverse, direct_solution
 
 PAPER_CG = "CG of the paper's code"
@@ -45,10 +46,10 @@ class PaperCG:
     num_steps: int
     alpha: float = 1.0
 
-    def prepare(self, A: Any, *, rng: Any = None, state: Any = None) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: Any = 0) -> PreparedInverse:
         """Return the inverse of `A`."""
 
-        def run(b: Tensor) -> Any:
+        def run(b: Tensor, x0: Tensor | None) -> Any:
             x, r, p = torch.zeros_like(b), b, b
             for _ in range(self.num_steps):
                 q = A @ p
@@ -67,16 +68,17 @@ class PaperNystrom:
     rank: int
     damping: float
 
-    def prepare(self, A: Any, *, rng: Any = None, state: Any = None) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: Any = 0) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
+        A, damping = split_shift(A, self.damping)  # a ridge joins the damping
         indices = sample_columns(A, self.rank, rng=rng)
         C = li.aslinearoperator(A).columns(indices)
         W = C[torch.as_tensor(indices, device=C.device)]
 
-        def run(b: Tensor) -> Any:
-            inner = W + C.T @ C / self.damping
-            x = b / self.damping - C @ torch.linalg.solve(inner, C.T @ b) / self.damping**2
-            return direct_solution(A, self.damping, b, x, 0)
+        def run(b: Tensor, x0: Tensor | None) -> Any:
+            inner = W + C.T @ C / damping
+            x = b / damping - C @ torch.linalg.solve(inner, C.T @ b) / damping**2
+            return direct_solution(A, damping, b, x, 0)
 
         return PreparedInverse(A, run, num_products=self.rank, rank=self.rank)
 

@@ -22,12 +22,11 @@ class Minres:
     num_steps: int
     rtol: float = 1e-4
 
-    def prepare(self, A: Any, *, rng: Any = None, state: Any = None) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: Any = 0) -> PreparedInverse:
         """Return the inverse of `A`."""
+        damping = float(self.damping)
 
-        damping = float(self.damping)  # a tensor where a ridge was added
-
-        def run(b: Tensor) -> Any:
+        def run(b: Tensor, x0: Tensor | None) -> Any:
             def product(v: np.ndarray) -> np.ndarray:
                 u = torch.as_tensor(v.reshape(-1), dtype=b.dtype, device=b.device)
                 return (A @ u).double().cpu().numpy() + damping * v.reshape(-1)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from array_api_compat import array_namespace
+
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
@@ -172,14 +174,20 @@ def _progress_bar(callback: Callable[[Array, Array], object] | None) -> Any:
     return step
 
 
-def as_solve(solver: Any, *, rng: RNG = 0) -> Callable[[Callable[[Array], Array], Array], Array]:
+def as_solve(
+    solver: Any = None, *, rng: RNG = 0, sign: int | None = 1
+) -> Callable[[Callable[[Array], Array], Array], Array]:
     """Return ``solve(matvec, b) -> x`` for libraries that take such a function.
 
     Parameters
     ----------
-    solver : settings
+    solver : settings, optional
+        Default: CG.
     rng : int or numpy.random.Generator, optional
         Seed of the columns sampled.
+    sign : {1, -1}, optional
+        That of the matrix: -1 for a negative definite one, and the damping of the solver then is
+        that of the matrix with its sign changed. None: the sign of ``b.T A b``, for one product.
 
     Examples
     --------
@@ -188,10 +196,16 @@ def as_solve(solver: Any, *, rng: RNG = 0) -> Callable[[Callable[[Array], Array]
     >>> print(li.as_solve(li.CG())(lambda v: 2.0 * v, np.ones(2)))
     [0.5 0.5]
     """
-    settings = as_settings(solver)
+    settings = CG() if solver is None else as_settings(solver)
+    if sign not in (None, 1, -1):
+        raise ValueError(f"`sign` must be 1, -1 or None; got {sign!r}.")
 
     def solve_function(matvec: Callable[[Array], Array], b: Array) -> Array:
-        A = FunctionOperator(matvec, b.shape[0], like=b)
-        return settings.prepare(A, rng=rng).solve(b).value
+        xp, factor = array_namespace(b), sign
+        if factor is None:
+            curvature = b @ matvec(b)
+            factor = xp.where(curvature < 0, -xp.ones_like(curvature), xp.ones_like(curvature))
+        A = FunctionOperator(lambda v: factor * matvec(v), b.shape[0], like=b)
+        return settings.prepare(A, rng=rng).solve(factor * b).value
 
     return solve_function
