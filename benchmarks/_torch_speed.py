@@ -29,7 +29,7 @@ def ours(problem: Reweighting, damping: float, step: float, k: int) -> dict[str,
         )
 
     def nystrom(storage: str = "stored", chunk: int | None = None) -> Any:
-        return li.Nystrom(rank=k, damping=damping, storage=storage, chunk_size=chunk)
+        return li.Nystrom(rank=k, damping=damping, memory=storage, chunk_size=chunk)
 
     return {
         "Nyström, stored": run(nystrom()),

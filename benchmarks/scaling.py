@@ -51,17 +51,15 @@ def measure(
     import lowrank_inverse as li
     import lowrank_inverse_torch as lit
 
-    settings: dict[str, Any] = {"rank": k, "damping": DAMPING, "storage": storage}
-    if storage == "auto":
-        settings["memory_budget"] = budget
+    settings: dict[str, Any] = {"rank": k, "damping": DAMPING, "memory": storage}
+    if budget:
+        settings["memory"] = budget
 
     def run(p: Reweighting, **others: Any) -> Any:
         solver = li.Nystrom(**settings | others)
-        return lit.hypergradient(
-            p.inner, p.outer, p.model, p.w, solver=solver, rng=0, accumulate_grad=False
-        )
+        return lit.hypergradient(p.inner, p.outer, p.model, p.w, solver=solver, rng=0)
 
-    run(problem(10**4, seed, device), **({"memory_budget": 1e9} if budget else {}))  # loads code
+    run(problem(10**4, seed, device), **({"memory": 1e9} if budget else {}))  # loads code
     p = problem(n, seed, device)
     found: Found = {"n": p.n, "k": k}
     with Peak(device) as graph:
@@ -76,8 +74,8 @@ def measure(
     times = [seconds(lambda: run(p), device) for _ in range(repeats)]
     if storage == "auto":
         H = lit.HessianOperator(p.inner, p.model)
-        plan = li.Nystrom(**settings).prepare(H, rng=0).storage
-        found |= {"chose": plan.storage, "chunk": plan.chunk_size, "planned": plan.num_bytes / MIB}
+        plan = li.Nystrom(**settings).prepare(H, rng=0).memory
+        found |= {"chose": plan.memory, "chunk": plan.chunk_size, "planned": plan.num_bytes / MIB}
     return found | {
         "first": first,
         "seconds": float(np.median(times)),

@@ -37,7 +37,7 @@ jax.tree_util.register_dataclass(
         "inner_step",
         "error_bound",
     ],
-    meta_fields=["hparams_without_path", "storage"],
+    meta_fields=["hparams_without_path", "memory"],
 )
 
 

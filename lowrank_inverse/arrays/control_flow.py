@@ -59,3 +59,8 @@ def while_loop(
 def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
     """Return what one of two functions returns, as ``jax.lax.cond``, for a traced `predicate`."""
     return sys.modules["jax"].lax.cond(predicate, on_true, on_false)
+
+
+def map_traced(function: Callable[[Any], Any], values: Any) -> Any:
+    """Return what a function returns for each of `values`, as ``jax.lax.map``, while tracing."""
+    return sys.modules["jax"].lax.map(function, values)

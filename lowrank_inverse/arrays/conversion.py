@@ -48,26 +48,6 @@ def to_host(x: Any) -> np.ndarray:
     return x.get() if is_cupy_array(x) else np.asarray(x)
 
 
-def on_host(x: Array) -> Array:
-    """Return `x` in the memory of the host: in its own library, CuPy's as NumPy."""
-    if is_torch_array(x):
-        return x.detach().cpu()
-    if is_jax_array(x):
-        jax = sys.modules["jax"]
-        return jax.device_put(x, jax.devices("cpu")[0])
-    return x.get() if is_cupy_array(x) else x
-
-
-def beside(x: Array, y: Array) -> Array:
-    """Return `x`, which may lie in the memory of the host, in the library and device of `y`."""
-    if is_torch_array(x):
-        return x.to(y.device)
-    if is_jax_array(x):
-        same = is_traced(x) or is_traced(y) or device(x) == device(y)
-        return x if same else sys.modules["jax"].device_put(x, device(y))
-    return array_namespace(y).asarray(x) if is_cupy_array(y) else x
-
-
 def like(values: Any, x: Array, dtype: Any = None) -> Array:
     """Return host `values` as an array in the namespace and on the device of `x`."""
     xp = array_namespace(x)

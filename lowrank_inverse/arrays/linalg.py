@@ -8,11 +8,9 @@ from typing import Any
 from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import astype, beside, is_traced, on_cpu, wide_dtype
+from lowrank_inverse.arrays.conversion import astype, is_traced, on_cpu, wide_dtype
 
 BLOCK_NUMBERS = 2**18
-
-
 MAX_BLOCKS = 32
 
 
@@ -125,11 +123,11 @@ def tall_dot(X: Array, Y: Array) -> Array:
     """
     wide = wide_dtype(Y)
     if X.dtype == wide and Y.dtype == wide:
-        return beside(X, Y).T @ Y
+        return X.T @ Y
     total: Any = 0.0
     for rows in row_blocks(Y, X.shape[1]):
         # Transposed before it is cut: columns that lie one after the other in memory stay so.
-        part = astype(beside(X.T[:, rows], Y), wide)
+        part = astype(X.T[:, rows], wide)
         total = total + part @ astype(Y[rows, ...], wide)
     return total
 
@@ -141,10 +139,10 @@ def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
     """
     dtype = X.dtype if dtype is None else dtype
     if X.dtype == small.dtype:
-        return astype(beside(X, small) @ small, dtype)
+        return astype(X @ small, dtype)
 
     def block(rows: slice) -> Array:
-        part = astype(beside(X.T[:, rows], small), small.dtype)
+        part = astype(X.T[:, rows], small.dtype)
         return astype(part.T @ small, dtype)
 
     xp = array_namespace(small)

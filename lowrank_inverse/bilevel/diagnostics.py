@@ -10,8 +10,6 @@ from lowrank_inverse.arrays.conversion import is_traced, to_host
 from lowrank_inverse.results.solution import Reason
 
 INNER_STEP = 0.1
-
-
 """Estimated distance to the inner minimum, over the norm of the parameters, to speak of."""
 
 
@@ -130,10 +128,10 @@ def explain(info: Any) -> str:
     if info.refreshed is not None:
         fresh = bool(_number(info, "refreshed"))
         lines[0] += f"; {'fresh' if fresh else 'kept'} columns, of which {info.rank} are of use"
-    plan = info.storage
+    plan = info.memory
     if plan is not None:
         size = f"{plan.num_bytes / 2**20:.3g} MiB"
-        lines.append(f"{size} for columns and chunks, columns {plan.storage}")
+        lines.append(f"{size} for columns and chunks, columns {plan.memory}")
     reason = _number(info, "reason")
     ended = "" if math.isnan(reason) else f"; ended at {Reason(int(reason)).name.lower()}"
     lines.append(f"relative residual {_number(info, 'relative_residual'):.1e}{ended}")

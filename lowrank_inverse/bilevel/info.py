@@ -11,8 +11,8 @@ from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.linalg import column_norm, dot
 from lowrank_inverse.bilevel import diagnostics
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient
-from lowrank_inverse.low_rank.column_memory import StoragePlan
 from lowrank_inverse.results.solution import Reason
+from lowrank_inverse.solvers.column_memory import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class HypergradientInfo:
         At least the error of the inverse product over its norm, for a Hessian that is positive
         semidefinite: the residual norm over that of the product and over the smallest of ridge
         plus damping. NaN without ridge and damping, and where negative curvature was met.
-    storage : StoragePlan or None
+    memory : MemoryPlan or None
         How the columns of a Nystrom solver were held; see
-        :func:`lowrank_inverse.low_rank.column_memory.plan_storage`.
+        :func:`lowrank_inverse.solvers.column_memory.plan_memory`.
     """
 
     num_products: Any
@@ -65,7 +65,7 @@ class HypergradientInfo:
     refreshed: Any = None
     inner_step: Any = None
     error_bound: Any = None
-    storage: StoragePlan | None = None
+    memory: MemoryPlan | None = None
 
     def findings(self) -> tuple[diagnostics.Finding, ...]:
         """Return what is wrong; see :func:`lowrank_inverse.bilevel.diagnostics.findings`."""
@@ -121,5 +121,5 @@ def hypergradient_info(
         refreshed=result.refreshed,
         inner_step=step,
         error_bound=xp.where(bounded, solution.residual_norm / safe / scale, nan),
-        storage=inverse.storage,
+        memory=inverse.memory,
     )

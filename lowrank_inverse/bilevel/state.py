@@ -16,8 +16,6 @@ from lowrank_inverse.bilevel.column_reuse import ReusedColumns
 from lowrank_inverse.results.solution import Reason, Solution, code, ended
 
 NUM_SETTLING = 3
-
-
 """Solves with fresh columns, the slowest of which says what to expect of them."""
 
 

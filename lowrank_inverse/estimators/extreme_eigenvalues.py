@@ -36,8 +36,6 @@ def largest_eigenvalue(A: Any, damping: Any, b: Array) -> Array:
 
 
 LANCZOS_STEPS = 100
-
-
 RITZ_RTOL = 0.01
 
 

@@ -12,8 +12,6 @@ from lowrank_inverse.arrays.conversion import like
 from lowrank_inverse.arrays.linalg import column_norm
 
 NORM_PRODUCTS = 2
-
-
 PROBE_SEED = 0
 
 

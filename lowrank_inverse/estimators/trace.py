@@ -11,8 +11,6 @@ from lowrank_inverse.arrays.linalg import dot
 from lowrank_inverse.operators.function import aslinearoperator
 
 TRACE_PROBES = 16
-
-
 AUTO_FRACTION = 0.1
 
 

@@ -23,8 +23,6 @@ from lowrank_inverse.solvers.iterative import CG, Neumann
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 
 MARGIN = 1.2
-
-
 SETTINGS = (
     CG,
     Exact,

@@ -16,8 +16,6 @@ Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
 
 
 DEFAULT_BATCH_SIZE = 512
-
-
 """Activations of so many examples stay in a processor's cache; larger is no faster on a CPU."""
 
 

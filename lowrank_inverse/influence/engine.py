@@ -30,23 +30,11 @@ CURVATURES = {
 
 
 METHODS = ("auto", "jvp", "gradients")
-
-
 DEFAULT_RANK = 50
-
-
 MEMORY_BUDGET = 2**30
-
-
 BLOCKS = 16  # of n numbers a right-hand side: conjugate gradients, and the products inside
-
-
 JVP_MOST = 24  # queries; for more, the gradient of each example is taken instead
-
-
 GRADIENTS = 64  # taken at a time: more of them fall out of a processor's cache
-
-
 WARN_FACTOR = 10.0
 
 

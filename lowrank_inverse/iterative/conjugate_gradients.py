@@ -25,8 +25,6 @@ from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, ended, tolerance
 
 RUNNING = -1
-
-
 STAGNATION_FACTOR = 0.9
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import astype, beside, eps, is_narrow, take, wide_dtype
+from lowrank_inverse.arrays.conversion import astype, eps, is_narrow, take, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
@@ -27,9 +27,7 @@ class NystromApproximation(SpectralFunctions):
     Attributes
     ----------
     columns : array, shape (n, k)
-        C, the sampled columns; with `column_dtype` divided by `column_scales`.
-    column_scales : array or None, shape (k,)
-        Powers of two, where `column_dtype` was given.
+        C, the sampled columns.
     core : array, shape (k, k)
         W, the rows of C at `indices`.
     indices : numpy.ndarray of int, shape (k,), or None
@@ -76,25 +74,19 @@ class NystromApproximation(SpectralFunctions):
         *,
         core: Array | None = None,
         trace: float | None = None,
-        scales: Array | None = None,
-        like: Array | None = None,
     ) -> None:
         n = C.shape[0]
         self.columns, self.indices, self.num_products = C, indices, C.shape[1]
         self.num_columns, self.trace, self.stopped = C.shape[1], trace, None
-        self.column_scales, self.like = scales, C[:0, 0] if like is None else like
+        self.like = C[:0, 0]
         self.shape, self.dtype = (n, n), self.like.dtype
-        if core is None:
-            core = astype(beside(take(C, indices), self.like), self.dtype)
-            core = core if scales is None else core * scales
+        core = take(C, indices) if core is None else core
         self.core = symmetric_part(core)
         wide = astype(self.core, wide_dtype(core))
         # Entries of a sketch are sums over n rows, whose rounding grows with the root of n.
         unit = eps(C) if indices is not None else max(eps(C), n**0.5 * eps(wide))
         whitening = whiten(wide, unit, pivot_rtol, indefinite_pivot_rtol)
         self.whitening = whitening.matrix
-        if scales is not None:  # T for the columns as they are held
-            self.whitening = astype(scales, self.whitening.dtype)[:, None] * self.whitening
         self.num_negative = whitening.num_negative
         self.num_dropped = whitening.num_dropped
         self.core_eigenvalues = whitening.core_eigenvalues

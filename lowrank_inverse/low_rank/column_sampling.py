@@ -14,8 +14,6 @@ from lowrank_inverse.operators.columns import known_diagonal
 from lowrank_inverse.operators.function import aslinearoperator
 
 DRAWN = ("uniform", "diagonal", "diagonal_squared")
-
-
 SAMPLINGS = (*DRAWN, "greedy", "rpcholesky", "gaussian")
 
 

@@ -8,7 +8,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_scalar
-from lowrank_inverse.arrays.conversion import astype, beside, concrete
+from lowrank_inverse.arrays.conversion import astype, concrete
 from lowrank_inverse.arrays.linalg import row_blocks, symmetric_part
 
 INDEFINITE_PIVOT_RTOL = 1e-4
@@ -98,7 +98,7 @@ def whitened_gram(C: Array, T: Array) -> Array:
     wide = C.dtype == T.dtype
     for rows in row_blocks(C, C.shape[1]):
         # Transposed before it is cut: columns that lie one after the other in memory stay so.
-        part = astype(beside(C.T[:, rows], T), T.dtype)
+        part = astype(C.T[:, rows], T.dtype)
         part = T.T @ part if wide else part
         total = total + part @ part.T
     return total if wide else T.T @ total @ T

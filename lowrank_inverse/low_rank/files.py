@@ -24,20 +24,10 @@ FORMAT, VERSION = "lowrank-inverse", 1
 
 
 SUFFIXES = (".npz", ".safetensors")
-
-
 HEADER = "lowrank_inverse"
-
-
 DERIVED = ("dtype", "like")
-
-
 """Attributes that follow from the columns."""
-
-
 OPTIONAL = {"_map"}
-
-
 """Attributes that not every form of a factor has."""
 
 
@@ -138,8 +128,7 @@ def load(path: str | os.PathLike[str], *, like: Array | None = None) -> NystromA
             setattr(approx, name, _decoded(value, arrays, like))
     except KeyError as error:
         raise ValueError(f"{path} is damaged: it lacks the array {error}.") from None
-    full = approx.columns if approx.column_scales is None else approx.core
-    approx.dtype, approx.like = full.dtype, full[:0, 0]
+    approx.dtype, approx.like = approx.columns.dtype, approx.columns[:0, 0]
     return approx
 
 
@@ -158,10 +147,6 @@ def _encoded(name: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return {"tuple": [_encoded(name, part, arrays) for part in value]}
     if not is_array(value):
         raise TypeError(f"`approx.{name}` cannot be saved: it is {describe(value)}.")
-    if str(value.dtype).endswith("bfloat16"):
-        raise TypeError(
-            "columns in bfloat16 cannot be saved: NumPy has no such dtype. Use float16 for them."
-        )
     host, key = to_host(value), f"array{len(arrays)}"
     # Sums depend on the order in memory in their last digit, and safetensors knows one alone.
     transposed = host.flags.f_contiguous and not host.flags.c_contiguous

@@ -13,15 +13,14 @@ from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, like, take, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part
 from lowrank_inverse.low_rank.approximation import NystromApproximation
-from lowrank_inverse.low_rank.column_memory import check_column_dtype, read_columns
-from lowrank_inverse.low_rank.column_sampling import DRAWN, check_sampling, sample_columns
+from lowrank_inverse.low_rank.column_sampling import check_sampling
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
     negative_eigenvalues,
 )
 from lowrank_inverse.low_rank.rank_selection import adaptive_approximation
 from lowrank_inverse.low_rank.sketches import Sketch, make_source
-from lowrank_inverse.operators.columns import empty_like
+from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.function import aslinearoperator
 
 
@@ -41,8 +40,6 @@ def nystrom(
     b: Array | None = None,
     rtol: float | None = None,
     max_rank: int | None = None,
-    column_dtype: str | None = None,
-    offload: bool = False,
 ) -> NystromApproximation:
     """Approximate `A` from `rank` of its columns: ``C W^+ C.T`` (Eq. 4 of [1]_).
 
@@ -81,11 +78,6 @@ def nystrom(
         side `b`, of shape (n,) or (n, m), until :func:`lowrank_inverse.certify` proves a relative
         error of at most `rtol`, for a product or two a column each time. With neither, until the
         residual trace is at most `rtol` times the trace. Default of `rtol`: 1e-3.
-    column_dtype : {"float16", "bfloat16", "float32"}, optional
-        To keep drawn columns in; what is k×k stays in float64. Eigenvalues below the precision
-        of that dtype are dropped.
-    offload : bool
-        Keep drawn columns in the host's memory; an accelerator reads them block by block.
 
     Returns
     -------
@@ -140,23 +132,10 @@ def nystrom(
     if not adaptive and any(value is not None for value in unused.values()):
         names = ", ".join(f"`{name}`" for name, value in unused.items() if value is not None)
         raise ValueError(f"{names} have a meaning only with rank='auto'; got rank={rank!r}.")
-    check_column_dtype(column_dtype)
-    compact = column_dtype is not None or offload
-    if indices is None and compact:
-        if isinstance(rank, str) or rank is None or sampling not in DRAWN:
-            raise ValueError(
-                "`column_dtype` and `offload` need columns drawn before any is read; got "
-                f"rank={rank!r}, sampling={sampling!r}. Use one of {', '.join(map(repr, DRAWN))} "
-                "and a number as `rank`, or pass `indices`."
-            )
-        indices = sample_columns(A, rank, sampling=sampling, rng=rng, diagonal=diagonal)
     if indices is not None:
         indices = check_indices(indices, n)
-        C, scales = read_columns(
-            A, indices, chunk_size=chunk_size, dtype=column_dtype, offload=offload
-        )
-        where = empty_like(A) if compact else None
-        return build(Sketch(C, indices, num_products=indices.size, scales=scales, like=where))
+        C = finite_columns(A, indices, chunk_size=chunk_size)
+        return build(Sketch(C, indices, num_products=indices.size))
     if adaptive:
         return adaptive_approximation(
             A,
@@ -199,8 +178,6 @@ def _approximation(
         indefinite_pivot_rtol,
         core=sketch.core,
         trace=sketch.trace,
-        scales=sketch.scales,
-        like=sketch.like,
     )
     approx.num_products = sketch.num_products
     if core_eigenvalues is not None:

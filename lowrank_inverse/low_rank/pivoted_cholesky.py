@@ -24,8 +24,6 @@ from lowrank_inverse.operators.columns import finite_columns, joined, known_diag
 from lowrank_inverse.operators.function import aslinearoperator
 
 METHODS = ("greedy", "rpcholesky")
-
-
 BLOCK_SIZE = 64
 
 

@@ -18,11 +18,7 @@ from lowrank_inverse.results.certificate import certify
 from lowrank_inverse.results.solution import check_system
 
 START_RANK = 16
-
-
 MAX_RANK = 1000
-
-
 DEFAULT_RTOL = 1e-3
 
 

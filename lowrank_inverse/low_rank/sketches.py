@@ -33,10 +33,6 @@ class Sketch(NamedTuple):
     num_products: int = 0
     witness: tuple[int, float] | None = None
     """Row of a negative residual diagonal entry, and the diagonal entry of A there."""
-    scales: Array | None = None
-    """What the columns were divided by, where they are kept in a lower precision."""
-    like: Array | None = None
-    """Of the library, dtype and device of A, where the columns have others."""
 
 
 class DrawnColumns:

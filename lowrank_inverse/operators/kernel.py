@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from lowrank_inverse.arrays.checks import (
     describe,
     namespace,
 )
+from lowrank_inverse.arrays.control_flow import map_traced
 from lowrank_inverse.arrays.conversion import (
     astype,
     eps,
@@ -34,11 +34,7 @@ from lowrank_inverse.arrays.conversion import (
 from lowrank_inverse.operators.base import Operator
 
 KERNELS = ("rbf", "laplacian", "matern", "polynomial")
-
-
 NUS = (0.5, 1.5, 2.5)
-
-
 MAX_DIFFERENCES = 16
 
 
@@ -212,7 +208,7 @@ class KernelOperator(Operator):
 
         if steps == 1:
             return step(rows[0])
-        results = sys.modules["jax"].lax.map(step, rows)
+        results = map_traced(step, rows)
         return xp.reshape(results, (steps * size, *block.shape[1:]))[:p, ...]
 
     def _chosen(self, indices: Any) -> Array:

@@ -25,8 +25,6 @@ ADVICE = {
 
 
 """For each reason to fail."""
-
-
 ADVICE_ON = {
     (
         Reason.MAX_STEPS,

@@ -19,12 +19,12 @@ from lowrank_inverse.arrays.conversion import (
     scalar_like,
 )
 from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot
-from lowrank_inverse.low_rank.column_memory import (
-    StoragePlan,
-)
 from lowrank_inverse.operators.base import ProductOnly, apply_cost, block_width
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, tolerance
+from lowrank_inverse.solvers.column_memory import (
+    MemoryPlan,
+)
 
 if TYPE_CHECKING:
     from lowrank_inverse.low_rank.approximation import NystromApproximation
@@ -49,7 +49,7 @@ class PreparedInverse(ProductOnly):
         ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
     preconditioner : operator or None
         What stands for the inverse in conjugate gradients, where there is such a thing.
-    storage : StoragePlan or None
+    memory : MemoryPlan or None
         How the columns are held, where there are any.
     approximation : NystromApproximation or None
         That of a NystromCG.
@@ -66,7 +66,7 @@ class PreparedInverse(ProductOnly):
         negative_curvature: Any = None,
         nystrom_inverse: Any = None,
         preconditioner: Any = None,
-        storage: StoragePlan | None = None,
+        memory: MemoryPlan | None = None,
         approximation: NystromApproximation | None = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
@@ -75,7 +75,7 @@ class PreparedInverse(ProductOnly):
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
         self.preconditioner = preconditioner
-        self.storage, self.approximation = storage, approximation
+        self.memory, self.approximation = memory, approximation
 
     def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block, None).value

@@ -17,14 +17,6 @@ from lowrank_inverse.arrays.conversion import concrete, eps, is_traced
 from lowrank_inverse.estimators.diagonal import estimate_diagonal
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.low_rank.approximation import NystromApproximation
-from lowrank_inverse.low_rank.column_memory import (
-    ITEMSIZES,
-    STORAGES,
-    STREAMED_DAMPING,
-    StoragePlan,
-    check_column_dtype,
-    plan_storage,
-)
 from lowrank_inverse.low_rank.column_sampling import DRAWN, check_sampling, sample_columns
 from lowrank_inverse.low_rank.core import is_indefinite
 from lowrank_inverse.low_rank.nystrom_columns import check_rank, nystrom
@@ -41,14 +33,17 @@ from lowrank_inverse.solvers.base import (
     is_positive,
     with_apply_cost,
 )
+from lowrank_inverse.solvers.column_memory import (
+    STREAMED_DAMPING,
+    Memory,
+    MemoryPlan,
+    check_memory,
+    plan_memory,
+)
 from lowrank_inverse.solvers.iterative import check_iteration
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
-
-
 AUTO_SHARE = 0.1
-
-
 """Of the damping, that a rank which grows may leave to a direct inverse."""
 
 
@@ -66,12 +61,12 @@ class Nystrom:
         :func:`lowrank_inverse.certify`.
     sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
         Which columns; see :func:`lowrank_inverse.nystrom`.
-    storage : {"stored", "chunked", "streamed", "auto"}
+    memory : {"stored", "chunked", "streamed"} or float
         Hold all columns; or a chunk of them, computed again where needed
         (:func:`lowrank_inverse.chunked_inverse`); or none
-        (:func:`lowrank_inverse.streamed_inverse`). ``"auto"``: the fastest that `memory_budget`
-        allows; chunked in the place of streamed where the damping proves to be too small for it
-        in less than float64.
+        (:func:`lowrank_inverse.streamed_inverse`). A number of bytes: the fastest that they allow;
+        chunked in the place of streamed where the damping proves to be too small for it in less
+        than float64. What was chosen is the attribute `memory` of the prepared inverse.
     chunk_size : int, optional
         Columns computed at a time. Default: all if stored, else 1.
     refine : int
@@ -84,12 +79,6 @@ class Nystrom:
     diagonal_products : int, optional
         Products to spend on the weights of ``"diagonal"`` and ``"diagonal_squared"`` where the
         operator has no diagonal; see :func:`lowrank_inverse.estimate_diagonal`.
-    memory_budget : float, optional
-        Bytes for columns and chunks, for ``storage="auto"``. What was chosen, and its bytes, is
-        the attribute `storage` of the prepared inverse.
-    column_dtype, offload
-        Keep stored columns in less: a lower precision, or the host's memory; see
-        :func:`lowrank_inverse.nystrom`.
 
     References
     ----------
@@ -100,40 +89,26 @@ class Nystrom:
     rank: Any = 20
     damping: Any = 0.0
     sampling: str = "uniform"
-    storage: str = "stored"
+    memory: Memory = "stored"
     chunk_size: int | None = None
     refine: int = 0
     indices: Any = None
     max_rank: int | None = None
     diagonal_products: int | None = None
-    memory_budget: float | None = None
-    column_dtype: str | None = None
-    offload: bool = False
 
     def __post_init__(self) -> None:
         _check_columns(self)
         check_scalar("damping", self.damping)
-        if self.storage not in STORAGES:
-            raise ValueError(
-                f"`storage` must be one of {', '.join(map(repr, STORAGES))}; got {self.storage!r}."
-            )
+        check_memory(self.memory)
         if self.chunk_size is not None:
             check_count("chunk_size", self.chunk_size)
         if self.refine != 0:
             check_count("refine", self.refine)
         held = self.rank == "auto" or self.sampling not in DRAWN
-        if held and self.indices is None and self.storage != "stored":
+        if held and self.indices is None and self.memory != "stored":
             raise ValueError(
                 f"rank={self.rank!r} with sampling={self.sampling!r} holds its columns; got "
-                f"storage={self.storage!r}. Use storage='stored', or pass `indices`."
-            )
-        check_column_dtype(self.column_dtype)
-        if self.memory_budget is not None:
-            check_scalar("memory_budget", self.memory_budget, positive=True)
-        if (self.memory_budget is None) == (self.storage == "auto"):
-            raise ValueError(
-                "`memory_budget` and storage='auto' need each other; got "
-                f"memory_budget={self.memory_budget!r}, storage={self.storage!r}."
+                f"memory={self.memory!r}. Use memory='stored', or pass `indices`."
             )
 
     def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
@@ -144,25 +119,23 @@ class Nystrom:
         inverse: Any
         spent = 0
         plan = self._plan(H)
-        if plan is None or plan.storage == "stored":
+        if plan is None or plan.memory == "stored":
             source: Any = _approximation(
                 self,
                 H,
                 rng,
                 AUTO_SHARE * damping,
                 chunk_size=self.chunk_size,
-                column_dtype=self.column_dtype,
-                offload=self.offload,
             )
             inverse = source.inverse(damping)
         else:
             indices, spent = _indices(self, H, rng)
-            build = chunked_inverse if plan.storage == "chunked" else streamed_inverse
+            build = chunked_inverse if plan.memory == "chunked" else streamed_inverse
             chunk_size = plan.chunk_size or 1
             inverse = source = build(H, indices, damping=damping, chunk_size=chunk_size)
-            if self.storage == "auto" and _is_lossy(inverse):
+            if not isinstance(self.memory, str) and _is_lossy(inverse):
                 spent += inverse.num_products
-                plan = plan._replace(storage="chunked")
+                plan = plan._replace(memory="chunked")
                 inverse = source = chunked_inverse(
                     H, indices, damping=damping, chunk_size=chunk_size
                 )
@@ -188,23 +161,18 @@ class Nystrom:
             negative_curvature=is_indefinite(source.core_eigenvalues, damping, unit),
             nystrom_inverse=inverse if s is None else None,
             preconditioner=approximate,
-            storage=plan,
+            memory=plan,
         )
 
-    def _plan(self, A: Any) -> StoragePlan | None:
+    def _plan(self, A: Any) -> MemoryPlan | None:
         """Say how the columns are to be held; None where their number is not known before."""
         if self.indices is None and self.rank == "auto":
             return None
         empty = empty_like(A)
-        return plan_storage(
-            int(A.shape[0]),
-            min(self.rank, int(A.shape[0])) if self.indices is None else np.shape(self.indices)[0],
-            array_namespace(empty).finfo(empty.dtype).bits // 8,
-            storage=self.storage,
-            chunk_size=self.chunk_size,
-            memory_budget=self.memory_budget,
-            column_itemsize=ITEMSIZES.get(self.column_dtype),
-        )
+        n = int(A.shape[0])
+        rank = min(self.rank, n) if self.indices is None else np.shape(self.indices)[0]
+        itemsize = array_namespace(empty).finfo(empty.dtype).bits // 8
+        return plan_memory(n, rank, itemsize, memory=self.memory, chunk_size=self.chunk_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,7 +199,7 @@ def test_scaling_says_what_a_budget_chose(tmp_path, monkeypatch):
     assert scaling.main([*options, "--repeats", "1", "--output", str(tmp_path)]) == 0
     text = (tmp_path / "scaling.txt").read_text(encoding="utf-8")
     assert "stored: slope" in text
-    assert "`memory_budget` must be at least" in text
+    assert "`memory` must be at least" in text
     assert_picture(tmp_path / "scaling.png")
     choices = [
         f["chose"] for f in written(tmp_path, "scaling")["measurements"].values() if "chose" in f

@@ -176,26 +176,24 @@ def test_an_estimate_serves_as_weights_where_asked_for():
         np.testing.assert_array_equal(weights.indices, approx.indices)
 
 
-@pytest.mark.parametrize("storage", ["stored", "streamed"])
-def test_the_settings_buy_an_estimate_only_when_told_to(storage):
+@pytest.mark.parametrize("memory", ["stored", "streamed"])
+def test_the_settings_buy_an_estimate_only_when_told_to(memory):
     A = CountingOperator(np.diag(np.where(np.arange(60) < 5, 1.0, 1e-6)))
     solver = li.Nystrom(
-        rank=5, damping=0.1, sampling="diagonal", storage=storage, diagonal_products=6
+        rank=5, damping=0.1, sampling="diagonal", memory=memory, diagonal_products=6
     )
     inverse = solver.prepare(A, rng=0)
     assert inverse.num_products == A.num_products
-    assert A.num_products == 6 + (5 if storage == "stored" else 10)
+    assert A.num_products == 6 + (5 if memory == "stored" else 10)
     with pytest.raises(TypeError, match="has no diagonal"):
-        li.Nystrom(rank=5, damping=0.1, sampling="diagonal", storage=storage).prepare(A, rng=0)
+        li.Nystrom(rank=5, damping=0.1, sampling="diagonal", memory=memory).prepare(A, rng=0)
     # Not where there is a diagonal, nor where there is no use for one.
-    dense = li.Nystrom(
-        rank=5, damping=0.1, sampling="diagonal", storage=storage, diagonal_products=6
-    )
-    assert dense.prepare(A.A, rng=0).num_products == (5 if storage == "stored" else 10)
+    dense = li.Nystrom(rank=5, damping=0.1, sampling="diagonal", memory=memory, diagonal_products=6)
+    assert dense.prepare(A.A, rng=0).num_products == (5 if memory == "stored" else 10)
     uniform = li.Nystrom(
-        rank=5, damping=0.1, sampling="uniform", storage=storage, diagonal_products=6
+        rank=5, damping=0.1, sampling="uniform", memory=memory, diagonal_products=6
     )
-    assert uniform.prepare(A, rng=0).num_products == (5 if storage == "stored" else 10)
+    assert uniform.prepare(A, rng=0).num_products == (5 if memory == "stored" else 10)
 
 
 def test_an_estimate_is_no_diagonal_to_pivot_on():

@@ -278,7 +278,7 @@ def test_inputs_are_never_written_to():
     A.flags.writeable = b.flags.writeable = False
     solvers = (
         li.Nystrom(rank=4, damping=0.1, refine=2),
-        li.Nystrom(rank=4, damping=0.1, storage="streamed"),
+        li.Nystrom(rank=4, damping=0.1, memory="streamed"),
         li.NystromCG(rank=4, damping=0.1),
         li.Neumann(damping=0.1),
         li.Exact(damping=0.1),

@@ -37,7 +37,7 @@ def by_refined_nystrom(A, b, damping):
 
 
 def by_streamed_nystrom(A, b, damping):
-    solver = li.Nystrom(damping=damping, indices=K, storage="streamed", chunk_size=4)
+    solver = li.Nystrom(damping=damping, indices=K, memory="streamed", chunk_size=4)
     return li.solve(A, b, solver=solver, certify=True)
 
 

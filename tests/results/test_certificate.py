@@ -238,8 +238,8 @@ def test_solve_certifies_every_solver(name):
     exact = damped_solve(A, damping, rhs(width=WIDTH))
     for solver in (
         li.Nystrom(rank=4, damping=damping),
-        li.Nystrom(rank=4, damping=damping, storage="streamed"),
-        li.Nystrom(rank=4, damping=damping, storage="chunked"),
+        li.Nystrom(rank=4, damping=damping, memory="streamed"),
+        li.Nystrom(rank=4, damping=damping, memory="chunked"),
         li.Nystrom(rank=4, damping=damping, refine=2),
         li.NystromCG(rank=4, damping=damping, max_steps=2),
         li.CG(damping=damping, max_steps=2),

@@ -33,15 +33,15 @@ DAMPING = 0.0625
 EVERY = [
     li.Nystrom(damping=DAMPING, indices=K),
     li.Nystrom(damping=DAMPING, indices=K, chunk_size=3),
-    li.Nystrom(damping=DAMPING, indices=K, storage="chunked"),
-    li.Nystrom(damping=DAMPING, indices=K, storage="chunked", chunk_size=3),
-    li.Nystrom(damping=DAMPING, indices=K, storage="streamed"),
-    li.Nystrom(damping=DAMPING, indices=K, storage="streamed", chunk_size=3),
+    li.Nystrom(damping=DAMPING, indices=K, memory="chunked"),
+    li.Nystrom(damping=DAMPING, indices=K, memory="chunked", chunk_size=3),
+    li.Nystrom(damping=DAMPING, indices=K, memory="streamed"),
+    li.Nystrom(damping=DAMPING, indices=K, memory="streamed", chunk_size=3),
     li.Nystrom(damping=DAMPING, indices=K, refine=1),
     li.Nystrom(damping=DAMPING, indices=K, refine=4),
-    li.Nystrom(damping=DAMPING, indices=K, refine=2, storage="chunked", chunk_size=3),
-    li.Nystrom(damping=DAMPING, indices=K, refine=2, storage="streamed"),
-    li.Nystrom(damping=DAMPING, indices=K, refine=30, storage="streamed"),
+    li.Nystrom(damping=DAMPING, indices=K, refine=2, memory="chunked", chunk_size=3),
+    li.Nystrom(damping=DAMPING, indices=K, refine=2, memory="streamed"),
+    li.Nystrom(damping=DAMPING, indices=K, refine=30, memory="streamed"),
     li.NystromCG(damping=DAMPING, indices=K),
     li.NystromCG(damping=DAMPING, indices=K, rtol=1e-9, max_steps=5),
     li.CG(damping=DAMPING),
@@ -74,9 +74,9 @@ def solving(solver):
 # Each setting against its dense meaning
 
 
-@pytest.mark.parametrize("storage", ["stored", "chunked", "streamed"])
-def test_nystrom_solves_with_the_damped_approximation(backend, storage):
-    solver = li.Nystrom(damping=DAMPING, indices=K, storage=storage, chunk_size=3)
+@pytest.mark.parametrize("memory", ["stored", "chunked", "streamed"])
+def test_nystrom_solves_with_the_damped_approximation(backend, memory):
+    solver = li.Nystrom(damping=DAMPING, indices=K, memory=memory, chunk_size=3)
     A, b = backend.seen(matrix("linear")), backend.seen(rhs(width=WIDTH))
     solution = backend.run(solving(solver), matrix("linear"), rhs(width=WIDTH))
     expected = damped_solve(nystrom(A, K), DAMPING, b)
@@ -269,9 +269,9 @@ def test_refinement_stops_where_the_tolerance_is_met():
     assert solution.num_steps <= 2
 
 
-@pytest.mark.parametrize("storage", ["stored", "chunked", "streamed"])
-def test_a_refined_inverse_applies_what_it_solves(storage):
-    solver = li.Nystrom(damping=DAMPING, indices=K, refine=2, storage=storage)
+@pytest.mark.parametrize("memory", ["stored", "chunked", "streamed"])
+def test_a_refined_inverse_applies_what_it_solves(memory):
+    solver = li.Nystrom(damping=DAMPING, indices=K, refine=2, memory=memory)
     inverse = solver.prepare(matrix("linear"))
     np.testing.assert_array_equal(inverse @ rhs(), inverse.solve(rhs()).value)
 
@@ -303,10 +303,10 @@ def test_num_products_of_a_zero_right_hand_side_is_what_the_operator_counted(sol
 
 
 def test_a_chunk_size_bounds_the_columns_computed_at_a_time():
-    for storage, default in (("stored", RANK), ("chunked", 1), ("streamed", 1)):
+    for memory, default in (("stored", RANK), ("chunked", 1), ("streamed", 1)):
         for chunk_size, width in ((None, default), (3, 3)):
             A = CountingOperator(matrix("linear"))
-            li.Nystrom(indices=K, storage=storage, chunk_size=chunk_size, damping=1e-2).prepare(A)
+            li.Nystrom(indices=K, memory=memory, chunk_size=chunk_size, damping=1e-2).prepare(A)
             assert max(A.widths) == width
 
 
@@ -380,7 +380,7 @@ def test_the_sampling_is_passed_on(sampling):
 
 
 def test_defaults_are_those_documented():
-    nystrom = (20, 0.0, "uniform", "stored", None, 0, None, None, None, None, None, False)
+    nystrom = (20, 0.0, "uniform", "stored", None, 0, None, None, None)
     assert dataclasses.astuple(li.Nystrom()) == nystrom
     nystrom_cg = (20, 0.0, "uniform", 1e-5, 0.0, None, None, 1, None, None, None)
     assert dataclasses.astuple(li.NystromCG()) == nystrom_cg
@@ -427,9 +427,9 @@ def test_indices_given_as_a_list_or_an_array_make_settings_hashable_too(eager):
             "`sampling` must be one of",
         ),
         (
-            lambda: li.Nystrom(storage="disk", damping=1e-2),
+            lambda: li.Nystrom(memory="disk", damping=1e-2),
             ValueError,
-            "`storage` must be one of 'stored'",
+            "`memory` must be 'stored'",
         ),
         (
             lambda: li.Nystrom(chunk_size=0, damping=1e-2),
@@ -480,10 +480,10 @@ def test_indices_beyond_the_matrix_are_refused_when_it_is_known(kind):
         kind(indices=[1, 1], damping=0.1).prepare(np.eye(3))
 
 
-@pytest.mark.parametrize("storage", ["stored", "chunked", "streamed"])
-def test_nystrom_refuses_to_invert_without_damping(storage):
+@pytest.mark.parametrize("memory", ["stored", "chunked", "streamed"])
+def test_nystrom_refuses_to_invert_without_damping(memory):
     with pytest.raises(ValueError, match=r"`damping` must be finite and > 0; .*low-rank"):
-        li.Nystrom(damping=0.0, storage=storage).prepare(matrix("linear"))
+        li.Nystrom(damping=0.0, memory=memory).prepare(matrix("linear"))
 
 
 @every_solver

@@ -209,8 +209,8 @@ def test_every_solver_of_the_core_takes_the_operator():
         (li.CG(rtol=1e-12), 0.0),
         (li.NystromCG(rank=2, rtol=1e-12), 0.0),
         (li.Nystrom(rank=5, damping=0.3), 0.3),
-        (li.Nystrom(rank=5, damping=0.3, storage="streamed", chunk_size=2), 0.3),
-        (li.Nystrom(rank=5, damping=0.3, storage="chunked", chunk_size=2), 0.3),
+        (li.Nystrom(rank=5, damping=0.3, memory="streamed", chunk_size=2), 0.3),
+        (li.Nystrom(rank=5, damping=0.3, memory="chunked", chunk_size=2), 0.3),
     ):
         wanted = np.linalg.solve(dense + damping * np.eye(5), np.asarray(b))
 

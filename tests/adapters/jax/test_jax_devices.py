@@ -18,7 +18,7 @@ from tests.conftest import x64
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 SOLVERS = {
     "Nyström": li.Nystrom(rank=20, damping=0.1),
-    "streamed": li.Nystrom(rank=20, damping=0.1, storage="streamed"),
+    "streamed": li.Nystrom(rank=20, damping=0.1, memory="streamed"),
     "CG": li.CG(damping=0.1, rtol=1e-12),
     "Nyström-CG": li.NystromCG(rank=20, damping=0.1, rtol=1e-12),
 }

@@ -88,11 +88,11 @@ SOLVERS = {
     "nystrom-cg, damped": (li.NystromCG(rank=5, rtol=1e-13, damping=0.3), 0.3),
     "nystrom of rank n": (li.Nystrom(rank=N, damping=0.3), 0.3),
     "nystrom of rank n, chunked": (
-        li.Nystrom(rank=N, damping=0.3, storage="chunked", chunk_size=5),
+        li.Nystrom(rank=N, damping=0.3, memory="chunked", chunk_size=5),
         0.3,
     ),
     "nystrom of rank n, streamed": (
-        li.Nystrom(rank=N, damping=0.3, storage="streamed", chunk_size=5),
+        li.Nystrom(rank=N, damping=0.3, memory="streamed", chunk_size=5),
         0.3,
     ),
 }
@@ -624,8 +624,8 @@ PRODUCTS = {
     "nystrom-cg": li.NystromCG(rank=5, max_steps=2),
     "nystrom": li.Nystrom(rank=5, damping=1e-2),
     "nystrom, refined": li.Nystrom(rank=5, refine=2, damping=1e-2),
-    "nystrom, chunked": li.Nystrom(rank=5, storage="chunked", chunk_size=2, damping=1e-2),
-    "nystrom, streamed": li.Nystrom(rank=5, storage="streamed", damping=1e-2),
+    "nystrom, chunked": li.Nystrom(rank=5, memory="chunked", chunk_size=2, damping=1e-2),
+    "nystrom, streamed": li.Nystrom(rank=5, memory="streamed", damping=1e-2),
     "exact": li.Exact(),
     "callable": richardson,
 }
@@ -665,7 +665,7 @@ def test_inner_grad_norm_is_zero_at_the_minimum_and_the_norm_elsewhere():
         li.CG(),
         li.NystromCG(rank=3),
         li.Nystrom(rank=3, damping=0.1),
-        li.Nystrom(rank=3, damping=0.1, storage="streamed"),
+        li.Nystrom(rank=3, damping=0.1, memory="streamed"),
         li.Neumann(num_terms=4),
         li.Exact(),
     ],
@@ -684,7 +684,7 @@ def test_rank_is_the_number_of_columns_that_were_of_use():
         )
 
     assert run(li.Nystrom(rank=3, damping=1e-2)) == 2
-    assert run(li.Nystrom(rank=3, storage="streamed", damping=1e-2)) == 2
+    assert run(li.Nystrom(rank=3, memory="streamed", damping=1e-2)) == 2
     assert run(li.Exact()) == 2
     assert run(li.NystromCG(rank=3, damping=0.1)) == 2
     assert run(li.CG(damping=0.1)) is None

@@ -90,7 +90,7 @@ SOLVERS = {
     "cg, damped": (li.CG(rtol=1e-13, damping=0.3), 0.3),
     "nystrom-cg, damped": (li.NystromCG(rank=2, rtol=1e-13, damping=0.3), 0.3),
     "nystrom of rank n": (li.Nystrom(rank=N, damping=0.3), 0.3),
-    "streamed": (li.Nystrom(rank=N, damping=0.3, storage="streamed"), 0.3),
+    "streamed": (li.Nystrom(rank=N, damping=0.3, memory="streamed"), 0.3),
     "neumann": (li.Neumann(num_terms=2000), 0.0),
     "callable": (lambda A, b: jax.scipy.sparse.linalg.cg(A, b, tol=1e-13)[0], 0.0),
 }

@@ -36,8 +36,8 @@ SOLVERS = {
     "cg": (li.CG(rtol=1e-6, damping=0.3), 0.3),
     "nystrom-cg": (li.NystromCG(rank=5, rtol=1e-6, damping=0.3), 0.3),
     "nystrom": (li.Nystrom(rank=N, damping=0.3), 0.3),
-    "streamed": (li.Nystrom(rank=N, damping=0.3, storage="streamed", chunk_size=7), 0.3),
-    "chunked": (li.Nystrom(rank=N, damping=0.3, storage="chunked", chunk_size=7), 0.3),
+    "streamed": (li.Nystrom(rank=N, damping=0.3, memory="streamed", chunk_size=7), 0.3),
+    "chunked": (li.Nystrom(rank=N, damping=0.3, memory="chunked", chunk_size=7), 0.3),
     "refined": (li.Nystrom(rank=5, damping=0.3, refine=20), 0.3),
     "neumann": (li.Neumann(num_terms=300, damping=0.3), 0.3),
     "exact": (li.Exact(damping=0.3), 0.3),
@@ -184,18 +184,18 @@ def test_a_key_may_be_traced_and_draws_the_columns_that_it_draws_outside():
 
 
 @pytest.mark.parametrize(
-    "storage",
+    "memory",
     [
         "stored",
         pytest.param("chunked", marks=pytest.mark.slow),
         pytest.param("streamed", marks=pytest.mark.slow),
     ],
 )
-def test_indices_may_be_traced(storage):
+def test_indices_may_be_traced(memory):
     problem = Problem()
 
     def run(indices: Any) -> Any:
-        solver = li.Nystrom(indices=indices, storage=storage, damping=1e-2)
+        solver = li.Nystrom(indices=indices, memory=memory, damping=1e-2)
         return problem.hypergradient(solver=solver).grads
 
     traced = jax.jit(run)
@@ -231,7 +231,7 @@ def several(problem: Problem) -> Tree:
         li.Nystrom(rank=5, damping=1e-2),
         pytest.param(li.Neumann(num_terms=5), marks=pytest.mark.slow),
         pytest.param(li.Exact(), marks=pytest.mark.slow),
-        pytest.param(li.Nystrom(rank=5, storage="streamed", damping=1e-2), marks=pytest.mark.slow),
+        pytest.param(li.Nystrom(rank=5, memory="streamed", damping=1e-2), marks=pytest.mark.slow),
     ],
     ids=lambda solver: type(solver).__name__,
 )

@@ -17,9 +17,8 @@ import lowrank_inverse_torch as lit
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SOLVERS = {
     "stored": li.Nystrom(rank=20, damping=0.1),
-    "chunked": li.Nystrom(rank=20, damping=0.1, storage="chunked", chunk_size=4),
-    "streamed": li.Nystrom(rank=20, damping=0.1, storage="streamed"),
-    "on the host": li.Nystrom(rank=20, damping=0.1, offload=True),
+    "chunked": li.Nystrom(rank=20, damping=0.1, memory="chunked", chunk_size=4),
+    "streamed": li.Nystrom(rank=20, damping=0.1, memory="streamed"),
     "CG": li.CG(damping=0.1, rtol=1e-12),
     "CG, seldom checked": li.CG(damping=0.1, rtol=1e-12, check_every=5),
     "Nyström-CG": li.NystromCG(rank=20, damping=0.1, rtol=1e-12),

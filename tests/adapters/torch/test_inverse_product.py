@@ -77,8 +77,8 @@ WAYS = {
     "nystrom-cg": Way(li.NystromCG(rank=4, rtol=1e-13)),
     "nystrom-cg, damped": Way(li.NystromCG(rank=4, rtol=1e-13, damping=0.2)),
     "nystrom of rank n": Way(li.Nystrom(rank=N, damping=0.2)),
-    "nystrom of rank n, chunked": Way(li.Nystrom(rank=N, damping=0.2, storage="chunked")),
-    "nystrom of rank n, streamed": Way(li.Nystrom(rank=N, damping=0.2, storage="streamed")),
+    "nystrom of rank n, chunked": Way(li.Nystrom(rank=N, damping=0.2, memory="chunked")),
+    "nystrom of rank n, streamed": Way(li.Nystrom(rank=N, damping=0.2, memory="streamed")),
     "neumann": Way(
         li.Neumann(num_terms=5, step_size=0.4, damping=0.2),
         lambda B, b: dense_richardson(B, b, 5, 0.4),
@@ -147,8 +147,8 @@ def test_float32_stays_float32(way, ridge):
     assert relative(solution.value, way.dense(B, b.astype(np.float64))) < 1e-5
 
 
-@pytest.mark.parametrize("storage", ["stored", "chunked", "streamed"])
-def test_with_a_ridge_for_each_nystrom_approximates_the_hessian_scaled_from_both_sides(storage):
+@pytest.mark.parametrize("memory", ["stored", "chunked", "streamed"])
+def test_with_a_ridge_for_each_nystrom_approximates_the_hessian_scaled_from_both_sides(memory):
     H, b, ridge = hessian(), right_hand_side(), np.logspace(-2, 1, N)
     indices = [7, 2, 9]
     s = 1 / np.sqrt(ridge + 0.1)
@@ -156,7 +156,7 @@ def test_with_a_ridge_for_each_nystrom_approximates_the_hessian_scaled_from_both
     core = np.linalg.inv(scaled[np.ix_(indices, indices)])
     H_k = scaled[:, indices] @ core @ scaled[:, indices].T
     wanted = s * np.linalg.solve(H_k + np.eye(N), s * b)
-    solver = li.Nystrom(damping=0.1, indices=indices, storage=storage)
+    solver = li.Nystrom(damping=0.1, indices=indices, memory=memory)
     solution, inverse, *_ = inverse_product(H, b, solver=solver, ridge=ridge)
     assert relative(solution.value, wanted) < 1e-10
     assert inverse.rank == 3
@@ -376,7 +376,7 @@ def test_the_record_knows_the_rank_where_there_is_one():
         li.CG(),
         li.NystromCG(rank=N, damping=0.01),
         li.Nystrom(rank=N, damping=1e-2),
-        li.Nystrom(rank=N, storage="streamed", damping=1e-2),
+        li.Nystrom(rank=N, memory="streamed", damping=1e-2),
     ],
     ids=["exact", "cg", "nystrom-cg", "nystrom", "streamed"],
 )
