@@ -53,6 +53,9 @@ class NystromPreconditioner(ProductOnly):
         weights = ((level + damping) / (safe + damping) - 1) / safe
         self._weights = xp.where(kept, weights, xp.zeros_like(g))
 
+    def _about(self) -> dict[str, Any]:
+        return {"rank": self.approx.rank}
+
     def _multiply(self, block: Array) -> Array:
         weights = self._weights if block.ndim == 1 else self._weights[:, None]
         return block + self.approx.expand(weights * self.approx.project(block))

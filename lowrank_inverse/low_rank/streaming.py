@@ -71,6 +71,9 @@ class RecomputedInverse(Operator):
         """Count the products with the operator that a block of `width` vectors costs."""
         return 2 * width if self.chunk_size is None else self.indices.size + width
 
+    def _about(self) -> dict[str, Any]:
+        return {"rank": self.rank, "num_products": self.num_products}
+
     def _multiply(self, block: Array) -> Array:
         projected = self._map.T @ self._columns_dot(block)
         coefficients = self._map @ _over(projected, self.eigenvalues + self.damping)

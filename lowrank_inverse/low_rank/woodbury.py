@@ -32,6 +32,9 @@ class WoodburyInverse(Operator):
         self.approx, self.damping = approx, scalar_like(damping, approx.like)
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
 
+    def _about(self) -> dict[str, Any]:
+        return {"rank": self.approx.rank, "damping": self.damping}
+
     def _multiply(self, block: Array) -> Array:
         coefficients = _over(self.approx.project(block), self.approx.eigenvalues + self.damping)
         rest = block - self.approx.expand(coefficients)
@@ -39,7 +42,7 @@ class WoodburyInverse(Operator):
         return rest
 
 
-class ChunkedWoodburyInverse(Operator):
+class ChunkedWoodburyInverse(WoodburyInverse):
     """``(H_k + damping * I)^{-1}`` from stored columns, a chunk after the other (Algorithm 1).
 
     With L the whitened columns of a chunk and Ĥ the inverse so far, ``Ĥ ← Ĥ - Ĥ L (I + L.T Ĥ
@@ -48,8 +51,7 @@ class ChunkedWoodburyInverse(Operator):
     """
 
     def __init__(self, approx: NystromApproximation, damping: Any, chunk_size: int) -> None:
-        self.approx, self.damping = approx, scalar_like(damping, approx.like)
-        self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
+        super().__init__(approx, damping)
         self._updates: list[tuple[Array, Array]] = []
         xp = array_namespace(approx.columns)
         k = approx.num_columns

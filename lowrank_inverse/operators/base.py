@@ -43,6 +43,15 @@ class ProductOnly:
 
     matmat = rmatvec = rmatmat = __call__ = matvec
 
+    def _about(self) -> dict[str, Any]:
+        """Return what a printed operator says beside its size and dtype."""
+        return {}
+
+    def __repr__(self) -> str:
+        about = {"n": self.shape[0], "dtype": self.dtype} | self._about()
+        told = ", ".join(f"{name}={value}" for name, value in about.items() if value is not None)
+        return f"{type(self).__name__}({told})"
+
     def _check(self, block: Array, name: str = "block") -> None:
         check_block(name, block, self.shape[0])
         if self.like is not None and array_namespace(block) is not array_namespace(self.like):
@@ -94,9 +103,6 @@ class Operator(ProductOnly):
         return ScaledOperator(self, factor)
 
     __rmul__ = __mul__
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(n={self.shape[0]}, dtype={self.dtype})"
 
     def columns(self, indices: Any) -> Array:
         """Return the columns at `indices`, shape (n, k), by k products with unit vectors."""

@@ -181,6 +181,10 @@ class KernelOperator(Operator):
             results.append(sum(self.evaluate(z, x) @ block[rows, ...] for rows, x in tiles))
         return array_namespace(block).concat(results, axis=0)
 
+    def _about(self) -> dict[str, Any]:
+        name = self.kernel if isinstance(self.kernel, str) else self.kernel.__name__
+        return {"kernel": name, "num_features": self.X.shape[1]}
+
     def _multiply(self, block: Array) -> Array:
         if is_traced(self.X) or is_traced(block):
             return self._mapped(self.X, block)

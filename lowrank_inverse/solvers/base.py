@@ -77,6 +77,13 @@ class PreparedInverse(ProductOnly):
         self.preconditioner = preconditioner
         self.memory, self.approximation = memory, approximation
 
+    def _about(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "num_products": self.num_products,
+            "negative_curvature": self.negative_curvature,
+        }
+
     def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block, None).value
 

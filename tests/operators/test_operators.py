@@ -493,3 +493,102 @@ def test_traced_indices_that_are_no_vector_of_integers_are_refused(jax_backend, 
 
     with pytest.raises(TypeError, match=r"`indices` must be integers of shape \(k,\)"):
         jax.jit(chosen_by)(jax_backend.asarray(A64), jax_backend.asarray(indices))
+
+
+# Sums, multiples and shifts
+
+
+def combined(library):
+    """Operators made of others, each with the dense matrix that it is."""
+    dense, other = matrix("polynomial"), matrix("slightly")
+    A = li.aslinearoperator(library.asarray(dense))
+    B = li.FunctionOperator(
+        lambda v: library.asarray(other) @ v,
+        N,
+        like=A.like,
+        diagonal=lambda: library.asarray(np.diagonal(other).copy()),
+    )
+    d = np.linspace(0.5, 1.5, N)
+    eye = np.eye(N)
+    identity = li.DiagonalOperator(N, like=A.like)
+    return {
+        "A + B": (A + B, dense + other),
+        "A - B": (A - B, dense - other),
+        "A + array": (A + library.asarray(other), dense + other),
+        "c * A": (0.3 * A, 0.3 * dense),
+        "A * c": (A * 0.3, 0.3 * dense),
+        "NumPy's c * A": (np.float64(0.3) * A, 0.3 * dense),
+        "-A": (-A, -dense),
+        "A.T": (A.T, dense),
+        "A + c * I": (A + 0.3 * identity, dense + 0.3 * eye),
+        "c * I + A": (0.3 * identity + A, dense + 0.3 * eye),
+        "A + diag(d)": (A + li.DiagonalOperator(N, library.asarray(d)), dense + np.diag(d)),
+        "A + c * I + diag(d)": (
+            A + 0.3 * identity + li.DiagonalOperator(N, library.asarray(d)),
+            dense + 0.3 * eye + np.diag(d),
+        ),
+        "diag(d)": (li.DiagonalOperator(N, library.asarray(d)), np.diag(d)),
+        "2 (A + B) - A": (2 * (A + B) - A, dense + 2 * other),
+    }
+
+
+def test_operators_combine_to_what_their_matrices_do(library):
+    for name, (operator, dense) in combined(library).items():
+        rounding = 100 * library.eps
+        for block in (rhs(), rhs(width=WIDTH)):
+            found = host(operator @ library.asarray(block))
+            assert np.max(np.abs(found - dense @ block)) < rounding * np.max(np.abs(block)), name
+        columns = host(operator.columns([4, 3, 9]))
+        assert np.max(np.abs(columns - dense[:, [4, 3, 9]])) < rounding, name
+        assert np.max(np.abs(host(operator.diagonal()) - np.diagonal(dense))) < rounding, name
+
+
+@pytest.mark.parametrize("shift", [0.3, np.linspace(0.2, 0.4, N)])
+def test_a_diagonal_that_was_added_stays_out_of_what_is_approximated(shift):
+    A, b = matrix("polynomial"), rhs()
+    system = li.aslinearoperator(A) + li.DiagonalOperator(N, shift, like=A)
+    full = li.solve(system, b, solver=li.Nystrom(rank=N))
+    expected = np.linalg.solve(A + np.diag(np.broadcast_to(shift, N)), b)
+    np.testing.assert_allclose(full.value, expected, rtol=1e-8)
+    if np.ndim(shift) == 0:
+        few = li.solve(system, b, solver=li.Nystrom(rank=5))
+        damped = li.solve(A, b, solver=li.Nystrom(rank=5, damping=shift))
+        np.testing.assert_allclose(few.value, damped.value, rtol=1e-12)
+
+
+def test_what_cannot_be_added_or_multiplied_is_refused():
+    A = li.aslinearoperator(np.eye(3))
+    with pytest.raises(ValueError, match=r"must have one shape; got \(3, 3\) and \(2, 2\)"):
+        A + np.eye(2)
+    for refused in (lambda: A + 1.0, lambda: A * np.ones(3), lambda: A * A, lambda: True * A):
+        with pytest.raises(TypeError):
+            refused()
+    with pytest.raises(ValueError, match="`entries` must have 3 rows"):
+        li.DiagonalOperator(3, np.ones(2))
+
+
+# Print
+
+
+def test_operators_and_inverses_print_kind_size_and_cost():
+    A = np.diag([4.0, 1.0, 0.0])
+    approx = li.nystrom(A, indices=[0, 1])
+    for operator, printed in (
+        (li.aslinearoperator(A), "DenseOperator(n=3, dtype=float64)"),
+        (li.FunctionOperator(lambda v: v, 3), "FunctionOperator(n=3, dtype=float64)"),
+        (
+            li.KernelOperator(np.ones((3, 2))),
+            "KernelOperator(n=3, dtype=float64, kernel=rbf, num_features=2)",
+        ),
+        (approx.inverse(0.5), "WoodburyInverse(n=3, dtype=float64, rank=2, damping=0.5)"),
+        (
+            li.streamed_inverse(A, [0, 1], damping=0.5),
+            "RecomputedInverse(n=3, dtype=float64, rank=2, num_products=4)",
+        ),
+        (
+            li.Exact().prepare(A),
+            "PreparedInverse(n=3, dtype=float64, rank=2, num_products=3, negative_curvature=False)",
+        ),
+        (li.CG().prepare(A), "PreparedInverse(n=3, dtype=float64, num_products=0)"),
+    ):
+        assert repr(operator) == printed

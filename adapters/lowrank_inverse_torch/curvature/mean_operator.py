@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse.operators.base import Operator
 from lowrank_inverse_torch.curvature.gradient_graph import Graph
 from lowrank_inverse_torch.model_guard import (
     RandomStates,
@@ -25,7 +26,7 @@ G = TypeVar("G", bound=Graph)
 Stack = Callable[[Sequence[int]], Sequence[Tensor | None]]
 
 
-class CurvatureOperator(Generic[G]):
+class CurvatureOperator(Operator, Generic[G]):
     """What the Hessian and the Gauss-Newton operator have in common.
 
     Parameters
@@ -74,8 +75,12 @@ class CurvatureOperator(Generic[G]):
                     self._kept = graph
                 del graph  # before the next one is built
         self.gradient /= len(builders)
+        self.like = self.gradient[:0]
         self.loss = torch.stack(self._losses).mean()
         self._versions = [tensor._version for tensor in params.tensors]
+
+    def _about(self) -> dict[str, Any]:
+        return {"num_products": self.num_products}
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Multiply a vector, shape (n,), or a block, shape (n, m): one product a column."""
@@ -90,7 +95,7 @@ class CurvatureOperator(Generic[G]):
         result = self._products(range(block.shape[1]), stack)
         return result if v.ndim == 2 else result[:, 0]
 
-    def columns(self, indices: Iterable[int]) -> Tensor:
+    def columns(self, indices: Any) -> Tensor:
         """Compute columns of the operator.
 
         Parameters

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lowrank_inverse as li
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -967,3 +968,24 @@ def test_a_tensor_of_the_loss_changed_in_place_raises_with_the_remedy():
     data += 1
     with pytest.raises(RuntimeError, match="Make the operator anew"):
         H @ torch.ones(3)
+
+
+def test_a_hessian_is_an_operator_like_any_other():
+    x = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, requires_grad=True)
+    H = HessianOperator(lambda: (x**4).sum() + x.prod(), x)
+    dense = H @ torch.eye(5, dtype=torch.float64)
+    v = torch.arange(5, dtype=torch.float64)
+    assert li.aslinearoperator(H) is H
+    identity = li.DiagonalOperator(5, like=H.like)
+    for operator, expected in (
+        (H.T, dense),
+        (H + H, 2 * dense),
+        (0.5 * H - H, -0.5 * dense),
+        (H + 0.1 * identity, dense + 0.1 * torch.eye(5, dtype=torch.float64)),
+    ):
+        torch.testing.assert_close(operator @ v, expected @ v)
+        torch.testing.assert_close(operator.columns([3, 1]), expected[:, [3, 1]])
+    torch.testing.assert_close(H.matvec(v), dense @ v)
+    with pytest.raises(TypeError, match="has no diagonal"):
+        H.diagonal()
+    assert repr(H).startswith("HessianOperator(n=5, dtype=torch.float64, num_products=")
