@@ -21,14 +21,7 @@ from benchmarks.paper._methods import (
     PAPER_NEUMANN,
     PAPER_NYSTROM,
 )
-from benchmarks.paper._reweighting import (
-    BASELINE,
-    FIXED,
-    FULL,
-    LOSSES,
-    QUICK,
-    brief,
-)
+from benchmarks.paper._reweighting import BASELINE, FIXED, FULL, LOSSES, QUICK, brief
 from benchmarks.paper._runs import claim, parse, parser, run_all, spread, told
 from benchmarks.paper._verdicts import above, cuts, verdict
 

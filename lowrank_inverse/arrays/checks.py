@@ -8,18 +8,10 @@ import sys
 from typing import Any
 
 import numpy as np
-from array_api_compat import (
-    array_namespace,
-)
+from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import (
-    astype,
-    concrete,
-    is_array,
-    is_traced,
-    to_host,
-)
+from lowrank_inverse.arrays.conversion import astype, concrete, is_array, is_traced, to_host
 
 
 def describe(x: Any) -> str:

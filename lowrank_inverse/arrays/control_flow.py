@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lowrank_inverse.arrays.conversion import (
-    is_traced,
-)
+from lowrank_inverse.arrays.conversion import is_traced
 
 F = TypeVar("F", bound=Callable[..., Any])
 

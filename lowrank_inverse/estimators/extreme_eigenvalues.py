@@ -9,12 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import (
-    astype,
-    concrete,
-    eps,
-    like,
-)
+from lowrank_inverse.arrays.conversion import astype, concrete, eps, like
 from lowrank_inverse.arrays.linalg import column_norm, dot
 
 NUM_POWER_STEPS = 8

@@ -14,10 +14,7 @@ from lowrank_inverse.arrays.conversion import astype, eps, like, take, wide_dtyp
 from lowrank_inverse.arrays.linalg import symmetric_part
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.column_sampling import check_sampling
-from lowrank_inverse.low_rank.core import (
-    INDEFINITE_PIVOT_RTOL,
-    negative_eigenvalues,
-)
+from lowrank_inverse.low_rank.core import INDEFINITE_PIVOT_RTOL, negative_eigenvalues
 from lowrank_inverse.low_rank.rank_selection import adaptive_approximation
 from lowrank_inverse.low_rank.sketches import Sketch, make_source
 from lowrank_inverse.operators.columns import finite_columns

@@ -10,15 +10,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import (
-    astype,
-    eps,
-    like,
-    on_cpu,
-    take,
-    to_host,
-    wide_dtype,
-)
+from lowrank_inverse.arrays.conversion import astype, eps, like, on_cpu, take, to_host, wide_dtype
 from lowrank_inverse.arrays.linalg import tall_times
 from lowrank_inverse.operators.columns import finite_columns, joined, known_diagonal
 from lowrank_inverse.operators.function import aslinearoperator

@@ -10,24 +10,10 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_damping, check_indices
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import (
-    astype,
-    eps,
-    scalar_like,
-    scatter,
-    take,
-    wide_dtype,
-)
-from lowrank_inverse.arrays.linalg import (
-    column_scale,
-    power_of_two,
-    symmetric_part,
-    tall_dot,
-)
+from lowrank_inverse.arrays.conversion import astype, eps, scalar_like, scatter, take, wide_dtype
+from lowrank_inverse.arrays.linalg import column_scale, power_of_two, symmetric_part, tall_dot
 from lowrank_inverse.low_rank.core import spectrum, whiten
-from lowrank_inverse.low_rank.woodbury import (
-    _over,
-)
+from lowrank_inverse.low_rank.woodbury import _over
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.columns import finite_columns, index_chunks
 from lowrank_inverse.operators.function import aslinearoperator

@@ -9,16 +9,8 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_count, check_damping
-from lowrank_inverse.arrays.conversion import (
-    like,
-    scalar_like,
-    wide_dtype,
-)
-from lowrank_inverse.arrays.linalg import (
-    symmetric_part,
-    tall_dot,
-    tall_times,
-)
+from lowrank_inverse.arrays.conversion import like, scalar_like, wide_dtype
+from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
 from lowrank_inverse.operators.base import Operator
 
 if TYPE_CHECKING:

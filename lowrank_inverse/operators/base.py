@@ -9,12 +9,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_block, check_indices, describe
-from lowrank_inverse.arrays.conversion import (
-    is_array,
-    scalar_like,
-    scatter,
-    take,
-)
+from lowrank_inverse.arrays.conversion import is_array, scalar_like, scatter, take
 from lowrank_inverse.arrays.conversion import like as like_array
 
 

@@ -16,11 +16,7 @@ from lowrank_inverse.arrays.checks import (
     check_indices,
     prototype,
 )
-from lowrank_inverse.arrays.conversion import (
-    is_traced,
-    like_device,
-    to_host,
-)
+from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
 from lowrank_inverse.operators.function import aslinearoperator
 
 

@@ -10,11 +10,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_floating, check_indices
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import (
-    eps,
-    is_traced,
-    take,
-)
+from lowrank_inverse.arrays.conversion import eps, is_traced, take
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.operators.base import Operator, check_square
 

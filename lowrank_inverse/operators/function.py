@@ -10,12 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.checks import (
-    check_count,
-    check_indices,
-    describe,
-    prototype,
-)
+from lowrank_inverse.arrays.checks import check_count, check_indices, describe, prototype
 from lowrank_inverse.arrays.conversion import is_array
 from lowrank_inverse.operators.base import Operator, check_square
 from lowrank_inverse.operators.dense import DenseOperator

@@ -11,9 +11,7 @@ from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import concrete, eps, scalar_like
 from lowrank_inverse.arrays.linalg import column_norm, column_scale, dot
-from lowrank_inverse.estimators.norm import (
-    frobenius_norm,
-)
+from lowrank_inverse.estimators.norm import frobenius_norm
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import check_system, span
 

@@ -8,23 +8,14 @@ from typing import TYPE_CHECKING, Any
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import (
-    describe,
-)
+from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import (
-    astype,
-    concrete,
-    is_traced,
-    scalar_like,
-)
+from lowrank_inverse.arrays.conversion import astype, concrete, is_traced, scalar_like
 from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot
 from lowrank_inverse.operators.base import ProductOnly, apply_cost, block_width
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, tolerance
-from lowrank_inverse.solvers.column_memory import (
-    MemoryPlan,
-)
+from lowrank_inverse.solvers.column_memory import MemoryPlan
 
 if TYPE_CHECKING:
     from lowrank_inverse.low_rank.approximation import NystromApproximation

@@ -16,11 +16,7 @@ from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution, check_system
-from lowrank_inverse.solvers.base import (
-    PreparedInverse,
-    direct_solution,
-    is_positive,
-)
+from lowrank_inverse.solvers.base import PreparedInverse, direct_solution, is_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,7 @@ from lowrank_inverse.iterative.neumann_series import neumann
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution
-from lowrank_inverse.solvers.base import (
-    PreparedInverse,
-)
+from lowrank_inverse.solvers.base import PreparedInverse
 
 
 @dataclass(frozen=True, kw_only=True)

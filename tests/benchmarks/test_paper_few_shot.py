@@ -18,16 +18,7 @@ pytest.importorskip("matplotlib", reason="the extra `plot` is missing: matplotli
 torch = pytest.importorskip("torch", reason="the experiments need the extra `torch`")
 
 from benchmarks import _mnist
-from benchmarks.paper import (
-    _inner,
-    _learned,
-    _methods,
-    _omniglot,
-    _runs,
-    _verdicts,
-    table2,
-    table3,
-)
+from benchmarks.paper import _inner, _learned, _methods, _omniglot, _runs, _verdicts, table2, table3
 from tests.conftest import assert_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"

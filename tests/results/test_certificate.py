@@ -8,14 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_inverse as li
-from tests.oracles import (
-    damped,
-    damped_solve,
-    norm,
-    operator_norm,
-    relative_error,
-    residual_norm,
-)
+from tests.oracles import damped, damped_solve, norm, operator_norm, relative_error, residual_norm
 from tests.problems import (
     PSD,
     RANK,

@@ -13,10 +13,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp
 
-from lowrank_inverse_jax import (
-    HessianOperator,
-    hypergradient,
-)
+from lowrank_inverse_jax import HessianOperator, hypergradient
 from lowrank_inverse_jax.bilevel import Hypergradient, HypergradientInfo
 from tests.adapters.jax.jax_oracle import (
     Counted,

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowrank_inverse_torch import (
-    hypergradient,
-    implicit_minimizer,
-)
+from lowrank_inverse_torch import hypergradient, implicit_minimizer
 
 NUM, DIM = 8, 4
 

@@ -19,10 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowrank_inverse_torch import (
-    HessianOperator,
-    hypergradient,
-)
+from lowrank_inverse_torch import HessianOperator, hypergradient
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES, NUM_HIDDEN = 8, 3, 2, 4
 N = NUM_HIDDEN * (NUM_FEATURES + 1) + NUM_CLASSES * (NUM_HIDDEN + 1)

@@ -15,10 +15,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowrank_inverse_torch import (
-    hypergradient,
-    implicit_minimizer,
-)
+from lowrank_inverse_torch import hypergradient, implicit_minimizer
 
 F64 = torch.float64
 NUM, DIM = 8, 3

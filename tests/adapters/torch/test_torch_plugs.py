@@ -13,11 +13,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn
 
-from lowrank_inverse_torch import (
-    HessianOperator,
-    as_solve,
-    hypergradient,
-)
+from lowrank_inverse_torch import HessianOperator, as_solve, hypergradient
 
 F64 = torch.float64
 DIM, NUM = 4, 12
