@@ -20,24 +20,14 @@ from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
 from lowrank_inverse_jax.parameters import Parameters, as_parameters
 
-__all__ = ["Hypergradient", "HypergradientInfo", "hypergradient"]
+__all__ = ["Hypergradient", "hypergradient"]
 
-
+STATIC = ["hparams_without_path", "memory"]
+fields = [field.name for field in dataclasses.fields(HypergradientInfo)]
 jax.tree_util.register_dataclass(
     HypergradientInfo,
-    data_fields=[
-        "num_products",
-        "relative_residual",
-        "inner_grad_norm",
-        "negative_curvature",
-        "rank",
-        "num_steps",
-        "reason",
-        "refreshed",
-        "inner_step",
-        "error_bound",
-    ],
-    meta_fields=["hparams_without_path", "memory"],
+    data_fields=[name for name in fields if name not in STATIC],
+    meta_fields=STATIC,
 )
 
 

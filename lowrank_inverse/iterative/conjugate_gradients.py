@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.checks import check_count, describe
+from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
-from lowrank_inverse.arrays.conversion import astype, eps, is_array, is_traced, scalar_like
+from lowrank_inverse.arrays.conversion import astype, eps, is_traced, scalar_like
 from lowrank_inverse.arrays.linalg import (
     add_scaled,
     add_to,
@@ -21,6 +21,7 @@ from lowrank_inverse.arrays.linalg import (
     dot,
     scale_and_add,
 )
+from lowrank_inverse.iterative.preconditioning import apply_preconditioner, checked_preconditioner
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, ended, tolerance
 
@@ -145,7 +146,7 @@ def cg(
     check_system(A, b, damping, x0)
     max_steps = 10 * n if max_steps is None else check_count("max_steps", max_steps)
     check_every = check_count("check_every", check_every)
-    preconditioner = _checked_preconditioner(preconditioner, n)
+    preconditioner = checked_preconditioner(preconditioner, n)
     xp = array_namespace(b)
     damping = scalar_like(damping, b)
     system = _System(A, damping, preconditioner, max_steps, check_every, callback)
@@ -272,7 +273,7 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
     if preconditioner is None:
         z = start.r / scale  # not r itself: the first direction is written over
     else:
-        z = _applied(preconditioner, r)
+        z = apply_preconditioner(preconditioner, r)
         z_scale = column_scale(z)  # its own scale must not under- or overflow in the recursion
         z = z / z_scale
     rz = dot(r, z)
@@ -291,29 +292,3 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
         start.num_blocks,
     )
     return while_loop(lambda state: xp.any(going(state)), step, first, check_every=check_every)
-
-
-def _checked_preconditioner(preconditioner: Any, n: int) -> Any:
-    if preconditioner is None:
-        return None
-    if not hasattr(preconditioner, "shape") or not hasattr(type(preconditioner), "__matmul__"):
-        raise TypeError(
-            f"`preconditioner` must be an operator with .shape and @; got "
-            f"{describe(preconditioner)}. Wrap a function in FunctionOperator(matvec, n)."
-        )
-    if tuple(preconditioner.shape) != (n, n):
-        raise ValueError(
-            f"`preconditioner` must have shape {(n, n)} to match `A`; got "
-            f"{tuple(preconditioner.shape)}."
-        )
-    return aslinearoperator(preconditioner) if is_array(preconditioner) else preconditioner
-
-
-def _applied(preconditioner: Any, r: Array) -> Array:
-    z = preconditioner @ r
-    if not is_array(z) or array_namespace(z) is not array_namespace(r) or z.dtype != r.dtype:
-        raise TypeError(
-            f"`preconditioner` must return what it is given, {describe(r)}; it returned "
-            f"{describe(z)}. All must come from one library; nothing is promoted silently."
-        )
-    return z

@@ -11,7 +11,7 @@ from lowrank_inverse.arrays.checks import check_finite
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import tall_dot
 from lowrank_inverse.low_rank.column_sampling import sample_columns
-from lowrank_inverse.low_rank.pivoted_cholesky import METHODS, Pivoting
+from lowrank_inverse.low_rank.pivoting import METHODS, Pivoting
 from lowrank_inverse.operators.columns import (
     empty_like,
     finite_columns,

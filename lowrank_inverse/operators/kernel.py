@@ -22,9 +22,7 @@ from lowrank_inverse.arrays.checks import (
 from lowrank_inverse.arrays.control_flow import map_traced
 from lowrank_inverse.arrays.conversion import (
     astype,
-    eps,
     is_array,
-    is_narrow,
     is_traced,
     like_device,
     scalar_like,
@@ -32,15 +30,11 @@ from lowrank_inverse.arrays.conversion import (
     wide_dtype,
 )
 from lowrank_inverse.operators.base import Operator
+from lowrank_inverse.operators.distances import by_features, squared_distances
 
 KERNELS = ("rbf", "laplacian", "matern", "polynomial")
 NUS = (0.5, 1.5, 2.5)
-MAX_DIFFERENCES = 16
-
-
 CPU_CHUNK, DEVICE_CHUNK = 512, 8192
-
-
 DIAGONAL_CHUNK = 32
 
 
@@ -241,7 +235,7 @@ class KernelOperator(Operator):
             inner = astype(x, wide) @ astype(y, wide).T
             return astype((inner + self.coef0) ** self.degree, self.dtype)
         if self.kernel == "laplacian":
-            return xp.exp(-_by_features(xp.abs, x, y))
+            return xp.exp(-by_features(xp.abs, x, y))
         squares = squared_distances(x, y)
         if self.kernel == "rbf":
             squares *= -0.5
@@ -258,33 +252,6 @@ class KernelOperator(Operator):
             )
         namespace(kernel=block, X=self.like)
         return block
-
-
-def squared_distances(x: Array, y: Array) -> Array:
-    """Return squared Euclidean distances, shape (p, q), exactly 0 between equal points."""
-    xp = array_namespace(x)
-    d = x.shape[1]
-    if d <= MAX_DIFFERENCES or is_narrow(x):
-        return _by_features(lambda difference: difference * difference, x, y)
-    dtype, wide = x.dtype, wide_dtype(x)
-    x, y = astype(x, wide), astype(y, wide)
-    centre = xp.mean(x, axis=0)  # a common shift would cancel, and take digits along
-    x, y = x - centre, y - centre
-    x_squares, y_squares = xp.sum(x * x, axis=1), xp.sum(y * y, axis=1)
-    squares = x @ (-2 * y.T)
-    squares += x_squares[:, None]
-    squares += y_squares
-    # A bound of the rounding of the three sums: below it, the distance may as well be 0.
-    noise = 2 * (d + 2) * eps(x) * (xp.max(x_squares) + xp.max(y_squares))
-    return astype(xp.where(squares > noise, squares, xp.zeros_like(squares)), dtype)
-
-
-def _by_features(function: Callable[[Array], Array], x: Array, y: Array) -> Array:
-    """Return the sum of ``function(x[i, l] - y[j, l])`` over the features l, shape (p, q)."""
-    total = function(x[:, 0][:, None] - y[:, 0][None, :])
-    for feature in range(1, x.shape[1]):
-        total += function(x[:, feature][:, None] - y[:, feature][None, :])
-    return total
 
 
 def _slices(n: int, size: int) -> list[slice]:

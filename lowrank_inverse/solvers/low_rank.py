@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +10,17 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import check_count, check_damping, check_indices, check_scalar
+from lowrank_inverse.arrays.checks import check_count, check_damping, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import concrete, eps, is_traced
-from lowrank_inverse.estimators.diagonal import estimate_diagonal
+from lowrank_inverse.arrays.conversion import eps
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.low_rank.approximation import NystromApproximation
-from lowrank_inverse.low_rank.column_sampling import DRAWN, check_sampling, sample_columns
+from lowrank_inverse.low_rank.column_sampling import DRAWN
 from lowrank_inverse.low_rank.core import is_indefinite
-from lowrank_inverse.low_rank.nystrom_columns import check_rank, nystrom
 from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
 from lowrank_inverse.operators.base import apply_cost, block_width
-from lowrank_inverse.operators.columns import empty_like, known_or_none
+from lowrank_inverse.operators.columns import empty_like
 from lowrank_inverse.operators.composition import scaled_by_diagonal, split_diagonal, split_shift
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution, check_system
@@ -34,11 +31,16 @@ from lowrank_inverse.solvers.base import (
     with_apply_cost,
 )
 from lowrank_inverse.solvers.column_memory import (
-    STREAMED_DAMPING,
     Memory,
     MemoryPlan,
     check_memory,
     plan_memory,
+)
+from lowrank_inverse.solvers.columns import (
+    check_columns,
+    chosen_approximation,
+    chosen_indices,
+    is_lossy,
 )
 from lowrank_inverse.solvers.iterative import check_iteration
 
@@ -97,7 +99,7 @@ class Nystrom:
     diagonal_products: int | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(self)
+        check_columns(self)
         check_scalar("damping", self.damping)
         check_memory(self.memory)
         if self.chunk_size is not None:
@@ -120,7 +122,7 @@ class Nystrom:
         spent = 0
         plan = self._plan(H)
         if plan is None or plan.memory == "stored":
-            source: Any = _approximation(
+            source: Any = chosen_approximation(
                 self,
                 H,
                 rng,
@@ -129,11 +131,11 @@ class Nystrom:
             )
             inverse = source.inverse(damping)
         else:
-            indices, spent = _indices(self, H, rng)
+            indices, spent = chosen_indices(self, H, rng)
             build = chunked_inverse if plan.memory == "chunked" else streamed_inverse
             chunk_size = plan.chunk_size or 1
             inverse = source = build(H, indices, damping=damping, chunk_size=chunk_size)
-            if not isinstance(self.memory, str) and _is_lossy(inverse):
+            if not isinstance(self.memory, str) and is_lossy(inverse):
                 spent += inverse.num_products
                 plan = plan._replace(memory="chunked")
                 inverse = source = chunked_inverse(
@@ -213,7 +215,7 @@ class NystromCG:
     diagonal_products: int | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(self)
+        check_columns(self)
         check_iteration(self)
 
     @quietly
@@ -265,7 +267,7 @@ class NystromCG:
         :func:`lowrank_inverse.operators.composition.split_diagonal`.
         """
         H, damping, _ = split_diagonal(aslinearoperator(A), self.damping)
-        return _approximation(
+        return chosen_approximation(
             self, H, rng, damping, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
         )
 
@@ -274,66 +276,3 @@ class NystromCG:
         return NystromApproximation(
             columns, indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
         )
-
-
-def _check_columns(settings: Any) -> None:
-    if settings.rank is None:
-        raise TypeError("`rank` must be a whole number or 'auto'; got None.")
-    check_rank(settings.rank)
-    check_sampling(settings.sampling)
-    if settings.max_rank is not None:
-        check_count("max_rank", settings.max_rank)
-    if settings.diagonal_products is not None:
-        check_count("diagonal_products", settings.diagonal_products)
-    if settings.indices is not None and not is_traced(settings.indices):
-        indices = tuple(check_indices(settings.indices, sys.maxsize).tolist())
-        object.__setattr__(settings, "indices", indices)
-
-
-def _weights(settings: Any, A: Any, rng: Any) -> tuple[Any, int]:
-    """Return an estimate of the diagonal where one was asked for and is needed, and its price."""
-    wanted = settings.diagonal_products is not None and settings.sampling.startswith("diagonal")
-    if not wanted or known_or_none(A) is not None:
-        return None, 0
-    estimate = estimate_diagonal(A, settings.diagonal_products, rng=rng)
-    return estimate, estimate.num_products
-
-
-def _indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
-    """Return the columns to take, and the products that it took to choose them."""
-    n = int(A.shape[0])
-    if settings.indices is not None:
-        return check_indices(settings.indices, n), 0
-    generator = np.random.default_rng(rng)
-    weights, spent = _weights(settings, A, generator)
-    rank = min(settings.rank, n)
-    drawn = sample_columns(A, rank, sampling=settings.sampling, rng=generator, diagonal=weights)
-    return drawn, spent
-
-
-def _approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments: Any) -> Any:
-    """Return the Nyström approximation of the settings; a rank that grows aims at `aim`."""
-    if settings.indices is not None:
-        return nystrom(A, indices=settings.indices, **arguments)
-    generator = np.random.default_rng(rng)
-    weights, spent = _weights(settings, A, generator)
-    if settings.rank == "auto":
-        arguments |= {"damping": aim if is_positive(aim) else None, "max_rank": settings.max_rank}
-    approx = nystrom(
-        A,
-        settings.rank if settings.rank == "auto" else min(settings.rank, int(A.shape[0])),
-        sampling=settings.sampling,
-        rng=generator,
-        diagonal=weights,
-        **arguments,
-    )
-    approx.num_products += spent
-    return approx
-
-
-def _is_lossy(inverse: Any) -> bool:
-    """Whether the damping is too small for the streamed form in the precision of the operator."""
-    largest = inverse.eigenvalues[0]
-    if array_namespace(inverse.like).finfo(inverse.dtype).bits >= 64 or is_traced(largest):
-        return False
-    return bool(concrete(inverse.damping < STREAMED_DAMPING * largest))

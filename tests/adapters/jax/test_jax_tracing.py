@@ -13,8 +13,9 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp
 
+from lowrank_inverse.bilevel.info import HypergradientInfo
 from lowrank_inverse_jax import HessianOperator, hypergradient
-from lowrank_inverse_jax.bilevel import Hypergradient, HypergradientInfo
+from lowrank_inverse_jax.bilevel import Hypergradient
 from tests.adapters.jax.jax_oracle import (
     Counted,
     N,

@@ -1,0 +1,40 @@
+"""Checks of what a caller gives as a preconditioner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.checks import describe
+from lowrank_inverse.arrays.conversion import is_array
+from lowrank_inverse.operators.function import aslinearoperator
+
+
+def checked_preconditioner(preconditioner: Any, n: int) -> Any:
+    """Return a preconditioner as an operator, None as it is; raise for what cannot be one."""
+    if preconditioner is None:
+        return None
+    if not hasattr(preconditioner, "shape") or not hasattr(type(preconditioner), "__matmul__"):
+        raise TypeError(
+            f"`preconditioner` must be an operator with .shape and @; got "
+            f"{describe(preconditioner)}. Wrap a function in FunctionOperator(matvec, n)."
+        )
+    if tuple(preconditioner.shape) != (n, n):
+        raise ValueError(
+            f"`preconditioner` must have shape {(n, n)} to match `A`; got "
+            f"{tuple(preconditioner.shape)}."
+        )
+    return aslinearoperator(preconditioner) if is_array(preconditioner) else preconditioner
+
+
+def apply_preconditioner(preconditioner: Any, r: Array) -> Array:
+    """Return the product with `r`; raise if it comes in another library or dtype."""
+    z = preconditioner @ r
+    if not is_array(z) or array_namespace(z) is not array_namespace(r) or z.dtype != r.dtype:
+        raise TypeError(
+            f"`preconditioner` must return what it is given, {describe(r)}; it returned "
+            f"{describe(z)}. All must come from one library; nothing is promoted silently."
+        )
+    return z
