@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
 
 Array: TypeAlias = Any
 """An array of any library that follows the array API standard."""
 
-RNG: TypeAlias = Any
+Scalar: TypeAlias = float | Array
+"""A number, or a 0-d array, which may be traced."""
+
+Indices: TypeAlias = Sequence[int] | Array
+"""Distinct whole numbers, or an array of them, which may be traced."""
+
+RNG: TypeAlias = int | Sequence[int] | np.random.Generator | None
 """A seed, a ``numpy.random.Generator``, or None for fresh entropy (SPEC 7)."""
+
+Sampling: TypeAlias = Literal[
+    "uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"
+]
+"""Which columns of an operator are taken."""
 
 
 class LinearOperator(Protocol):
@@ -18,3 +32,15 @@ class LinearOperator(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __matmul__(self, block: Array, /) -> Array: ...
+
+
+class Solver(Protocol):
+    """Settings of a solver: they become an inverse by ``prepare``."""
+
+    def prepare(self, A: Any, *, rng: RNG = 0) -> Any:
+        """Return the inverse of `A`, a ``PreparedInverse``."""
+        ...
+
+
+SolveFunction: TypeAlias = Callable[[Callable[[Array], Array], Array], Array]
+"""A function ``solve(matvec, b) -> x`` in the place of settings."""

@@ -18,6 +18,7 @@ except ImportError as error:
         'pip install "lowrank-inverse[sklearn]".'
     ) from error
 
+from lowrank_inverse._typing import Sampling
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.low_rank.column_sampling import sample_columns
 from lowrank_inverse.low_rank.core import spectrum, whiten
@@ -147,7 +148,7 @@ class KernelRidge(_KernelRegressor):
         degree: int = 3,
         coef0: float = 1.0,
         rank: int = 200,
-        sampling: str = "rpcholesky",
+        sampling: Sampling = "rpcholesky",
         tol: float = 1e-6,
         max_iter: int | None = None,
         chunk_size: int | None = None,
@@ -268,7 +269,7 @@ class NystromRidge(_KernelRegressor):
         nu: float = 2.5,
         degree: int = 3,
         coef0: float = 1.0,
-        sampling: str = "uniform",
+        sampling: Sampling = "uniform",
         chunk_size: int | None = None,
         random_state: Any = None,
     ) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
@@ -75,11 +76,11 @@ def hypergradient(
     inner_args: tuple[Any, ...] = (),
     outer_args: tuple[Any, ...] = (),
     has_aux: bool = False,
-    solver: Any = None,
-    ridge: Any = None,
+    solver: Solver | SolveFunction | None = None,
+    ridge: Scalar = None,
     state: HypergradientState | Solution | None = None,
     key: Any = None,
-    rng: Any = None,
+    rng: RNG = None,
     chunk_size: int = 8,
 ) -> Hypergradient:
     """Differentiate the outer loss at the minimiser of the inner one by hyperparameters.
@@ -224,7 +225,7 @@ def _value(loss: Callable[..., Any], name: str, has_aux: bool) -> Callable[..., 
     return scalar(first, name=name)
 
 
-def _with_drawn_columns(solver: Any, key: Any, rng: Any, n: int) -> Any:
+def _with_drawn_columns(solver: Solver | SolveFunction, key: Any, rng: RNG, n: int) -> Any:
     """Return the settings with `rank` columns drawn uniformly from a jax key."""
     if rng is not None:
         raise ValueError("give one of `key` and `rng`, not both.")
@@ -246,7 +247,7 @@ def _with_drawn_columns(solver: Any, key: Any, rng: Any, n: int) -> Any:
     return dataclasses.replace(solver, indices=drawn)
 
 
-def _flat_ridge(ridge: Any, theta: Parameters) -> Any:
+def _flat_ridge(ridge: Scalar, theta: Parameters) -> Any:
     """Return None, a number as a 0-d array, or an array of shape (n,)."""
     if ridge is None:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.solvers.base import as_settings
 from lowrank_inverse.solvers.solve import as_solve as core_as_solve
 from lowrank_inverse_jax.curvature.operators import full_precision
@@ -16,7 +17,7 @@ __all__ = ["as_lineax", "as_solve"]
 
 
 def as_solve(
-    solver: Any = None, *, rng: Any = 0, sign: int | None = None
+    solver: Solver | SolveFunction | None = None, *, rng: RNG = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
     """Return ``solve(matvec, b) -> x`` on pytrees, such as jaxopt's implicit differentiation takes.
 
@@ -58,7 +59,7 @@ def as_solve(
     return solve
 
 
-def as_lineax(solver: Any, *, rng: Any = 0) -> Any:
+def as_lineax(solver: Solver | SolveFunction, *, rng: RNG = 0) -> Any:
     """Return a lineax solver, for ``lineax.linear_solve`` and ``optimistix.ImplicitAdjoint``.
 
     Parameters

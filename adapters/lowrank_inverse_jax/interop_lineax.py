@@ -13,6 +13,7 @@ except ImportError as error:
     raise ImportError(
         'as_lineax needs lineax. Install it with: pip install "lowrank-inverse[lineax]"'
     ) from error
+from lowrank_inverse._typing import RNG
 from lowrank_inverse.operators.function import FunctionOperator
 from lowrank_inverse.results.solution import Reason
 from lowrank_inverse_jax.curvature.operators import full_precision
@@ -35,7 +36,7 @@ class LineaxSolver(lineax.AbstractLinearSolver):
     """
 
     settings: Any = eqx.field(static=True)
-    rng: Any = eqx.field(static=True, default=None)
+    rng: RNG = eqx.field(static=True, default=None)
 
     def init(self, operator: Any, options: dict[str, Any]) -> Any:
         """Take the operator, with the sign that makes it positive."""

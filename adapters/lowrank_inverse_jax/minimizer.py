@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
 from lowrank_inverse_jax.parameters import as_parameters
@@ -17,7 +18,11 @@ __all__ = ["implicit_minimizer"]
 
 
 def implicit_minimizer(
-    inner_loss: Callable[..., Any], *, solver: Any = None, rng: Any = 0, chunk_size: int = 8
+    inner_loss: Callable[..., Any],
+    *,
+    solver: Solver | SolveFunction | None = None,
+    rng: RNG = 0,
+    chunk_size: int = 8,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make the result of a training function differentiable by its hyperparameters.
 

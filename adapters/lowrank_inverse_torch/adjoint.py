@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lowrank_inverse._typing import RNG
 from lowrank_inverse.bilevel.ridge import inverse_product
 from lowrank_inverse_torch.curvature.gradient_graph import graph_nodes
 from lowrank_inverse_torch.curvature.operators import HessianOperator
@@ -32,7 +33,7 @@ class Problem:
         train: Callable[..., Any],
         inner_loss: Callable[..., Tensor],
         settings: Any,
-        rng: Any,
+        rng: RNG,
         chunk_size: int,
         modules: Sequence[nn.Module],
         init: Any,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, autograd, nn
 
+from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.bilevel.state import HypergradientState
@@ -62,11 +63,11 @@ def hypergradient(
     params: Any,
     hparams: Any,
     *,
-    solver: Any = None,
-    ridge: Any = None,
+    solver: Solver | SolveFunction | None = None,
+    ridge: Scalar = None,
     state: HypergradientState | Solution | None = None,
     accumulate_grad: bool = False,
-    rng: Any = 0,
+    rng: RNG = 0,
     chunk_size: int = 1,
     module: Modules | None = None,
 ) -> Hypergradient:
@@ -220,7 +221,7 @@ def _outer_gradients(
     return params.flatten(by_params), by_hparams
 
 
-def _ridges(ridge: Any, params: Parameters) -> Tensor | Sequence[Tensor | None]:
+def _ridges(ridge: Scalar, params: Parameters) -> Tensor | Sequence[Tensor | None]:
     """Return a number, a flat vector, or one tensor for each of the parameters."""
     if not isinstance(ridge, Tensor):
         if isinstance(ridge, numbers.Real):

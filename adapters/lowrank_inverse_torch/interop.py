@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.solvers.solve import as_solve as core_as_solve
 
 __all__ = ["as_solve"]
 
 
 def as_solve(
-    solver: Any = None, *, rng: Any = 0, sign: int | None = None
+    solver: Solver | SolveFunction | None = None, *, rng: RNG = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
     """Return ``solve(matvec, b) -> x`` on structures of tensors, such as TorchOpt takes.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse_torch.adjoint import Problem
 from lowrank_inverse_torch.curvature.operators import Modules
@@ -18,8 +19,8 @@ __all__ = ["implicit_minimizer"]
 def implicit_minimizer(
     inner_loss: Callable[..., Tensor],
     *,
-    solver: Any = None,
-    rng: Any = 0,
+    solver: Solver | SolveFunction | None = None,
+    rng: RNG = 0,
     chunk_size: int = 1,
     module: Modules | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import astype, concrete, is_array, is_traced, to_host
 
 
@@ -88,7 +88,7 @@ def check_scalar(name: str, x: Any, *, positive: bool = False, remedy: str = "")
         )
 
 
-def check_damping(damping: Any) -> None:
+def check_damping(damping: Scalar) -> None:
     """Raise unless `damping` is positive, as the inverse of a low-rank matrix needs it."""
     remedy = " The inverse of a low-rank matrix exists only with a positive damping."
     check_scalar("damping", damping, positive=True, remedy=remedy)

@@ -15,7 +15,7 @@ from array_api_compat import (
     is_torch_array,
 )
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices
 
 
 def is_array(x: Any) -> bool:
@@ -55,7 +55,7 @@ def like(values: Any, x: Array, dtype: Any = None) -> Array:
     return xp.asarray(values, dtype=x.dtype if dtype is None else dtype, device=where)
 
 
-def take(x: Array, indices: np.ndarray, axis: int = 0) -> Array:
+def take(x: Array, indices: Indices, axis: int = 0) -> Array:
     """Gather rows or columns of `x` at host `indices`."""
     xp = array_namespace(x)
     return xp.take(x, like(indices, x, xp.int64 if not is_jax_array(x) else xp.int32), axis=axis)

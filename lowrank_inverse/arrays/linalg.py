@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import astype, is_traced, on_cpu, wide_dtype
 
 BLOCK_NUMBERS = 2**18
@@ -32,7 +32,7 @@ def dot(u: Array, v: Array) -> Array:
     return u @ v if u.ndim == 1 else array_namespace(u).sum(u * v, axis=0)
 
 
-def add_scaled(x: Array, factor: Any, y: Array) -> Array:
+def add_scaled(x: Array, factor: Scalar, y: Array) -> Array:
     """Return ``x + factor * y``, one factor or one a column, in as few passes as the library has.
 
     `factor` is a Python float or an array of the dtype of `x`.

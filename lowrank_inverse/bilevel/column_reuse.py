@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Indices
 from lowrank_inverse.arrays.checks import check_indices
 from lowrank_inverse.arrays.control_flow import cond
 from lowrank_inverse.arrays.conversion import is_traced, take
@@ -33,7 +33,7 @@ class ReusedColumns(NamedTuple):
     """
 
     columns: Array | None
-    indices: Any
+    indices: Indices
     num_products: Any
     refreshed: Any
 
@@ -44,10 +44,10 @@ def reuse_columns(
     """Return an approximation from the columns in `state` while they are worth it, else anew."""
     _, _, s = split_diagonal(A, settings.damping)
 
-    def scale(C: Array, indices: Any) -> Array:
+    def scale(C: Array, indices: Indices) -> Array:
         return C if s is None else s[:, None] * C * take(s, indices)
 
-    def unscale(C: Array, indices: Any) -> Array:
+    def unscale(C: Array, indices: Indices) -> Array:
         return C if s is None else C / (s[:, None] * take(s, indices))
 
     def fresh() -> tuple[NystromApproximation, ReusedColumns]:

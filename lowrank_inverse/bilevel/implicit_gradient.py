@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_finite
 from lowrank_inverse.bilevel.ridge import default_solver, inverse_product, smallest_shift
 from lowrank_inverse.bilevel.state import HypergradientState
@@ -22,7 +22,7 @@ class ImplicitGradient(NamedTuple):
     inverse: PreparedInverse
     state: HypergradientState
     refreshed: Any
-    shift: Any
+    shift: Scalar
 
 
 def implicit_gradient(
@@ -31,8 +31,8 @@ def implicit_gradient(
     mixed_vjp: Callable[[Array], Sequence[Array | None]],
     direct: Sequence[Array | None],
     *,
-    solver: Any = None,
-    ridge: Any = None,
+    solver: Solver | SolveFunction | None = None,
+    ridge: Scalar = None,
     rng: RNG = 0,
     state: HypergradientState | Solution | None = None,
 ) -> ImplicitGradient:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_finite, check_scalar
 from lowrank_inverse.arrays.conversion import is_traced, scalar_like
 from lowrank_inverse.bilevel.column_reuse import reuse_columns
@@ -21,7 +21,7 @@ DEFAULT_SOLVER = NystromCG(rank=20, max_steps=20)
 """For Hessians, which cost a product whatever is asked of them: at most 42 products."""
 
 
-def default_solver(solver: Any) -> Any:
+def default_solver(solver: Solver | SolveFunction | None) -> Any:
     """Return `solver` as settings, or the default where there is none."""
     return DEFAULT_SOLVER if solver is None else as_settings(solver)
 
@@ -40,8 +40,8 @@ def inverse_product(
     H: Any,
     b: Array,
     *,
-    solver: Any = None,
-    ridge: Any = None,
+    solver: Solver | SolveFunction | None = None,
+    ridge: Scalar = None,
     rng: RNG = 0,
     state: HypergradientState | Solution | None = None,
 ) -> InverseProduct:
@@ -70,7 +70,7 @@ def inverse_product(
     )
 
 
-def smallest_shift(settings: Any, ridge: Any, b: Array) -> Any:
+def smallest_shift(settings: Any, ridge: Scalar, b: Array) -> Any:
     """Return what at least is added to the eigenvalues of the Hessian."""
     damping = scalar_like(getattr(settings, "damping", 0.0), b)
     if getattr(ridge, "ndim", 0) > 0:

@@ -9,7 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_jax_array
 
 from lowrank_inverse._io import replace_file
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_finite, describe, namespace
 from lowrank_inverse.arrays.conversion import astype, eps, is_traced, like_device, to_host
 from lowrank_inverse.bilevel.column_reuse import ReusedColumns
@@ -197,7 +197,7 @@ def next_state(
     )
 
 
-def _as_array(indices: Any, x: Array) -> Array:
+def _as_array(indices: Indices, x: Array) -> Array:
     xp = array_namespace(x)
     if is_traced(indices):
         return indices

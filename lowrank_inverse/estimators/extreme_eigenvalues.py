@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import astype, concrete, eps, like
 from lowrank_inverse.arrays.linalg import column_norm, dot
 
 NUM_POWER_STEPS = 8
 
 
-def largest_eigenvalue(A: Any, damping: Any, b: Array) -> Array:
+def largest_eigenvalue(A: Any, damping: Scalar, b: Array) -> Array:
     """Estimate the largest absolute eigenvalue of ``A + damping * I`` from below."""
     xp = array_namespace(b)
     # A fixed vector: the answer must not depend on a hidden seed, nor on what b happens to hold.

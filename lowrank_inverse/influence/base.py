@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_indices
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import column_norm, dot
@@ -161,7 +161,7 @@ class InfluenceBase(Workings):
         self._remember(solutions)
         return array_namespace(parts[0]).concat(parts, axis=0)
 
-    def removal_effect(self, query: Any, indices: Any, leverage: bool = False) -> Array:
+    def removal_effect(self, query: Any, indices: Indices, leverage: bool = False) -> Array:
         """Predict by how much the loss of each query rises when training examples are removed.
 
         Parameters
@@ -210,7 +210,7 @@ class InfluenceBase(Workings):
         check_finite("G", G)
         return self._solve(G).value
 
-    def with_damping(self, damping: Any) -> Any:
+    def with_damping(self, damping: Scalar) -> Any:
         """Return the same influence function with another damping, on the same columns.
 
         Parameters

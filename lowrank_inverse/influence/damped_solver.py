@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_scalar, describe
 from lowrank_inverse.arrays.conversion import concrete, eps, is_array, to_host
 from lowrank_inverse.estimators.extreme_eigenvalues import lowest_ritz
@@ -54,7 +54,7 @@ class KeptColumns(Operator):
         self.num_products += block_width(block)
         return self.A @ block
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return columns of the source, shape (n, k)."""
         indices = np.asarray(to_host(indices) if is_array(indices) else indices)
         if self.kept is None or self.indices is None or not np.array_equal(indices, self.indices):
@@ -91,7 +91,7 @@ class Factor:
     def __init__(
         self,
         A: Any,
-        solver: Any,
+        solver: Solver | SolveFunction,
         *,
         ridge: float,
         damping: float,
@@ -108,7 +108,7 @@ class Factor:
             name,
         )
         settings: Any = as_settings(solver)
-        stored = getattr(settings, "storage", "stored") == "stored"
+        stored = getattr(settings, "memory", "stored") == "stored"
         source = source if isinstance(settings, NystromCG) else None
         self.A = KeptColumns(A, source, keep=stored) if kept is None else kept
         if is_dataclass(settings) and hasattr(settings, "damping"):
@@ -173,7 +173,7 @@ def from_record(record: dict[str, Any]) -> Any:
     return kinds[fields.pop("name")](**fields)
 
 
-def checked_damping(damping: Any) -> Any:
+def checked_damping(damping: Scalar) -> Any:
     """Return `damping` if it is a number of 0 or more, or "auto"."""
     if isinstance(damping, str):
         if damping != "auto":

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.arrays.linalg import column_norm
@@ -84,9 +84,9 @@ class Workings:
         train: Any,
         *,
         curvature: str,
-        solver: Any,
+        solver: Solver | SolveFunction | None,
         ridge: float,
-        damping: Any,
+        damping: Scalar,
         batch_size: int | None,
         rng: RNG,
         memory_budget: int,
@@ -102,12 +102,14 @@ class Workings:
         self._batch_size, self._progress = batch_size, bool(progress)
         self._memory_budget = check_count("memory_budget", memory_budget)
         self._seeded = rng is not None
-        fixed = isinstance(rng, (int, np.integer)) and not isinstance(rng, bool)
-        self._seed = int(rng) if fixed else int(np.random.default_rng(rng).integers(2**32))
+        if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+            self._seed = int(rng)
+        else:
+            self._seed = int(np.random.default_rng(rng).integers(2**32))
         if solver is None:
             solver = NystromCG(rank=min(DEFAULT_RANK, backend.n))
             damping = damping if damping is not None else (0.0 if ridge else "auto")
-        self._solver = solver
+        self._solver: Any = solver
         self._train, self._loss = self._read(train, "train")
         self._operator = backend.operator(self._train, curvature)
         self._source: Any = None
@@ -117,7 +119,7 @@ class Workings:
         damping = getattr(solver, "damping", 0.0) if damping is None else damping
         self._set_damping(damping, None)
 
-    def _set_damping(self, damping: Any, kept: KeptColumns | None) -> None:
+    def _set_damping(self, damping: Scalar, kept: KeptColumns | None) -> None:
         damping = checked_damping(damping)
         if damping == "auto":
             damping = auto_damping(self._source or self._operator, self._seed)

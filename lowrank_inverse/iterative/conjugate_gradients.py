@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
 from lowrank_inverse.arrays.conversion import astype, eps, is_traced, scalar_like
@@ -33,7 +33,7 @@ class _System(NamedTuple):
     """What does not change during a solve."""
 
     A: Any
-    damping: Any
+    damping: Scalar
     preconditioner: Any
     max_steps: int
     check_every: int
@@ -70,9 +70,9 @@ def cg(
     A: Any,
     b: Array,
     *,
-    damping: Any = 0.0,
+    damping: Scalar = 0.0,
     x0: Array | None = None,
-    preconditioner: Any = None,
+    preconditioner: LinearOperator | None = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_steps: int | None = None,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
 from lowrank_inverse.arrays.conversion import astype, eps, scalar_like
@@ -33,9 +33,9 @@ def neumann(
     A: Any,
     b: Array,
     *,
-    damping: Any = 0.0,
+    damping: Scalar = 0.0,
     num_terms: int = 10,
-    step_size: Any = None,
+    step_size: Scalar = None,
     rtol: float = 1e-5,
 ) -> Solution:
     """Approximate ``(A + damping * I)^{-1} b`` by a truncated Neumann series [1]_.

@@ -6,7 +6,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_damping, check_finite
 from lowrank_inverse.arrays.conversion import (
     astype,
@@ -81,7 +81,7 @@ class NystromApproximation(ProductOnly):
     def __init__(
         self,
         C: Array,
-        indices: Any,
+        indices: Indices,
         pivot_rtol: float | None = None,
         indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
         *,
@@ -133,7 +133,7 @@ class NystromApproximation(ProductOnly):
     def _multiply(self, block: Array) -> Array:
         return self.expand(self.project(block))
 
-    def inverse(self, damping: Any, *, chunk_size: int | None = None) -> Any:
+    def inverse(self, damping: Scalar, *, chunk_size: int | None = None) -> Any:
         """Return ``(H_k + damping * I)^{-1}`` as an operator; see :func:`woodbury_inverse`."""
         return woodbury_inverse(self, damping=damping, chunk_size=chunk_size)
 
@@ -149,20 +149,20 @@ class NystromApproximation(ProductOnly):
         rest = self.trace - xp.sum(self.eigenvalues)
         return concrete(xp.where(rest > 0, rest, xp.zeros_like(rest)))
 
-    def logdet(self, damping: Any) -> Any:
+    def logdet(self, damping: Scalar) -> Any:
         """Return ``log det(H_k + damping * I)``; `damping` must be positive."""
         g, damping = self._at(damping)
         xp = array_namespace(g)
         rest = self.shape[0] - self.num_columns
         return concrete(xp.sum(xp.log(g + damping)) + rest * xp.log(damping))
 
-    def trace_inverse(self, damping: Any) -> Any:
+    def trace_inverse(self, damping: Scalar) -> Any:
         """Return the trace of ``(H_k + damping * I)^{-1}``; `damping` must be positive."""
         g, damping = self._at(damping)
         rest = self.shape[0] - self.num_columns
         return concrete(array_namespace(g).sum(1 / (g + damping)) + rest / damping)
 
-    def effective_dimension(self, damping: Any) -> Any:
+    def effective_dimension(self, damping: Scalar) -> Any:
         """Return ``trace(H_k (H_k + damping * I)^{-1})``: how many eigenvalues exceed `damping`.
 
         Eigenvalues near `damping` count in part. It is at most that of a positive semidefinite A,
@@ -171,7 +171,7 @@ class NystromApproximation(ProductOnly):
         g, damping = self._at(damping)
         return concrete(array_namespace(g).sum(g / (g + damping)))
 
-    def sufficient_rank(self, damping: Any) -> Any:
+    def sufficient_rank(self, damping: Scalar) -> Any:
         """Return ``2 * ceil(1.5 * d) + 1``, at most n, for the effective dimension d at `damping`.
 
         With that many columns of a Gaussian sketch, Nyström-preconditioned conjugate gradients
@@ -223,7 +223,7 @@ class NystromApproximation(ProductOnly):
             path.append((b - y) / scalar_like(damping, b))
         return array_namespace(b).stack(path)
 
-    def summary(self, damping: Any = None) -> str:
+    def summary(self, damping: Scalar = None) -> str:
         """Describe in words what the columns found, and at `damping` whether they are enough."""
         lines = [repr(self)]
         if is_traced(self.eigenvalues):
@@ -248,7 +248,7 @@ class NystromApproximation(ProductOnly):
             )
         return "\n".join(lines)
 
-    def _at(self, damping: Any) -> tuple[Array, Array]:
+    def _at(self, damping: Scalar) -> tuple[Array, Array]:
         """Return the eigenvalues, and `damping` as a 0-d array that goes with them."""
         check_damping(damping)
         g = self.eigenvalues

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import RNG
+from lowrank_inverse._typing import RNG, Sampling
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.low_rank.pivoted_cholesky import pivoted_cholesky
@@ -17,7 +17,7 @@ DRAWN = ("uniform", "diagonal", "diagonal_squared")
 SAMPLINGS = (*DRAWN, "greedy", "rpcholesky", "gaussian")
 
 
-def check_sampling(sampling: str) -> None:
+def check_sampling(sampling: Sampling) -> None:
     """Raise unless `sampling` is one of the known rules."""
     if sampling not in SAMPLINGS:
         raise ValueError(
@@ -27,7 +27,7 @@ def check_sampling(sampling: str) -> None:
 
 
 def sample_columns(
-    A: Any, rank: int, *, sampling: str = "uniform", rng: RNG = 0, diagonal: Any = None
+    A: Any, rank: int, *, sampling: Sampling = "uniform", rng: RNG = 0, diagonal: Any = None
 ) -> np.ndarray:
     """Draw distinct column indices of `A`.
 

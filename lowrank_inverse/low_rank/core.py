@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import astype, concrete
 from lowrank_inverse.arrays.linalg import row_blocks, symmetric_part
@@ -65,7 +65,7 @@ def negative_eigenvalues(w: Array, unit: float) -> Array:
     return w < -_noise(w, unit)
 
 
-def is_indefinite(core_eigenvalues: Array, damping: Any, unit: float) -> Any:
+def is_indefinite(core_eigenvalues: Array, damping: Scalar, unit: float) -> Any:
     """Whether the core proves ``A + damping * I`` indefinite, beyond rounding by `unit`.
 
     The eigenvalues of a principal submatrix lie between those of the matrix (Cauchy).

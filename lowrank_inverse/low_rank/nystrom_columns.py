@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_indices
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, like, take, wide_dtype
@@ -26,14 +26,14 @@ def nystrom(
     A: Any,
     rank: int | str | None = None,
     *,
-    indices: Any = None,
-    sampling: str = "uniform",
+    indices: Indices = None,
+    sampling: Sampling = "uniform",
     rng: RNG = 0,
     chunk_size: int | None = None,
     pivot_rtol: float | None = None,
     indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
     diagonal: Any = None,
-    damping: Any = None,
+    damping: Scalar = None,
     b: Array | None = None,
     rtol: float | None = None,
     max_rank: int | None = None,
@@ -185,7 +185,7 @@ def _approximation(
     return approx
 
 
-def _bordered_eigenvalues(C: Array, indices: Any, row: int, entry: float) -> Array:
+def _bordered_eigenvalues(C: Array, indices: Indices, row: int, entry: float) -> Array:
     """Return the eigenvalues of A at `indices` and `row`, with ``A[row, row] = entry``."""
     xp = array_namespace(C)
     wide = wide_dtype(C)

@@ -6,7 +6,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import eps, is_traced, scalar_like
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.operators.base import ProductOnly
@@ -35,7 +35,7 @@ class NystromPreconditioner(ProductOnly):
        Matrix Anal. Appl. 44, 2023.
     """
 
-    def __init__(self, approx: NystromApproximation, damping: Any) -> None:
+    def __init__(self, approx: NystromApproximation, damping: Scalar) -> None:
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
         self.approx = approx
         g = approx.eigenvalues

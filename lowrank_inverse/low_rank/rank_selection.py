@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import RNG, Array, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.arrays.linalg import column_norm
@@ -26,10 +26,10 @@ def adaptive_approximation(
     A: Any,
     build: Callable[[Any], Any],
     *,
-    sampling: str,
-    rng: Any,
+    sampling: Sampling,
+    rng: RNG,
     chunk_size: int | None,
-    damping: Any,
+    damping: Scalar,
     b: Array | None,
     rtol: float | None,
     max_rank: int | None,
@@ -88,7 +88,7 @@ def _reason(
     approx: Any,
     source: Source,
     goal: float,
-    damping: Any,
+    damping: Scalar,
     b: Array | None,
     rtol: float,
 ) -> tuple[str | None, int]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Sampling
 from lowrank_inverse.arrays.checks import check_finite
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import tall_dot
@@ -147,7 +147,7 @@ def make_source(
     A: Any,
     rank: int,
     *,
-    sampling: str,
+    sampling: Sampling,
     rng: RNG,
     chunk_size: int | None,
     weights: Any = None,

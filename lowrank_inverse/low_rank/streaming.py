@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_damping, check_indices
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, scalar_like, scatter, take, wide_dtype
@@ -26,7 +26,7 @@ class RecomputedInverse(Operator):
         self,
         A: Any,
         indices: np.ndarray,
-        damping: Any,
+        damping: Scalar,
         core: Array,
         gram: Array,
         scale: Array,
@@ -80,7 +80,9 @@ class RecomputedInverse(Operator):
 
 
 @quietly
-def chunked_inverse(A: Any, indices: Any, *, damping: Any, chunk_size: int) -> RecomputedInverse:
+def chunked_inverse(
+    A: Any, indices: Indices, *, damping: Scalar, chunk_size: int
+) -> RecomputedInverse:
     """Return ``(H_k + damping * I)^{-1}`` with two chunks of columns in memory at most.
 
     The same operator as ``nystrom(A, indices=indices).inverse(damping)``, and as
@@ -117,7 +119,7 @@ def chunked_inverse(A: Any, indices: Any, *, damping: Any, chunk_size: int) -> R
     blocks: dict[tuple[int, int], Array] = {}
     core_parts: list[Array] = []
     num_products = 0
-    scale: Any = None
+    scale: Scalar = None
     for i in range(len(chunks)):
         first = finite_columns(A, chunks[i])
         num_products += chunks[i].size
@@ -145,7 +147,7 @@ def chunked_inverse(A: Any, indices: Any, *, damping: Any, chunk_size: int) -> R
 
 @quietly
 def streamed_inverse(
-    A: Any, indices: Any, *, damping: Any, chunk_size: int = 1
+    A: Any, indices: Indices, *, damping: Scalar, chunk_size: int = 1
 ) -> RecomputedInverse:
     """Return ``(H_k + damping * I)^{-1}`` without storing a column, by 2k products.
 
@@ -178,7 +180,7 @@ def streamed_inverse(
     A = aslinearoperator(A)
     indices = check_indices(indices, int(A.shape[0]))
     core_parts, gram_parts = [], []
-    scale: Any = None
+    scale: Scalar = None
     for chunk in index_chunks(indices, chunk_size):
         C = finite_columns(A, chunk)
         scale = _scale_of(C) if scale is None else scale

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping
 from lowrank_inverse.arrays.conversion import like, scalar_like, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class WoodburyInverse(Operator):
     """``(H_k + damping * I)^{-1}`` from stored columns, all at once (Eq. 6 of the paper)."""
 
-    def __init__(self, approx: NystromApproximation, damping: Any) -> None:
+    def __init__(self, approx: NystromApproximation, damping: Scalar) -> None:
         self.approx, self.damping = approx, scalar_like(damping, approx.like)
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
 
@@ -42,7 +42,7 @@ class ChunkedWoodburyInverse(WoodburyInverse):
     columns pass as zeros.
     """
 
-    def __init__(self, approx: NystromApproximation, damping: Any, chunk_size: int) -> None:
+    def __init__(self, approx: NystromApproximation, damping: Scalar, chunk_size: int) -> None:
         super().__init__(approx, damping)
         self._updates: list[tuple[Array, Array]] = []
         xp = array_namespace(approx.columns)
@@ -63,7 +63,7 @@ class ChunkedWoodburyInverse(WoodburyInverse):
 
 
 def woodbury_inverse(
-    approx: NystromApproximation, *, damping: Any, chunk_size: int | None = None
+    approx: NystromApproximation, *, damping: Scalar, chunk_size: int | None = None
 ) -> WoodburyInverse | ChunkedWoodburyInverse:
     """Return ``(H_k + damping * I)^{-1}`` as an operator.
 

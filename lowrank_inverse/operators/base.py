@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_block, check_indices, describe
 from lowrank_inverse.arrays.conversion import is_array, scalar_like, scatter, take
 from lowrank_inverse.arrays.conversion import like as like_array
@@ -92,14 +92,14 @@ class Operator(ProductOnly):
     def __neg__(self) -> Operator:
         return -1.0 * self
 
-    def __mul__(self, factor: Any) -> Operator:
+    def __mul__(self, factor: Scalar) -> Operator:
         if isinstance(factor, bool) or getattr(factor, "ndim", 0) != 0 or hasattr(factor, "matvec"):
             return NotImplemented
         return ScaledOperator(self, factor)
 
     __rmul__ = __mul__
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k), by k products with unit vectors."""
         indices = check_indices(indices, self.shape[0])
         unit = like_array(np.eye(indices.size), self.like)
@@ -129,7 +129,7 @@ class SumOperator(Operator):
         A, B = self.parts
         return A @ block + B @ block
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         A, B = self.parts
         if is_array(B):
@@ -147,14 +147,14 @@ class SumOperator(Operator):
 class ScaledOperator(Operator):
     """``c * A`` for a number c."""
 
-    def __init__(self, A: Operator, factor: Any) -> None:
+    def __init__(self, A: Operator, factor: Scalar) -> None:
         self.A, self.factor = A, factor
         self.shape, self.dtype, self.like = A.shape, A.dtype, A.like
 
     def _multiply(self, block: Array) -> Array:
         return scalar_like(self.factor, block) * (self.A @ block)
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         C = self.A.columns(indices)
         return scalar_like(self.factor, C) * C
@@ -199,7 +199,7 @@ class DiagonalOperator(Operator):
     def _multiply(self, block: Array) -> Array:
         return times_diagonal(self.entries, block)
 
-    def __mul__(self, factor: Any) -> Operator:
+    def __mul__(self, factor: Scalar) -> Operator:
         return DiagonalOperator(self.shape[0], factor * self.entries, like=self.like)
 
     __rmul__ = __mul__
@@ -218,7 +218,7 @@ class ShiftedOperator(Operator):
     shift : float, 0-d array or array of shape (n,)
     """
 
-    def __init__(self, A: Any, shift: Any) -> None:
+    def __init__(self, A: Any, shift: Scalar) -> None:
         self.base, self.shift = A, shift
         if isinstance(A, ShiftedOperator):
             self.base, self.shift = A.base, A.shift + shift
@@ -228,7 +228,7 @@ class ShiftedOperator(Operator):
     def _multiply(self, block: Array) -> Array:
         return self.base @ block + times_diagonal(self.shift, block)
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         indices = check_indices(indices, self.shape[0])
         C = self.base.columns(indices)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_jax_array
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import (
     check_block,
     check_count,
@@ -20,7 +20,7 @@ from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
 from lowrank_inverse.operators.function import aslinearoperator
 
 
-def columns(A: Any, indices: Any, *, chunk_size: int | None = None) -> Array:
+def columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array:
     """Return the columns ``A[:, indices]``.
 
     Parameters
@@ -46,7 +46,7 @@ def columns(A: Any, indices: Any, *, chunk_size: int | None = None) -> Array:
     return join_columns((A.columns(chunk) for chunk in chunks), indices.size)
 
 
-def finite_columns(A: Any, indices: Any, *, chunk_size: int | None = None) -> Array:
+def finite_columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array:
     """Return the columns ``A[:, indices]``; raise if they hold NaN or Inf."""
     C = columns(A, indices, chunk_size=chunk_size)
     check_finite("columns of A", C)

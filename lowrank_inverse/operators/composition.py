@@ -6,14 +6,14 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_traced, take
 from lowrank_inverse.operators.base import Operator, ShiftedOperator
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 
 
-def shifted(A: Any, damping: Any) -> Operator:
+def shifted(A: Any, damping: Scalar) -> Operator:
     """Return ``A + damping * I`` as an operator.
 
     Parameters
@@ -36,7 +36,7 @@ def shifted(A: Any, damping: Any) -> Operator:
 def scaled_by_diagonal(A: Any, s: Array) -> FunctionOperator:
     """Return ``diag(s) A diag(s)``, for `s` of shape (n,)."""
 
-    def columns(indices: Any) -> Array:
+    def columns(indices: Indices) -> Array:
         return s[:, None] * A.columns(indices) * take(s, indices)
 
     return FunctionOperator(
@@ -49,14 +49,14 @@ def scaled_by_diagonal(A: Any, s: Array) -> FunctionOperator:
     )
 
 
-def split_shift(A: Any, damping: Any) -> tuple[Any, Any]:
+def split_shift(A: Any, damping: Scalar) -> tuple[Any, Any]:
     """Return ``(H, d)`` with ``H + d I = A + damping I`` for a number d, the largest part in d."""
     if isinstance(A, ShiftedOperator) and getattr(A.shift, "ndim", 0) == 0:
         return A.base, A.shift + damping
     return A, damping
 
 
-def split_diagonal(A: Any, damping: Any) -> tuple[Any, Any, Array | None]:
+def split_diagonal(A: Any, damping: Scalar) -> tuple[Any, Any, Array | None]:
     """Return ``(H, d, s)`` with ``H + d I = S (A + damping I) S``, S the identity if s is None.
 
     A diagonal D that `A` was shifted by stays out of H: with ``s = (D + damping)^{-1/2}`` it

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_floating, check_indices
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import eps, is_traced, take
@@ -35,7 +33,7 @@ class DenseOperator(Operator):
         """Return the root of the sum of the squared entries, as a 0-d array."""
         return column_norm(array_namespace(self.matrix).reshape(self.matrix, (-1,)))
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         return take(self.matrix, check_indices(indices, self.shape[0]), axis=1)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_count, check_indices, describe, prototype
 from lowrank_inverse.arrays.conversion import is_array
 from lowrank_inverse.operators.base import Operator, check_square
@@ -90,7 +90,7 @@ class FunctionOperator(Operator):
             )
         return product
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         if self._columns is None:
             return super().columns(indices)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import (
     check_block,
     check_count,
@@ -126,7 +126,7 @@ class KernelOperator(Operator):
         for rows in _slices(n, self.chunk_size):
             check_finite("X", _in_memory(X[rows, ...]))
 
-    def columns(self, indices: Any) -> Array:
+    def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k), computed at the points alone."""
         indices = check_indices(indices, self.shape[0])
         chosen = self._chosen(indices)
@@ -137,7 +137,7 @@ class KernelOperator(Operator):
         size = max(1, self.chunk_size**2 // width)
         return xp.concat([self.evaluate(x, chosen) for x in self._blocks(self.X, size)], axis=0)
 
-    def submatrix(self, indices: Any) -> Array:
+    def submatrix(self, indices: Indices) -> Array:
         """Return the rows and columns at `indices`, shape (k, k), computed by themselves."""
         chosen = self._chosen(check_indices(indices, self.shape[0]))
         return self.evaluate(chosen, chosen)
@@ -209,7 +209,7 @@ class KernelOperator(Operator):
         results = map_traced(step, rows)
         return xp.reshape(results, (steps * size, *block.shape[1:]))[:p, ...]
 
-    def _chosen(self, indices: Any) -> Array:
+    def _chosen(self, indices: Indices) -> Array:
         if isinstance(self.X, np.ndarray):
             return np.asarray(self.X[indices])  # reads no other rows of a file
         return take(self.X, indices)

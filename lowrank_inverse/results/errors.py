@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowrank_inverse._typing import SolveFunction, Solver
 from lowrank_inverse.arrays.conversion import is_traced, to_host
 from lowrank_inverse.results.solution import Reason, Solution
 
@@ -70,7 +71,7 @@ class SolveError(RuntimeError):
         return type(self), (self.args[0], self.solution)
 
 
-def raise_on_failure(solution: Solution, solver: Any) -> None:
+def raise_on_failure(solution: Solution, solver: Solver | SolveFunction) -> None:
     """Raise a :class:`SolveError` unless every column of `solution` converged."""
     if is_traced(solution.reason):
         raise TypeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_inverse._typing import RNG
+from lowrank_inverse._typing import RNG, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.operators.base import ShiftedOperator
@@ -29,7 +29,7 @@ class Auto:
     by conjugate gradients.
     """
 
-    damping: Any = 0.0
+    damping: Scalar = 0.0
     rtol: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class Auto:
         readable = hasattr(base, "submatrix")
         if readable and n <= MOST_ROWS:
             return Exact(damping=self.damping), f"n = {n} is small and the entries can be read"
-        shared = {"damping": self.damping, "rtol": self.rtol}
+        shared: dict[str, Any] = {"damping": self.damping, "rtol": self.rtol}
         if not readable:
             return CG(**shared), "A is known by products"
         d = known_or_none(base)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, concrete, is_traced, scalar_like
@@ -56,7 +56,7 @@ class PreparedInverse(ProductOnly):
         rank: Any = None,
         negative_curvature: Any = None,
         nystrom_inverse: Any = None,
-        preconditioner: Any = None,
+        preconditioner: LinearOperator | None = None,
         memory: MemoryPlan | None = None,
         approximation: NystromApproximation | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class PreparedInverse(ProductOnly):
 
 
 @quietly
-def direct_solution(A: Any, damping: Any, b: Array, x: Array, num_products: int) -> Solution:
+def direct_solution(A: Any, damping: Scalar, b: Array, x: Array, num_products: int) -> Solution:
     """Say how good the `x` of a direct method is, after `num_products`, at one more a column."""
     xp = array_namespace(b)
     product = add_scaled(A @ x, scalar_like(damping, b), x)
@@ -120,7 +120,7 @@ def with_apply_cost(solution: Solution, preconditioner: Any, b: Array) -> Soluti
     return solution._replace(num_products=solution.num_products + extra)
 
 
-def is_positive(damping: Any) -> bool:
+def is_positive(damping: Scalar) -> bool:
     """Whether `damping` is positive; a traced one is taken to be."""
     return is_traced(damping) or concrete(damping) > 0
 
@@ -158,7 +158,7 @@ class CallableSolver:
         return PreparedInverse(A, run)
 
 
-def as_settings(solver: Any) -> Any:
+def as_settings(solver: Solver | SolveFunction) -> Any:
     """Return `solver` as something with ``.prepare(A, rng=)``."""
     if not isinstance(solver, type):
         if callable(getattr(solver, "prepare", None)):

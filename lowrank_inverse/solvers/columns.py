@@ -38,7 +38,7 @@ def check_columns(settings: Any) -> None:
         object.__setattr__(settings, "indices", indices)
 
 
-def _weights(settings: Any, A: Any, rng: Any) -> tuple[Any, int]:
+def _weights(settings: Any, A: Any, rng: RNG) -> tuple[Any, int]:
     """Return an estimate of the diagonal where one was asked for and is needed, and its price."""
     wanted = settings.diagonal_products is not None and settings.sampling.startswith("diagonal")
     if not wanted or known_or_none(A) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import astype, concrete, eps, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part
@@ -27,7 +27,7 @@ class Exact:
     dropped.
     """
 
-    damping: Any = 0.0
+    damping: Scalar = 0.0
 
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)
@@ -69,7 +69,7 @@ class Exact:
 class Identity:
     """``scale * I`` in place of the inverse: the baseline that costs nothing."""
 
-    scale: Any = 1.0
+    scale: Scalar = 1.0
 
     def __post_init__(self) -> None:
         check_scalar("scale", self.scale, positive=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.iterative.neumann_series import neumann
@@ -20,12 +20,12 @@ from lowrank_inverse.solvers.base import PreparedInverse
 class CG:
     """Conjugate gradients; parameters as in :func:`lowrank_inverse.cg`."""
 
-    damping: Any = 0.0
+    damping: Scalar = 0.0
     rtol: float = 1e-5
     atol: float = 0.0
     max_steps: int | None = None
     check_every: int = 1
-    preconditioner: Any = None
+    preconditioner: LinearOperator | None = None
     callback: Callable[[Array, Array], object] | None = None
 
     def __post_init__(self) -> None:
@@ -56,10 +56,10 @@ class CG:
 class Neumann:
     """Truncated Neumann series; parameters as in :func:`lowrank_inverse.neumann`."""
 
-    damping: Any = 0.0
+    damping: Scalar = 0.0
     rtol: float = 1e-5
     num_terms: int = 10
-    step_size: Any = None
+    step_size: Scalar = None
 
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import eps
@@ -89,12 +89,12 @@ class Nystrom:
     """
 
     rank: Any = 20
-    damping: Any = 0.0
-    sampling: str = "uniform"
+    damping: Scalar = 0.0
+    sampling: Sampling = "uniform"
     memory: Memory = "stored"
     chunk_size: int | None = None
     refine: int = 0
-    indices: Any = None
+    indices: Indices = None
     max_rank: int | None = None
     diagonal_products: int | None = None
 
@@ -203,12 +203,12 @@ class NystromCG:
     """
 
     rank: Any = 20
-    damping: Any = 0.0
-    sampling: str = "uniform"
+    damping: Scalar = 0.0
+    sampling: Sampling = "uniform"
     rtol: float = 1e-5
     atol: float = 0.0
     max_steps: int | None = None
-    indices: Any = None
+    indices: Indices = None
     check_every: int = 1
     callback: Callable[[Array, Array], object] | None = None
     max_rank: int | None = None
@@ -271,7 +271,7 @@ class NystromCG:
             self, H, rng, damping, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
         )
 
-    def approximation_from(self, columns: Array, indices: Any) -> NystromApproximation:
+    def approximation_from(self, columns: Array, indices: Indices) -> NystromApproximation:
         """Return the approximation from given columns, shape (n, k), at `indices`."""
         return NystromApproximation(
             columns, indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL

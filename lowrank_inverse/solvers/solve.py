@@ -8,7 +8,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
 from lowrank_inverse.estimators.norm import certificate_cost
@@ -27,11 +27,11 @@ def solve(
     A: Any,
     b: Array,
     *,
-    damping: Any = 0.0,
-    solver: Any = None,
+    damping: Scalar = 0.0,
+    solver: Solver | SolveFunction | None = None,
     rtol: float | None = None,
     x0: Array | None = None,
-    preconditioner: Any = None,
+    preconditioner: LinearOperator | None = None,
     callback: Callable[[Array, Array], object] | None = None,
     progress: bool = False,
     rng: RNG = 0,
@@ -132,7 +132,9 @@ def solve(
     return solution
 
 
-def _settings(solver: Any, A: Any, preconditioner: Any) -> tuple[Any, str]:
+def _settings(
+    solver: Solver | SolveFunction | None, A: Any, preconditioner: Any
+) -> tuple[Any, str]:
     """Return settings and, where they were not given, the reason for them."""
     if solver is None and preconditioner is not None:
         return CG(), "a preconditioner was given"
@@ -175,7 +177,7 @@ def _progress_bar(callback: Callable[[Array, Array], object] | None) -> Any:
 
 
 def as_solve(
-    solver: Any = None, *, rng: RNG = 0, sign: int | None = 1
+    solver: Solver | SolveFunction | None = None, *, rng: RNG = 0, sign: int | None = 1
 ) -> Callable[[Callable[[Array], Array], Array], Array]:
     """Return ``solve(matvec, b) -> x`` for libraries that take such a function.
 

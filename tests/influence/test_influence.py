@@ -192,7 +192,7 @@ def test_the_columns_are_kept_for_another_damping_and_come_from_the_source():
     assert second.A.num_products - products == solution.num_products
     assert np.allclose(A @ solution.value + 0.5 * solution.value, b, atol=1e-4)
     assert factor(A, li.CG(), source=B).A.source.matrix is A
-    streamed = factor(A, li.Nystrom(rank=5, storage="streamed", damping=1e-2))
+    streamed = factor(A, li.Nystrom(rank=5, memory="streamed", damping=1e-2))
     streamed.solve(b)
     assert streamed.A.kept is None
 
@@ -236,7 +236,7 @@ def test_the_auto_damping_is_a_tenth_of_the_mean_eigenvalue():
 def test_settings_survive_their_record_and_functions_have_none():
     for settings in (
         li.NystromCG(rank=7, rtol=1e-3, indices=[1, 5, 6]),
-        li.Nystrom(rank=3, damping=0.5, storage="streamed"),
+        li.Nystrom(rank=3, damping=0.5, memory="streamed"),
         li.CG(atol=1e-3),
         li.Neumann(num_terms=3),
         li.Exact(),

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_inverse._typing import Indices
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_indices, describe
 from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.operators.base import Operator
@@ -66,7 +67,7 @@ class CurvatureOperator(Operator):
                 return self._product(block)
             return self._by_chunks(lambda j: block[:, j], jnp.arange(block.shape[1]))
 
-    def columns(self, indices: Any) -> jax.Array:
+    def columns(self, indices: Indices) -> jax.Array:
         """Compute columns by products with unit vectors.
 
         Parameters
@@ -235,7 +236,7 @@ def hvp(loss: Any, params: Any, v: Any) -> Any:
     return H.params.restore(H @ H.params.collect(v))
 
 
-def hessian_columns(loss: Any, params: Any, indices: Any, *, chunk_size: int = 8) -> jax.Array:
+def hessian_columns(loss: Any, params: Any, indices: Indices, *, chunk_size: int = 8) -> jax.Array:
     """Compute columns of the Hessian of a loss, shape (n, k).
 
     Arguments, costs and errors are those of `HessianOperator` and of its `columns`.

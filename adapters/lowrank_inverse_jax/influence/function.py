@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse.influence.files import read_saved
@@ -102,11 +103,11 @@ class InfluenceFunction(InfluenceBase):
         *,
         outputs: Callable[..., Any] | None = None,
         curvature: str = "ggn",
-        solver: Any = None,
+        solver: Solver | SolveFunction | None = None,
         ridge: float = 0.0,
-        damping: Any = None,
+        damping: Scalar = None,
         batch_size: int | None = None,
-        rng: Any = 0,
+        rng: RNG = 0,
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse._typing import Indices
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse_torch.curvature.gradient_graph import Graph
 from lowrank_inverse_torch.model_guard import (
@@ -95,7 +96,7 @@ class CurvatureOperator(Operator, Generic[G]):
         result = self._products(range(block.shape[1]), stack)
         return result if v.ndim == 2 else result[:, 0]
 
-    def columns(self, indices: Any) -> Tensor:
+    def columns(self, indices: Indices) -> Tensor:
         """Compute columns of the operator.
 
         Parameters
@@ -193,7 +194,7 @@ class CurvatureOperator(Operator, Generic[G]):
         return graph
 
 
-def _checked_indices(indices: Any, n: int) -> list[int]:
+def _checked_indices(indices: Indices, n: int) -> list[int]:
     items = indices.tolist() if hasattr(indices, "tolist") else indices
     if not isinstance(items, Iterable):
         raise TypeError(f"`indices` must be a sequence of integers; got {type(items).__name__}.")

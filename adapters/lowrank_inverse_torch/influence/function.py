@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse.influence.files import read_saved
@@ -107,13 +108,13 @@ class InfluenceFunction(InfluenceBase):
         *,
         params: Any = None,
         curvature: str = "ggn",
-        solver: Any = None,
+        solver: Solver | SolveFunction | None = None,
         ridge: float = 0.0,
-        damping: Any = None,
+        damping: Scalar = None,
         batch_size: int | None = None,
         split: Split | None = None,
         chunk_size: int = 1,
-        rng: Any = 0,
+        rng: RNG = 0,
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
     ) -> None:
