@@ -47,7 +47,7 @@ def measure(
     device: str,
     repeats: int,
 ) -> Found:
-    """Measure one hypergradient; with storage "auto", say what the budget chose."""
+    """Measure one hypergradient; with a budget, say what it chose."""
     import lowrank_inverse as li
     import lowrank_inverse_torch as lit
 

@@ -253,7 +253,7 @@ def test_settings_out_of_range_are_refused_when_they_are_made(kind):
 
 
 @pytest.mark.parametrize("memory", ["chunked", "streamed"])
-def test_storage_without_columns_is_refused_where_columns_are_looked_at(memory):
+def test_memory_without_columns_is_refused_where_columns_are_looked_at(memory):
     for arguments in ({"rank": "auto"}, *({"sampling": s} for s in SAMPLINGS if s not in DRAWN)):
         with pytest.raises(ValueError, match=r"holds its columns; got .*Use memory='stored'"):
             li.Nystrom(memory=memory, **arguments)

@@ -67,7 +67,7 @@ def test_a_budget_needs_columns_drawn_beforehand(settings):
 
 
 @pytest.mark.parametrize(("columns", "memory"), [(K, "stored"), (2, "streamed")])
-def test_auto_gives_the_answer_of_the_storage_it_names(library, columns, memory):
+def test_bytes_give_the_answer_of_the_way_that_they_choose(library, columns, memory):
     A, b = library.asarray(matrix("low rank")), library.asarray(rhs())
     operator = CountingOperator(A)
     budget = held_bytes(N, columns, ITEMSIZES[library.dtype])
