@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 # The core's tests, without those of adapters, documents and benchmarks.
 KERNELS ?= Prescott Sandybridge
-CORE_TESTS := $(addprefix tests/,arrays operators estimators results iterative low_rank solvers bilevel \
+CORE_TESTS := $(addprefix tests/,arrays operators results iterative low_rank solvers bilevel \
 	influence properties)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
