@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lowrank_inverse._typing import Indices
+from lowrank_inverse.arrays.checks import check_indices
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse_torch.curvature.gradient_graph import Graph
 from lowrank_inverse_torch.model_guard import (
@@ -122,7 +123,7 @@ class CurvatureOperator(Operator, Generic[G]):
         the gradient is differentiated. Beside the result, memory of one chunk of unit vectors and
         of products.
         """
-        wanted = _checked_indices(indices, self.params.n)
+        wanted = _host_indices(indices, self.params.n)
         offsets, tensors = self.params.offsets, self.params.tensors
 
         def stack(chunk: Sequence[int]) -> Sequence[Tensor | None]:
@@ -194,18 +195,11 @@ class CurvatureOperator(Operator, Generic[G]):
         return graph
 
 
-def _checked_indices(indices: Indices, n: int) -> list[int]:
-    items = indices.tolist() if hasattr(indices, "tolist") else indices
-    if not isinstance(items, Iterable):
-        raise TypeError(f"`indices` must be a sequence of integers; got {type(items).__name__}.")
-    checked: list[int] = []
-    for item in items:
-        if isinstance(item, bool) or not hasattr(item, "__index__"):
-            raise TypeError(f"`indices` must be integers; got {type(item).__name__} among them.")
-        checked.append(operator.index(item))
-    for index in checked:
-        if not 0 <= index < n:
-            raise ValueError(f"`indices` must lie in 0 ... {n - 1}; got {index}.")
-    if len(set(checked)) < len(checked):
-        raise ValueError("`indices` must be distinct; some are repeated.")
+def _host_indices(indices: Indices, n: int) -> list[int]:
+    """Return checked indices as a list; none, and an iterator of some, are welcome here."""
+    if isinstance(indices, Iterable) and not hasattr(indices, "shape"):
+        indices = list(indices)
+    if np.shape(indices) == (0,):
+        return []
+    checked: list[int] = check_indices(indices, n).tolist()
     return checked

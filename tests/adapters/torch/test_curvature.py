@@ -776,15 +776,15 @@ def test_vjp_takes_one_vector_only():
 @pytest.mark.parametrize(
     ("indices", "kind", "message"),
     [
-        ([3], ValueError, r"`indices` must lie in 0 ... 2; got 3"),
-        ([0, -1], ValueError, r"`indices` must lie in 0 ... 2; got -1"),
+        ([3], ValueError, "`indices` must lie in 0 … 2; got values from 3 to 3"),
+        ([0, -1], ValueError, "`indices` must lie in 0 … 2; got values from -1 to 0"),
         (torch.tensor([1, 2, 1]), ValueError, "`indices` must be distinct"),
-        ([0.0], TypeError, "`indices` must be integers; got float"),
-        (np.array([0.0]), TypeError, "`indices` must be integers; got float"),
-        (torch.tensor([True, False, False]), TypeError, "`indices` must be integers; got bool"),
-        (np.array([[0, 1]]), TypeError, "`indices` must be integers; got list"),
-        (1, TypeError, "`indices` must be a sequence of integers; got int"),
-        (torch.tensor(1), TypeError, "`indices` must be a sequence of integers; got int"),
+        ([0.0], TypeError, r"sequence of integers; got dtype float64 and shape \(1,\)"),
+        (np.array([0.0]), TypeError, "sequence of integers; got dtype float64"),
+        (torch.tensor([True, False, False]), TypeError, "sequence of integers; got dtype bool"),
+        (np.array([[0, 1]]), TypeError, r"got dtype int64 and shape \(1, 2\)"),
+        (1, TypeError, r"`indices` must be a non-empty one-dimensional .* shape \(\)"),
+        (torch.tensor(1), TypeError, r"one-dimensional sequence of integers; .* shape \(\)"),
     ],
 )
 def test_indices_that_name_no_columns_are_refused(indices, kind, message):
@@ -970,22 +970,67 @@ def test_a_tensor_of_the_loss_changed_in_place_raises_with_the_remedy():
         H @ torch.ones(3)
 
 
-def test_a_hessian_is_an_operator_like_any_other():
+def quartic_and_gauss_newton():
     x = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, requires_grad=True)
-    H = HessianOperator(lambda: (x**4).sum() + x.prod(), x)
-    dense = H @ torch.eye(5, dtype=torch.float64)
-    v = torch.arange(5, dtype=torch.float64)
+    return (
+        HessianOperator(lambda: (x**4).sum() + x.prod(), x),
+        GaussNewtonOperator(lambda z: (z**2).sum() / 2, lambda: x[1:] * x[0], x),
+    )
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["Hessian", "Gauss-Newton"])
+def test_curvature_is_an_operator_like_any_other(kind):
+    H = quartic_and_gauss_newton()[kind]
+    eye = torch.eye(5, dtype=torch.float64)
+    dense = H @ eye
     assert li.aslinearoperator(H) is H
-    identity = li.DiagonalOperator(5, like=H.like)
+    identity, d = li.DiagonalOperator(5, like=H.like), torch.linspace(0.1, 0.5, 5).double()
     for operator, expected in (
         (H.T, dense),
         (H + H, 2 * dense),
+        (-H, -dense),
         (0.5 * H - H, -0.5 * dense),
-        (H + 0.1 * identity, dense + 0.1 * torch.eye(5, dtype=torch.float64)),
+        (np.float64(2) * H, 2 * dense),
+        (torch.tensor(2.0) * H, 2 * dense),
+        (H + eye, dense + eye),
+        (eye - H, eye - dense),
+        (H + 0.1 * identity, dense + 0.1 * eye),
+        (2 * (0.1 * identity + H), 2 * dense + 0.2 * eye),
+        (H + li.DiagonalOperator(5, d), dense + torch.diag(d)),
     ):
-        torch.testing.assert_close(operator @ v, expected @ v)
+        for block in (d, eye[:, :2] + d[:, None]):
+            torch.testing.assert_close(operator @ block, expected @ block)
         torch.testing.assert_close(operator.columns([3, 1]), expected[:, [3, 1]])
-    torch.testing.assert_close(H.matvec(v), dense @ v)
+    torch.testing.assert_close(H.matvec(d), dense @ d)
     with pytest.raises(TypeError, match="has no diagonal"):
         H.diagonal()
-    assert repr(H).startswith("HessianOperator(n=5, dtype=torch.float64, num_products=")
+
+
+def test_combined_curvature_is_solved_and_its_products_are_counted():
+    H, _ = quartic_and_gauss_newton()
+    system, b = H + 0.1 * li.DiagonalOperator(5, like=H.like), torch.ones(5, dtype=torch.float64)
+    found = li.solve(system, b, solver=li.Nystrom(rank=5))
+    assert H.num_products == found.num_products
+    expected = torch.linalg.solve(H @ torch.eye(5).double() + 0.1 * torch.eye(5).double(), b)
+    torch.testing.assert_close(found.value, expected)
+
+
+def test_scipy_takes_curvature_by_a_function_of_its_own_arrays():
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    H, _ = quartic_and_gauss_newton()
+    dense = (H @ torch.eye(5, dtype=torch.float64)).numpy()
+    A = linalg.LinearOperator(
+        H.shape, matvec=lambda v: H.matvec(torch.from_numpy(v)).numpy(), dtype="float64"
+    )
+    largest = linalg.eigsh(A, k=1, return_eigenvectors=False)[0]
+    assert largest == pytest.approx(np.linalg.eigvalsh(dense)[-1])
+    x, info = linalg.cg(A, np.ones(5), rtol=1e-12)
+    assert info == 0
+    np.testing.assert_allclose(x, np.linalg.solve(dense, np.ones(5)), rtol=1e-8)
+
+
+def test_curvature_prints_its_kind_size_and_products():
+    H, G = quartic_and_gauss_newton()
+    H @ torch.ones(5, 3, dtype=torch.float64)
+    assert repr(H) == "HessianOperator(n=5, dtype=torch.float64, num_products=3)"
+    assert repr(G) == "GaussNewtonOperator(n=5, dtype=torch.float64, num_products=0)"
