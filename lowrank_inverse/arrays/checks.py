@@ -11,7 +11,18 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
-from lowrank_inverse.arrays.conversion import astype, concrete, is_array, is_traced, to_host
+from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.conversion import (
+    astype,
+    concrete,
+    eps,
+    is_array,
+    is_traced,
+    take,
+    to_host,
+)
+
+NUM_SYMMETRY_ROWS = 16
 
 
 def describe(x: Any) -> str:
@@ -128,6 +139,24 @@ def check_indices(indices: Any, n: int) -> Any:
     if np.unique(host).size != host.size:
         raise ValueError("`indices` must be distinct; some are repeated. Pass each column once.")
     return host.astype(np.int64)
+
+
+@quietly
+def check_symmetric(name: str, A: Array) -> None:
+    """Raise if some rows of a concrete square array differ from its columns: catches most slips."""
+    xp = array_namespace(A)
+    n = A.shape[0]
+    rows = np.unique(np.linspace(0, n - 1, NUM_SYMMETRY_ROWS).astype(np.int64))
+    across, down = take(A, rows, axis=0), take(A, rows, axis=1).T
+    difference = xp.max(xp.abs(across - down))
+    # NaN passes here: it is reported where the values are used. Traced values are unknown.
+    asymmetric = difference > eps(A) ** 0.5 * xp.max(xp.abs(across))
+    if not is_traced(asymmetric) and bool(asymmetric):
+        raise ValueError(
+            f"`{name}` must be symmetric; {name} and {name}.T differ by {float(difference):.2g}. "
+            f"Use ({name} + {name}.T) / 2 if the difference is rounding, or solve "
+            f"{name}.T @ {name} if {name} is not symmetric."
+        )
 
 
 def prototype(dtype: Any, like: Array | None, device: Any = None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
 from typing import Any
 
@@ -21,6 +22,14 @@ from lowrank_inverse._typing import Array, Indices
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of a supported library (SciPy sparse matrices are not)."""
     return bool(is_array_api_obj(x))
+
+
+def is_number(x: Any) -> bool:
+    """Whether `x` is a real number or a 0-d array of one, which may be traced, and no bool."""
+    if is_array(x):
+        kinds = ("integral", "real floating")
+        return x.ndim == 0 and bool(array_namespace(x).isdtype(x.dtype, kinds))
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def is_traced(x: Any) -> bool:

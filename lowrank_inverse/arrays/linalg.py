@@ -8,7 +8,14 @@ from typing import Any
 from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
 
 from lowrank_inverse._typing import Array, Scalar
-from lowrank_inverse.arrays.conversion import astype, is_traced, on_cpu, wide_dtype
+from lowrank_inverse.arrays.conversion import (
+    astype,
+    concrete,
+    is_traced,
+    on_cpu,
+    scalar_like,
+    wide_dtype,
+)
 
 BLOCK_NUMBERS = 2**18
 MAX_BLOCKS = 32
@@ -160,3 +167,26 @@ def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
 def symmetric_part(x: Array) -> Array:
     """Return ``(x + x.T) / 2``."""
     return (x + x.T) / 2
+
+
+def times_diagonal(d: Any, block: Array) -> Array:
+    """Return ``diag(d) @ block`` for a number or a vector d."""
+    if getattr(d, "ndim", 0) == 0:
+        return scalar_like(d, block) * block
+    return d * block if block.ndim == 1 else d[:, None] * block
+
+
+def scaled_diagonal(factor: Scalar, d: Any) -> Any:
+    """Return ``factor * d`` for a number or a vector d, in the dtype of a vector."""
+    if getattr(d, "ndim", 0) == 0:
+        return concrete(factor) * concrete(d)
+    return scalar_like(factor, d) * d
+
+
+def added_diagonals(d: Any, e: Any) -> Any:
+    """Return ``d + e`` for numbers or vectors, in the dtype of a vector."""
+    if getattr(d, "ndim", 0) == 0:
+        d, e = e, d
+    if getattr(d, "ndim", 0) == 0:
+        return concrete(d) + concrete(e)
+    return d + e if getattr(e, "ndim", 0) == 1 else d + scalar_like(e, d)

@@ -28,7 +28,7 @@ from lowrank_inverse.low_rank.core import (
     whitened_gram,
 )
 from lowrank_inverse.low_rank.woodbury import woodbury_inverse
-from lowrank_inverse.operators.base import ProductOnly
+from lowrank_inverse.operators.product import ProductOnly
 
 
 class NystromApproximation(ProductOnly):

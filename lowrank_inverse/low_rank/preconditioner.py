@@ -9,7 +9,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import eps, is_traced, scalar_like
 from lowrank_inverse.low_rank.approximation import NystromApproximation
-from lowrank_inverse.operators.base import ProductOnly
+from lowrank_inverse.operators.product import ProductOnly
 
 
 class NystromPreconditioner(ProductOnly):
@@ -54,7 +54,7 @@ class NystromPreconditioner(ProductOnly):
         self._weights = xp.where(kept, weights, xp.zeros_like(g))
 
     def _about(self) -> dict[str, Any]:
-        return {"rank": self.approx.rank}
+        return {"rank": self.approx.rank, "num_products": self.approx.num_products}
 
     def _multiply(self, block: Array) -> Array:
         weights = self._weights if block.ndim == 1 else self._weights[:, None]

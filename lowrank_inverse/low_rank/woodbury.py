@@ -25,7 +25,8 @@ class WoodburyInverse(Operator):
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
 
     def _about(self) -> dict[str, Any]:
-        return {"rank": self.approx.rank, "damping": self.damping}
+        products = self.approx.num_products
+        return {"rank": self.approx.rank, "damping": self.damping, "num_products": products}
 
     def _multiply(self, block: Array) -> Array:
         coefficients = _over(self.approx.project(block), self.approx.eigenvalues + self.damping)
@@ -44,16 +45,19 @@ class ChunkedWoodburyInverse(WoodburyInverse):
 
     def __init__(self, approx: NystromApproximation, damping: Scalar, chunk_size: int) -> None:
         super().__init__(approx, damping)
+        self.chunk_size = chunk_size = check_count("chunk_size", chunk_size)
         self._updates: list[tuple[Array, Array]] = []
         xp = array_namespace(approx.columns)
         k = approx.num_columns
-        chunk_size = check_count("chunk_size", chunk_size)
         for start in range(0, k, chunk_size):
             stop = min(start + chunk_size, k)
             L = tall_times(approx.columns, approx.whitening[:, start:stop], approx.dtype)
             HL = self._multiply(L)
             inner = symmetric_part(tall_dot(L, HL)) + like(np.eye(stop - start), L, wide_dtype(L))
             self._updates.append((HL, xp.linalg.inv(inner)))
+
+    def _about(self) -> dict[str, Any]:
+        return super()._about() | {"chunk_size": self.chunk_size}
 
     def _multiply(self, block: Array) -> Array:
         result = block / self.damping

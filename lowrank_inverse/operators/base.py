@@ -1,4 +1,4 @@
-"""Base classes of operators, and what becomes of them by addition and scaling."""
+"""The base class of operators, and what becomes of them by addition and scaling."""
 
 from __future__ import annotations
 
@@ -8,57 +8,23 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
-from lowrank_inverse.arrays.checks import check_block, check_indices, describe
-from lowrank_inverse.arrays.conversion import is_array, scalar_like, scatter, take
+from lowrank_inverse.arrays.checks import (
+    check_block,
+    check_count,
+    check_floating,
+    check_indices,
+    check_symmetric,
+    describe,
+)
+from lowrank_inverse.arrays.conversion import (
+    is_array,
+    is_number,
+    scatter,
+    take,
+)
 from lowrank_inverse.arrays.conversion import like as like_array
-
-
-class ProductOnly:
-    """An operator of shape (n, n) whose products check what they are given."""
-
-    shape: tuple[int, int]
-    dtype: Any
-    like: Array
-    """An empty array whose library, dtype and device the products have."""
-
-    def _multiply(self, block: Array) -> Array:
-        raise NotImplementedError
-
-    def __matmul__(self, block: Array) -> Array:
-        """Return the product with `block`, shape (n,) or (n, m)."""
-        self._check(block)
-        return self._multiply(block)
-
-    def matvec(self, block: Array) -> Array:
-        """Return the product: the name under which SciPy looks for it, with ``M=`` and elsewhere.
-
-        The operators are symmetric, so it also serves as SciPy's product with the transpose.
-        """
-        return self @ block
-
-    matmat = rmatvec = rmatmat = __call__ = matvec
-
-    def _about(self) -> dict[str, Any]:
-        """Return what a printed operator says beside its size and dtype."""
-        return {}
-
-    def __repr__(self) -> str:
-        about = {"n": self.shape[0], "dtype": self.dtype} | self._about()
-        told = ", ".join(f"{name}={value}" for name, value in about.items() if value is not None)
-        return f"{type(self).__name__}({told})"
-
-    def _check(self, block: Array, name: str = "block") -> None:
-        check_block(name, block, self.shape[0])
-        if self.like is not None and array_namespace(block) is not array_namespace(self.like):
-            raise TypeError(
-                f"the operator and `{name}` must come from one library: the operator has "
-                f"{describe(self.like)}, `{name}` is {describe(block)}. Convert one of them."
-            )
-        if self.dtype is not None and block.dtype != self.dtype:
-            raise TypeError(
-                f"the operator has dtype {self.dtype} and `{name}` {block.dtype}. Convert one of "
-                "them: nothing is promoted silently."
-            )
+from lowrank_inverse.arrays.linalg import added_diagonals, scaled_diagonal, times_diagonal
+from lowrank_inverse.operators.product import ProductOnly
 
 
 class Operator(ProductOnly):
@@ -77,33 +43,36 @@ class Operator(ProductOnly):
     def __add__(self, other: Any) -> Operator:
         if not hasattr(other, "shape") or not hasattr(type(other), "__matmul__"):
             return NotImplemented
-        if isinstance(other, DiagonalOperator):
-            return ShiftedOperator(self, other.entries)
-        if isinstance(self, DiagonalOperator) and isinstance(other, Operator):
-            return ShiftedOperator(other, self.entries)
-        return SumOperator(self, other)
+        if tuple(self.shape) != tuple(other.shape):
+            raise ValueError(
+                f"operators that are added must have one shape; got {tuple(self.shape)} and "
+                f"{tuple(other.shape)}."
+            )
+        return _sum(self, other)
 
-    def __radd__(self, other: Any) -> Operator:
-        return self + other
+    __radd__ = __add__
 
     def __sub__(self, other: Any) -> Operator:
         return self + (-1.0) * other
+
+    def __rsub__(self, other: Any) -> Operator:
+        return -self + other
 
     def __neg__(self) -> Operator:
         return -1.0 * self
 
     def __mul__(self, factor: Scalar) -> Operator:
-        if isinstance(factor, bool) or getattr(factor, "ndim", 0) != 0 or hasattr(factor, "matvec"):
-            return NotImplemented
-        return ScaledOperator(self, factor)
+        return self._scaled(factor) if is_number(factor) else NotImplemented
 
     __rmul__ = __mul__
+
+    def _scaled(self, factor: Scalar) -> Operator:
+        return ScaledOperator(self, factor)
 
     def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k), by k products with unit vectors."""
         indices = check_indices(indices, self.shape[0])
-        unit = like_array(np.eye(indices.size), self.like)
-        return self @ scatter(unit, indices, self.shape[0])
+        return self @ unit_vectors(indices, self.shape[0], self.like)
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
@@ -113,17 +82,48 @@ class Operator(ProductOnly):
         )
 
 
+def _sum(A: Any, B: Any) -> Operator:
+    """Return ``A + B`` with the diagonals of both gathered in one shift."""
+    if isinstance(A, DiagonalOperator) and isinstance(B, DiagonalOperator):
+        like = A.like if is_number(B.entries) else B.like
+        return DiagonalOperator(A.shape[0], added_diagonals(A.entries, B.entries), like=like)
+    if isinstance(A, (DiagonalOperator, ShiftedOperator)):
+        A, B = B, A
+    if isinstance(B, DiagonalOperator):
+        if not callable(getattr(A, "columns", None)):  # an array, or of another library
+            return SumOperator(B, A)
+        if not is_number(B.entries):
+            _check_alike(A, B)
+        return ShiftedOperator(A, B.entries)
+    if isinstance(B, ShiftedOperator):
+        return ShiftedOperator(_sum(B.base, A), B.shift)
+    return SumOperator(A, B)
+
+
+def _check_alike(A: Any, B: Any) -> None:
+    """Raise unless two operators have one library and one dtype."""
+    a, b = (X[:0, 0] if is_array(X) else getattr(X, "like", None) for X in (A, B))
+    one_library = a is None or b is None or array_namespace(a) is array_namespace(b)
+    dtypes = [dtype for X in (A, B) if (dtype := getattr(X, "dtype", None)) is not None]
+    if not one_library or any(dtype != dtypes[0] for dtype in dtypes):
+        libraries = ["" if x is None else type(x).__module__.split(".")[0] + " " for x in (a, b)]
+        kinds = " and ".join(f"{x}{X.dtype}" for x, X in zip(libraries, (A, B), strict=True))
+        raise TypeError(
+            f"operators that are added must have one library and dtype; got {kinds}. Convert one "
+            "of them."
+        )
+
+
 class SumOperator(Operator):
     """``A + B``."""
 
-    def __init__(self, A: Operator, B: Any) -> None:
-        if tuple(A.shape) != tuple(B.shape):
-            raise ValueError(
-                f"operators that are added must have one shape; got {tuple(A.shape)} and "
-                f"{tuple(B.shape)}."
-            )
+    def __init__(self, A: Any, B: Any) -> None:
+        if is_array(B):
+            check_floating("B", B)
+            check_symmetric("B", B)
+        _check_alike(A, B)
         self.parts = A, B
-        self.shape, self.dtype, self.like = A.shape, A.dtype, A.like
+        self.shape, self.dtype, self.like = A.shape, A.dtype, getattr(A, "like", None)
 
     def _multiply(self, block: Array) -> Array:
         A, B = self.parts
@@ -132,37 +132,42 @@ class SumOperator(Operator):
     def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         A, B = self.parts
+        indices = check_indices(indices, self.shape[0])
+        C = A.columns(indices)
         if is_array(B):
-            return A.columns(indices) + take(B, check_indices(indices, self.shape[0]), axis=1)
-        return A.columns(indices) + B.columns(indices)
+            return C + take(B, indices, axis=1)
+        if callable(getattr(B, "columns", None)):
+            return C + B.columns(indices)
+        return C + B @ unit_vectors(indices, self.shape[0], C)
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
         A, B = self.parts
         if is_array(B):
             return A.diagonal() + array_namespace(B).linalg.diagonal(B)
-        return A.diagonal() + B.diagonal()
+        return A.diagonal() + (B.diagonal() if hasattr(B, "diagonal") else super().diagonal())
 
 
 class ScaledOperator(Operator):
     """``c * A`` for a number c."""
 
-    def __init__(self, A: Operator, factor: Scalar) -> None:
+    def __init__(self, A: Any, factor: Scalar) -> None:
         self.A, self.factor = A, factor
-        self.shape, self.dtype, self.like = A.shape, A.dtype, A.like
+        self.shape, self.dtype, self.like = A.shape, A.dtype, getattr(A, "like", None)
+
+    def _about(self) -> dict[str, Any]:
+        return {"factor": self.factor}
 
     def _multiply(self, block: Array) -> Array:
-        return scalar_like(self.factor, block) * (self.A @ block)
+        return times_diagonal(self.factor, self.A @ block)
 
     def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
-        C = self.A.columns(indices)
-        return scalar_like(self.factor, C) * C
+        return times_diagonal(self.factor, self.A.columns(indices))
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
-        d = self.A.diagonal()
-        return scalar_like(self.factor, d) * d
+        return times_diagonal(self.factor, self.A.diagonal())
 
 
 class DiagonalOperator(Operator):
@@ -188,21 +193,31 @@ class DiagonalOperator(Operator):
     """
 
     def __init__(self, n: int, entries: Any = 1.0, *, like: Array | None = None) -> None:
-        self.entries = entries
-        if like is None:
-            like = entries if getattr(entries, "ndim", 0) == 1 else np.zeros(0)
-        if getattr(entries, "ndim", 0) == 1:
+        n = check_count("n", n)
+        number = is_number(entries)
+        if not number:
             check_block("entries", entries, n)
+            if entries.ndim != 1:
+                raise ValueError(
+                    f"`entries` must be a number or have shape ({n},); got {describe(entries)}."
+                )
+        if like is None:
+            like = np.zeros(0) if number else entries
+        self.entries = entries
         self.like = array_namespace(like).reshape(like, (-1,))[:0]
         self.shape, self.dtype = (n, n), self.like.dtype
+        if not number:
+            self._check(entries, "entries")
+
+    def _about(self) -> dict[str, Any]:
+        return {"entries": _number_or_none(self.entries)}
 
     def _multiply(self, block: Array) -> Array:
         return times_diagonal(self.entries, block)
 
-    def __mul__(self, factor: Scalar) -> Operator:
-        return DiagonalOperator(self.shape[0], factor * self.entries, like=self.like)
-
-    __rmul__ = __mul__
+    def _scaled(self, factor: Scalar) -> Operator:
+        entries = scaled_diagonal(factor, self.entries)
+        return DiagonalOperator(self.shape[0], entries, like=self.like)
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
@@ -221,9 +236,17 @@ class ShiftedOperator(Operator):
     def __init__(self, A: Any, shift: Scalar) -> None:
         self.base, self.shift = A, shift
         if isinstance(A, ShiftedOperator):
-            self.base, self.shift = A.base, A.shift + shift
+            self.base, self.shift = A.base, added_diagonals(A.shift, shift)
         self.shape, self.dtype = (int(A.shape[0]), int(A.shape[0])), A.dtype
         self.like = getattr(A, "like", None)
+
+    def _about(self) -> dict[str, Any]:
+        return {"shift": _number_or_none(self.shift)}
+
+    def _scaled(self, factor: Scalar) -> Operator:
+        return ShiftedOperator(
+            ScaledOperator(self.base, factor), scaled_diagonal(factor, self.shift)
+        )
 
     def _multiply(self, block: Array) -> Array:
         return self.base @ block + times_diagonal(self.shift, block)
@@ -232,10 +255,7 @@ class ShiftedOperator(Operator):
         """Return the columns at `indices`, shape (n, k)."""
         indices = check_indices(indices, self.shape[0])
         C = self.base.columns(indices)
-        shift = self.shift if getattr(self.shift, "ndim", 0) == 0 else take(self.shift, indices)
-        return C + scatter(
-            times_diagonal(shift, like_array(np.eye(indices.size), C)), indices, self.shape[0]
-        )
+        return C + times_diagonal(self.shift, unit_vectors(indices, self.shape[0], C))
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
@@ -243,11 +263,13 @@ class ShiftedOperator(Operator):
         return d + times_diagonal(self.shift, like_array(np.ones(self.shape[0]), d))
 
 
-def times_diagonal(d: Any, block: Array) -> Array:
-    """Return ``diag(d) @ block`` for a number or a vector d."""
-    if getattr(d, "ndim", 0) == 0:
-        return scalar_like(d, block) * block
-    return d * block if block.ndim == 1 else d[:, None] * block
+def _number_or_none(d: Scalar) -> Any:
+    return d if is_number(d) else None
+
+
+def unit_vectors(indices: np.ndarray, n: int, like: Array) -> Array:
+    """Return the columns of the identity at `indices`, shape (n, k), in the manner of `like`."""
+    return scatter(like_array(np.eye(indices.size), like), indices, n)
 
 
 def check_square(A: Any) -> None:

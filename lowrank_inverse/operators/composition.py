@@ -9,6 +9,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_traced, take
+from lowrank_inverse.arrays.linalg import added_diagonals
 from lowrank_inverse.operators.base import Operator, ShiftedOperator
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 
@@ -50,9 +51,14 @@ def scaled_by_diagonal(A: Any, s: Array) -> FunctionOperator:
 
 
 def split_shift(A: Any, damping: Scalar) -> tuple[Any, Any]:
-    """Return ``(H, d)`` with ``H + d I = A + damping I`` for a number d, the largest part in d."""
+    """Return ``(H, d)`` with ``H + d I = A + damping I`` for a number d, the largest part in d.
+
+    Where d would be negative, `A` is returned as it is.
+    """
     if isinstance(A, ShiftedOperator) and getattr(A.shift, "ndim", 0) == 0:
-        return A.base, A.shift + damping
+        total = added_diagonals(A.shift, damping)
+        if is_traced(total) or total >= 0:
+            return A.base, total
     return A, damping
 
 
@@ -63,9 +69,9 @@ def split_diagonal(A: Any, damping: Scalar) -> tuple[Any, Any, Array | None]:
     becomes the identity.
     """
     A, damping = split_shift(A, damping)
-    if not isinstance(A, ShiftedOperator):
+    if not isinstance(A, ShiftedOperator) or getattr(A.shift, "ndim", 0) == 0:
         return A, damping, None
-    D = A.shift + damping
+    D = added_diagonals(A.shift, damping)
     positive = array_namespace(D).all(D > 0)
     if not is_traced(positive) and not bool(positive):
         raise ValueError(

@@ -176,7 +176,8 @@ class KernelOperator(Operator):
         return array_namespace(block).concat(results, axis=0)
 
     def _about(self) -> dict[str, Any]:
-        name = self.kernel if isinstance(self.kernel, str) else self.kernel.__name__
+        name = getattr(self.kernel, "__name__", type(self.kernel).__name__)  # a partial has no name
+        name = self.kernel if isinstance(self.kernel, str) else name
         return {"kernel": name, "num_features": self.X.shape[1]}
 
     def _multiply(self, block: Array) -> Array:

@@ -12,8 +12,9 @@ from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, concrete, is_traced, scalar_like
 from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot
-from lowrank_inverse.operators.base import ProductOnly, apply_cost, block_width
+from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.operators.product import ProductOnly
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, tolerance
 from lowrank_inverse.solvers.column_memory import MemoryPlan
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -9,6 +11,7 @@ from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from scipy.sparse.linalg import aslinearoperator as scipy_operator
 
 import lowrank_inverse as li
+from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
 from tests.conftest import host
 from tests.oracles import damped
 from tests.problems import WIDTH, CountingOperator, N, conditioned, matrix, rhs
@@ -514,10 +517,12 @@ def combined(library):
     return {
         "A + B": (A + B, dense + other),
         "A - B": (A - B, dense - other),
+        "A - array": (A - library.asarray(other), dense - other),
         "A + array": (A + library.asarray(other), dense + other),
         "c * A": (0.3 * A, 0.3 * dense),
         "A * c": (A * 0.3, 0.3 * dense),
         "NumPy's c * A": (np.float64(0.3) * A, 0.3 * dense),
+        "A * 0-d c": (A * library.asarray(np.array(0.25)), 0.25 * dense),
         "-A": (-A, -dense),
         "A.T": (A.T, dense),
         "A + c * I": (A + 0.3 * identity, dense + 0.3 * eye),
@@ -527,6 +532,18 @@ def combined(library):
             A + 0.3 * identity + li.DiagonalOperator(N, library.asarray(d)),
             dense + 0.3 * eye + np.diag(d),
         ),
+        "d + e": (
+            li.DiagonalOperator(N, library.asarray(d)) + 0.3 * identity,
+            np.diag(d) + 0.3 * eye,
+        ),
+        "c * diag(d)": (np.float64(2) * li.DiagonalOperator(N, library.asarray(d)), 2 * np.diag(d)),
+        "diag(d) + array": (
+            li.DiagonalOperator(N, library.asarray(d)) + library.asarray(other),
+            np.diag(d) + other,
+        ),
+        "2 (A + c * I)": (2 * (A + 0.3 * identity), 2 * dense + 0.6 * eye),
+        "A + c * I + B": (A + 0.3 * identity + B, dense + 0.3 * eye + other),
+        "B - (A + c * I)": (B - (A + 0.3 * identity), other - dense - 0.3 * eye),
         "diag(d)": (li.DiagonalOperator(N, library.asarray(d)), np.diag(d)),
         "2 (A + B) - A": (2 * (A + B) - A, dense + 2 * other),
     }
@@ -537,6 +554,7 @@ def test_operators_combine_to_what_their_matrices_do(library):
         rounding = 100 * library.eps
         for block in (rhs(), rhs(width=WIDTH)):
             found = host(operator @ library.asarray(block))
+            assert found.dtype == library.dtype, name
             assert np.max(np.abs(found - dense @ block)) < rounding * np.max(np.abs(block)), name
         columns = host(operator.columns([4, 3, 9]))
         assert np.max(np.abs(columns - dense[:, [4, 3, 9]])) < rounding, name
@@ -556,15 +574,141 @@ def test_a_diagonal_that_was_added_stays_out_of_what_is_approximated(shift):
         np.testing.assert_allclose(few.value, damped.value, rtol=1e-12)
 
 
+@pytest.mark.parametrize("combine", [lambda A, D: A + (D + A), lambda A, D: 2 * (A + 0.5 * D)])
+def test_a_diagonal_stays_out_however_the_sum_is_written(combine):
+    A, b = li.aslinearoperator(matrix("polynomial")), rhs()
+    few = li.solve(combine(A, 0.3 * li.DiagonalOperator(N)), b, solver=li.Nystrom(rank=5))
+    damped = li.solve(2 * A, b, solver=li.Nystrom(rank=5, damping=0.3))
+    np.testing.assert_allclose(few.value, damped.value, rtol=1e-12)
+
+
+def test_an_array_may_stand_on_the_left(eager):
+    if eager.name == "array_api_strict":
+        pytest.skip("array_api_strict refuses what it does not know on its right")
+    A, other, c = eager.asarray(A64), eager.asarray(matrix("linear")), eager.asarray(np.array(0.25))
+    operator, block = li.aslinearoperator(A), eager.asarray(rhs(width=WIDTH))
+    for total, dense in (
+        (other + operator, matrix("linear") + A64),
+        (other - operator, matrix("linear") - A64),
+        (c * operator, 0.25 * A64),
+    ):
+        agree(host(total @ block), dense @ rhs(width=WIDTH), 4 * eager.eps)
+
+
+def test_a_nystrom_approximation_of_a_sum_is_that_of_the_dense_sum(library):
+    dense = matrix("polynomial") + matrix("linear") + 0.3 * np.eye(N)
+    A, B = (library.asarray(matrix(name)) for name in ("polynomial", "linear"))
+    combined = li.aslinearoperator(A) + B + 0.3 * li.DiagonalOperator(N, like=A)
+    block = rhs(width=WIDTH)
+    found = li.nystrom(combined, indices=range(N)) @ library.asarray(block)
+    assert np.max(np.abs(host(found) - dense @ block)) < 1e4 * library.eps
+    few = li.nystrom(combined, indices=INDICES) @ library.asarray(block)
+    same = li.nystrom(library.asarray(dense), indices=INDICES) @ library.asarray(block)
+    assert np.max(np.abs(host(few) - host(same))) < 1e4 * library.eps
+
+
+@pytest.mark.parametrize("solver", [None, li.CG(), li.NystromCG(rank=5), li.Exact()])
+def test_a_diagonal_may_be_subtracted(solver):
+    A, b = matrix("polynomial") + 2 * np.eye(N), rhs()
+    system = li.aslinearoperator(A) - 0.5 * li.DiagonalOperator(N)
+    found = li.solve(system, b, solver=solver, rtol=1e-12)
+    np.testing.assert_allclose(found.value, np.linalg.solve(A - 0.5 * np.eye(N), b), rtol=1e-8)
+
+
+@pytest.mark.parametrize("form", [*SPARSE, scipy_operator])
+def test_what_scipy_makes_may_be_added(form):
+    A, other = li.aslinearoperator(A64), form(tridiagonal())
+    expected = A64 + tridiagonal().toarray()
+    for total in (A + other, other + A):
+        agree(total @ rhs(width=WIDTH), expected @ rhs(width=WIDTH), 1e-15)
+        agree(total.columns(INDICES), expected[:, INDICES], 1e-15)
+
+
+def test_an_approximation_or_an_inverse_may_be_added():
+    A, b = li.aslinearoperator(A64), rhs()
+    for other in (li.nystrom(A64, 8), li.Exact(damping=0.5).prepare(A64)):
+        dense = A64 + other @ np.eye(N)
+        agree((A + other) @ b, dense @ b, 1e-14)
+        agree((A + other).columns(INDICES), dense[:, INDICES], 1e-14)
+        with pytest.raises(TypeError, match="SumOperator has no diagonal"):
+            (A + other).diagonal()
+
+
+@pytest.mark.parametrize("make", [li.NystromCG, li.Nystrom])
+def test_numpy_scalars_keep_the_dtype_of_a_diagonal_ridge(make):
+    d = np.linspace(0.5, 1.5, N, dtype="float32")
+    system = li.aslinearoperator(A64.astype("float32")) + li.DiagonalOperator(N, d)
+    solver = make(rank=5, damping=np.float64(0.1))
+    assert li.solve(system, rhs().astype("float32"), solver=solver).value.dtype == "float32"
+
+
+def combined_products(A, c, block):
+    operator = li.aslinearoperator(A)
+    total = operator * c + li.DiagonalOperator(N, like=A) * c - operator
+    return total @ block, total.columns(INDICES), total.diagonal()
+
+
+def test_operators_combine_under_transformations(backend):
+    block, c = rhs(width=WIDTH), np.array(0.25)
+    expected = -0.75 * backend.seen(A64) + 0.25 * np.eye(N)
+    found = backend.run(combined_products, A64, c, block)
+    agree(found[0], expected @ backend.seen(block), backend.eps)
+    agree(found[1], expected[:, INDICES], backend.eps)
+    agree(found[2], np.diagonal(expected), backend.eps)
+
+
 def test_what_cannot_be_added_or_multiplied_is_refused():
     A = li.aslinearoperator(np.eye(3))
     with pytest.raises(ValueError, match=r"must have one shape; got \(3, 3\) and \(2, 2\)"):
         A + np.eye(2)
-    for refused in (lambda: A + 1.0, lambda: A * np.ones(3), lambda: A * A, lambda: True * A):
+    for wrong in (lambda: A + li.DiagonalOperator(2), lambda: li.DiagonalOperator(2) + A):
+        with pytest.raises(ValueError, match="must have one shape"):
+            wrong()
+    with pytest.raises(ValueError, match="`B` must be symmetric"):
+        A + np.triu(np.ones((3, 3)))
+
+
+@pytest.mark.parametrize("A", [li.aslinearoperator(np.eye(3)), li.DiagonalOperator(3)])
+@pytest.mark.parametrize("factor", [np.ones(3), np.eye(3), True, np.bool_(True), 1j, "c", None])
+def test_what_is_no_real_number_is_refused_as_a_factor(A, factor):
+    for refused in (lambda: A * factor, lambda: factor * A, lambda: A * A):
         with pytest.raises(TypeError):
             refused()
-    with pytest.raises(ValueError, match="`entries` must have 3 rows"):
-        li.DiagonalOperator(3, np.ones(2))
+
+
+def test_a_number_is_refused_as_a_summand():
+    A = li.aslinearoperator(np.eye(3))
+    for refused in (lambda: A + 1.0, lambda: 1.0 + A, lambda: A - 1.0, lambda: 1.0 - A):
+        with pytest.raises(TypeError):
+            refused()
+
+
+def test_summands_of_two_dtypes_or_libraries_are_refused():
+    torch = pytest.importorskip("torch")
+    A = li.aslinearoperator(np.eye(3))
+    for other in (
+        np.eye(3, dtype="float32"),
+        li.DiagonalOperator(3, np.ones(3, dtype="float32")),
+        torch.eye(3, dtype=torch.float64),
+        li.DiagonalOperator(3, torch.ones(3, dtype=torch.float64)),
+    ):
+        with pytest.raises(TypeError, match="one library and dtype; got numpy float64 and"):
+            A + other
+
+
+@pytest.mark.parametrize(
+    ("entries", "kind", "message"),
+    [
+        (np.ones(2), ValueError, "`entries` must have 3 rows"),
+        (np.eye(3), ValueError, r"`entries` must be a number or have shape \(3,\)"),
+        (np.arange(3), TypeError, "`entries` must have a real floating dtype"),
+        ([1.0, 2.0, 3.0], TypeError, "`entries` must be an array"),
+        (np.ones(3, dtype="float32"), TypeError, "dtype float64 and `entries` float32"),
+    ],
+)
+def test_a_diagonal_that_does_not_fit_is_refused(entries, kind, message):
+    with pytest.raises(kind, match=message):
+        li.DiagonalOperator(3, entries, like=np.ones(1))
 
 
 # Print
@@ -580,7 +724,28 @@ def test_operators_and_inverses_print_kind_size_and_cost():
             li.KernelOperator(np.ones((3, 2))),
             "KernelOperator(n=3, dtype=float64, kernel=rbf, num_features=2)",
         ),
-        (approx.inverse(0.5), "WoodburyInverse(n=3, dtype=float64, rank=2, damping=0.5)"),
+        (
+            approx.inverse(0.5),
+            "WoodburyInverse(n=3, dtype=float64, rank=2, damping=0.5, num_products=2)",
+        ),
+        (
+            approx.inverse(0.5, chunk_size=1),
+            "ChunkedWoodburyInverse(n=3, dtype=float64, rank=2, damping=0.5, num_products=2, "
+            "chunk_size=1)",
+        ),
+        (
+            NystromPreconditioner(approx, 0.5),
+            "NystromPreconditioner(n=3, dtype=float64, rank=2, num_products=2)",
+        ),
+        (2 * li.aslinearoperator(A), "ScaledOperator(n=3, dtype=float64, factor=2)"),
+        (li.shifted(A, 0.5), "ShiftedOperator(n=3, dtype=float64, shift=0.5)"),
+        (li.DiagonalOperator(3), "DiagonalOperator(n=3, dtype=float64, entries=1.0)"),
+        (li.DiagonalOperator(3, np.ones(3)), "DiagonalOperator(n=3, dtype=float64)"),
+        (li.aslinearoperator(A) + A, "SumOperator(n=3, dtype=float64)"),
+        (
+            li.KernelOperator(np.ones((3, 2)), partial(np.inner)),
+            "KernelOperator(n=3, dtype=float64, kernel=partial, num_features=2)",
+        ),
         (
             li.streamed_inverse(A, [0, 1], damping=0.5),
             "RecomputedInverse(n=3, dtype=float64, rank=2, num_products=4)",
@@ -592,3 +757,22 @@ def test_operators_and_inverses_print_kind_size_and_cost():
         (li.CG().prepare(A), "PreparedInverse(n=3, dtype=float64, num_products=0)"),
     ):
         assert repr(operator) == printed
+
+
+def test_values_unknown_while_jax_traces_are_printed_as_traced(jax_backend):
+    import jax
+
+    printed = []
+
+    def function(A):
+        approx = li.nystrom(A, indices=[0, 1])
+        for operator in (approx.inverse(A[0, 0]), A[0, 0] * li.aslinearoperator(A)):
+            printed.append(repr(operator))
+        return A
+
+    jax.jit(function)(jax_backend.asarray(np.diag([4.0, 1.0, 0.0])))
+    assert printed == [
+        f"WoodburyInverse(n=3, dtype={jax_backend.dtype}, rank=traced, damping=traced, "
+        "num_products=2)",
+        f"ScaledOperator(n=3, dtype={jax_backend.dtype}, factor=traced)",
+    ]

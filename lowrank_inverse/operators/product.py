@@ -1,0 +1,60 @@
+"""What multiplies and says what it is: the base of operators and inverses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.checks import check_block, describe
+from lowrank_inverse.arrays.conversion import concrete, is_traced
+
+
+class ProductOnly:
+    """An operator of shape (n, n) whose products check what they are given."""
+
+    shape: tuple[int, int]
+    dtype: Any
+    like: Array
+    """An empty array whose library, dtype and device the products have."""
+
+    def _multiply(self, block: Array) -> Array:
+        raise NotImplementedError
+
+    def __matmul__(self, block: Array) -> Array:
+        """Return the product with `block`, shape (n,) or (n, m)."""
+        self._check(block)
+        return self._multiply(block)
+
+    def matvec(self, block: Array) -> Array:
+        """Return the product: the name under which SciPy looks for it, with ``M=`` and elsewhere.
+
+        The operators are symmetric, so it also serves as SciPy's product with the transpose.
+        """
+        return self @ block
+
+    matmat = rmatvec = rmatmat = __call__ = matvec
+
+    def _about(self) -> dict[str, Any]:
+        """Return what a printed operator says beside its size and dtype."""
+        return {}
+
+    def __repr__(self) -> str:
+        about = {"n": self.shape[0], "dtype": self.dtype} | self._about()
+        told = {k: "traced" if is_traced(v) else concrete(v) for k, v in about.items()}
+        parts = ", ".join(f"{k}={v}" for k, v in told.items() if v is not None)
+        return f"{type(self).__name__}({parts})"
+
+    def _check(self, block: Array, name: str = "block") -> None:
+        check_block(name, block, self.shape[0])
+        if self.like is not None and array_namespace(block) is not array_namespace(self.like):
+            raise TypeError(
+                f"the operator and `{name}` must come from one library: the operator has "
+                f"{describe(self.like)}, `{name}` is {describe(block)}. Convert one of them."
+            )
+        if self.dtype is not None and block.dtype != self.dtype:
+            raise TypeError(
+                f"the operator has dtype {self.dtype} and `{name}` {block.dtype}. Convert one of "
+                "them: nothing is promoted silently."
+            )
