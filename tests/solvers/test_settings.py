@@ -345,6 +345,30 @@ def test_the_inverse_says_its_rank_and_the_curvature_it_met(solver):
             assert inverse.rank is None
 
 
+@pytest.mark.parametrize(
+    ("solver", "printed"),
+    [
+        (li.CG(), "num_products=0)"),
+        (li.Identity(), "num_products=0)"),
+        (
+            li.Nystrom(rank=3, damping=0.1),
+            "rank=3, num_products=3, negative_curvature=False)",
+        ),
+        (
+            li.NystromCG(rank=3, damping=0.1),
+            "rank=3, num_products=3, negative_curvature=False)",
+        ),
+        (
+            li.Exact(damping=0.1),
+            f"rank={N}, num_products={N}, negative_curvature=False)",
+        ),
+    ],
+)
+def test_the_inverse_prints_its_size_rank_and_cost(solver, printed):
+    inverse = solver.prepare(matrix("linear"))
+    assert repr(inverse) == f"PreparedInverse(n={N}, dtype=float64, {printed}"
+
+
 def test_nystrom_inverses_are_offered_to_certify():
     for solver in EVERY:
         offered = solver.prepare(matrix("linear")).nystrom_inverse

@@ -220,6 +220,11 @@ def test_every_solver_of_the_core_takes_the_operator():
         assert relative(jax.jit(solve)(x, b), wanted) < 1e-9
 
 
+def test_the_operator_prints_its_kind_and_size():
+    H = HessianOperator(quartic, point())
+    assert repr(H) == f"HessianOperator(n=5, dtype={H.dtype})"
+
+
 # hvp and hessian_columns.
 
 
