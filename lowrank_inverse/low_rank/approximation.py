@@ -116,6 +116,16 @@ class NystromApproximation(ProductOnly):
         """Columns kept: the rank of H_k."""
         return self.num_columns - self.num_dropped
 
+    def singular_vectors(self) -> tuple[Array, Array]:
+        """Return the eigenvectors of H_k, shape (n, k), and the roots of its eigenvalues.
+
+        Orthonormal to rounding, from a QR decomposition of F in the dtype of the columns, however
+        ill-conditioned the columns are; ``F Z``, by which products go, is not.
+        """
+        if self._basis is not None:
+            return self._basis
+        return left_singular(tall_times(self.columns, self.whitening, self.dtype))
+
     def project(self, block: Array) -> Array:
         """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype."""
         if self._basis is not None:

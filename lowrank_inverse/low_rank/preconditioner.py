@@ -11,12 +11,16 @@ from lowrank_inverse.arrays.conversion import eps, is_traced, scalar_like
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.operators.product import ProductOnly
 
+LEAST_UNITS = 16.0
+"""Of rounding: an eigenvalue of the preconditioner below that could come out negative."""
+
 
 class NystromPreconditioner(ProductOnly):
     """``(level + damping) U (diag(g) + damping I)^{-1} U.T + (I - U U.T)`` (Eq. 1.3 of [1]_).
 
-    With U and g the eigenvectors and nonzero eigenvalues of H_k. What the columns found is
-    flattened to one eigenvalue, what they missed is left alone: an H of rank k takes two steps.
+    With U, orthonormal to rounding, and g the eigenvectors and nonzero eigenvalues of H_k. What
+    the columns found is flattened to one eigenvalue, what they missed is left alone: an H of rank
+    k takes two steps. Memory: U, shape (n, k), beside the columns.
 
     The level of [1]_ is the smallest of g, which stands above most of what was missed where the
     mean m of the missed eigenvalues is below it. Where the trace of H is known, and with it m, and
@@ -38,24 +42,26 @@ class NystromPreconditioner(ProductOnly):
     def __init__(self, approx: NystromApproximation, damping: Scalar) -> None:
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
         self.approx = approx
-        g = approx.eigenvalues
+        self._vectors, roots = approx.singular_vectors()
+        g, unit = roots * roots, eps(approx.columns)
         xp = array_namespace(g)
         damping = scalar_like(damping, g)
-        kept = g > eps(approx.columns) * g[0]
+        kept = g > unit * g[0]
         level = xp.min(xp.where(kept, g, g[0] + xp.zeros_like(g)))
         # The trace of an indefinite H would say nothing of what was missed.
         negative = approx.num_negative
         if approx.trace is not None and not is_traced(negative) and int(negative) == 0:
             missed = approx.residual_trace / max(1, approx.shape[0] - g.shape[0])
-            level = level * xp.clip(missed / level, eps(approx.columns) ** 0.25, 1.0) ** 2
+            level = level * xp.clip(missed / level, unit**0.25, 1.0) ** 2
         safe = xp.where(kept, g, xp.ones_like(g))
-        # `project` and `expand` both carry the square root of g.
-        weights = ((level + damping) / (safe + damping) - 1) / safe
-        self._weights = xp.where(kept, weights, xp.zeros_like(g))
+        flattened = (level + damping) / (safe + damping)
+        least = LEAST_UNITS * unit
+        flattened = xp.where(flattened > least, flattened, least + xp.zeros_like(g))
+        self._weights = xp.where(kept, flattened - 1, xp.zeros_like(g))
 
     def _about(self) -> dict[str, Any]:
         return {"rank": self.approx.rank, "num_products": self.approx.num_products}
 
     def _multiply(self, block: Array) -> Array:
         weights = self._weights if block.ndim == 1 else self._weights[:, None]
-        return block + self.approx.expand(weights * self.approx.project(block))
+        return block + self._vectors @ (weights * (self._vectors.T @ block))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 import lowrank_inverse as li
 from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
@@ -76,6 +77,39 @@ def test_a_matrix_found_whole_keeps_a_definite_preconditioner_without_damping():
     solution = li.cg(A, b, preconditioner=NystromPreconditioner(approx, 0.0), rtol=1e-8)
     assert solution.converged
     assert solution.num_steps <= 3
+
+
+def smooth_kernel(n=300):
+    points = np.sort(np.random.default_rng(0).random(n))[:, None]
+    y = np.sin(9 * points[:, 0]) + 0.1 * np.random.default_rng(1).standard_normal(n)
+    return np.exp(-(((points - points.T) / 0.1) ** 2) / 2), y
+
+
+@pytest.mark.parametrize("sampling", ["rpcholesky", "uniform"])
+@pytest.mark.parametrize("damping", [0.0, 1e-10, 1e-6])
+def test_the_basis_is_orthonormal_for_the_worst_conditioned_columns(eager, sampling, damping):
+    K = eager.asarray(smooth_kernel(100)[0])
+    approx = li.nystrom(K, 60, sampling=sampling, rng=0)
+    U = host(approx.singular_vectors()[0]).astype(np.float64)
+    unit = 100 * np.finfo(eager.dtype).eps
+    assert np.linalg.norm(U.T @ U - np.eye(U.shape[1]), 2) < unit
+    # The eigenvalues of the preconditioner follow from its formula: none is negative.
+    P = host(NystromPreconditioner(approx, damping) @ eager.asarray(np.eye(100)))
+    values = np.linalg.eigvalsh((P + P.T).astype(np.float64) / 2)
+    assert values[0] > 0
+    assert values[-1] < 1 + unit
+
+
+@pytest.mark.parametrize("rank", [20, 100, "auto"])
+@pytest.mark.parametrize("damping", [1e-6, 1e-8, 1e-10])
+def test_a_small_damping_leaves_what_cholesky_leaves(rank, damping):
+    K, y = smooth_kernel()
+    factor = scipy.linalg.cho_factor(K + damping * np.eye(len(y)))
+    left = np.linalg.norm(y - (K @ (x := scipy.linalg.cho_solve(factor, y)) + damping * x))
+    solver = li.NystromCG(rank=rank, sampling="rpcholesky", damping=damping, rtol=1e-6)
+    solution = li.solve(K, y, solver=solver, rng=0)
+    assert solution.residual_norm <= max(1e-6 * np.linalg.norm(y), 10 * left)
+    assert solution.message in ("converged", "stagnated")
 
 
 def test_the_trace_saves_steps_on_a_smooth_kernel():
