@@ -73,9 +73,10 @@ class KernelOperator(Operator):
     ``n**2`` where jax traces; columns ``n * k``. Memory: about four tiles and the answer.
 
     Equal points have the distance 0 and the kernel 1 exactly. Up to 16 features, distances are
-    sums of differences. Beyond, they come from inner products of centred points in float64:
-    their squares are right to about ``1e-15 d`` times the squared radius of the points, and
-    what is below that is taken for 0. Where there is no float64, differences serve all.
+    sums of differences. Beyond, they come from inner products in float64, and their squares are
+    right to ``4e-12 (d + 2)`` of themselves: where more than four digits would cancel, differences
+    serve. Where jax traces, what is below ``4e-16 (d + 2)`` times the squared norms of the two
+    points is taken for 0 instead. Where there is no float64, differences serve all.
 
     References
     ----------

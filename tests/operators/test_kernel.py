@@ -170,6 +170,63 @@ def test_distances_far_from_the_origin_lose_no_digits(d, library):
     assert np.max(np.abs(naive - expected)) > 1e3 * np.max(np.abs(squares - expected))
 
 
+def of_magnitudes(kind, n=NUM, d=MANY):
+    """Return points of which some lie, or lie apart, on scales far from those of others."""
+    X = points(d, n)
+    if kind == "one outlier":
+        X[3] = 1e8
+    elif kind == "half of them outliers":
+        X[::2] *= 1e8
+    elif kind == "two clusters":
+        X[::2] += 1e6
+    elif kind == "a cluster on every scale":
+        X *= 10.0 ** np.linspace(-8, 8, n)[:, None]
+    elif kind == "near duplicates":
+        X[1::2] = X[::2] * (1 + 1e-6)
+    return X
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one outlier",
+        "half of them outliers",
+        "two clusters",
+        "a cluster on every scale",
+        "near duplicates",
+    ],
+)
+def test_each_distance_is_right_to_its_own_digits(kind, eager):
+    X = eager.seen(of_magnitudes(kind))
+    expected = ((X[:, None].astype(LONG) - X[None].astype(LONG)) ** 2).sum(-1)
+    for rows in (slice(0, NUM), slice(4, NUM)):  # a tile with the outlier, and one without
+        x = eager.asarray(X[rows])
+        squares = host(squared_distances(x, eager.asarray(X))).astype(LONG)
+        error = np.abs(squares - expected[rows])
+        assert np.all(error <= max(4e-12, eager.eps) * (MANY + 2) * expected[rows])
+
+
+def test_squares_that_overflow_are_infinite_and_spoil_no_others():
+    X = points(MANY)
+    X[3] = 1e200
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = squared_distances(X, X)
+    rest = np.delete(np.arange(NUM), 3)
+    assert np.all(squares[3, rest] == np.inf)
+    assert squares[3, 3] == 0
+    expected = squared_distances(X[rest], X[rest])
+    np.testing.assert_allclose(squares[np.ix_(rest, rest)], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["rbf", "matern 1/2"])
+def test_while_jax_traces_an_outlier_spoils_no_other_entry(case):
+    with open_backend("jax_jit", "float64") as traced:
+        X = of_magnitudes("one outlier")
+        found = traced.run(PARTS[case], X, rhs(NUM), rhs(NUM, WIDTH), points(MANY, NEW, seed=1))
+    K = oracle(X, X, lengthscale=2.0, **CASES[case])
+    np.testing.assert_allclose(found[2], K[:, [5, 0, NUM - 1]].astype(float), atol=1e-7)
+
+
 def test_without_float64_differences_keep_the_digits_of_many_features():
     with open_backend("jax_jit", "float32") as narrow:
         X = narrow.seen(points(MANY, shift=1e3))
