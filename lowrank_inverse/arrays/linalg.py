@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
-from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
+import numpy as np
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_jax_array,
+    is_numpy_array,
+    is_torch_array,
+)
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import (
@@ -162,6 +170,39 @@ def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
     for rows in slices:
         result[rows, ...] = block(rows)
     return result
+
+
+def cholesky(A: Array) -> Array | None:
+    """Return the lower Cholesky factor of `A`, or None if it is not positive definite.
+
+    Libraries differ in how they say so; and while jax traces, nobody knows.
+    """
+    if is_traced(A):
+        return None
+    if is_torch_array(A):
+        L, failed = sys.modules["torch"].linalg.cholesky_ex(A)
+        return None if bool(failed) else L
+    xp = array_namespace(A)
+    try:
+        L = xp.linalg.cholesky(A)
+    except np.linalg.LinAlgError:
+        return None
+    return L if bool(xp.all(xp.isfinite(xp.linalg.diagonal(L)))) else None
+
+
+def cholesky_solve(L: Array, b: Array) -> Array:
+    """Return ``(L L.T)^{-1} b`` for `b` of shape (n,) or (n, m), by triangular solves."""
+    if is_numpy_array(L):
+        from scipy.linalg import cho_solve
+
+        return cho_solve((L, True), b, check_finite=False)
+    if is_torch_array(L):
+        block = b if b.ndim == 2 else b[:, None]
+        return sys.modules["torch"].cholesky_solve(block, L).reshape(b.shape)
+    if is_jax_array(L):
+        return sys.modules["jax"].scipy.linalg.cho_solve((L, True), b)
+    solve = array_namespace(L).linalg.solve  # the standard has no triangular one
+    return solve(L.T, solve(L, b))
 
 
 def symmetric_part(x: Array) -> Array:

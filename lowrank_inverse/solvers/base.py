@@ -11,7 +11,7 @@ from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFun
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, concrete, is_traced, scalar_like
-from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot
+from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot, times_diagonal
 from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.operators.product import ProductOnly
@@ -89,11 +89,17 @@ class PreparedInverse(ProductOnly):
 
 
 @quietly
-def direct_solution(A: Any, damping: Scalar, b: Array, x: Array, num_products: int) -> Solution:
-    """Say how good the `x` of a direct method is, after `num_products`, at one more a column."""
+def direct_solution(
+    A: Any, damping: Scalar, b: Array, x: Array, num_products: int, *, scale: Array | None = None
+) -> Solution:
+    """Say how good the `x` of a direct method is, after `num_products`, at one more a column.
+
+    With a `scale`, of shape (n,), the residual must be small when its rows are scaled, too.
+    """
     xp = array_namespace(b)
     product = add_scaled(A @ x, scalar_like(damping, b), x)
-    norm = column_norm(b - product)
+    r = b - product
+    norm = column_norm(r)
     steps = astype(xp.zeros_like(norm), xp.int32)
     reason = xp.where(
         dot(x / column_scale(x), product) < 0,
@@ -101,6 +107,10 @@ def direct_solution(A: Any, damping: Scalar, b: Array, x: Array, num_products: i
         code(steps, Reason.DIRECT),
     )
     met = norm <= tolerance(b, DEFAULT_RTOL)
+    if scale is not None:
+        scale = astype(scale, b.dtype)
+        wanted = tolerance(times_diagonal(scale, b), DEFAULT_RTOL)
+        met = met & (column_norm(times_diagonal(scale, r)) <= wanted)
     reason = xp.where(met, code(steps, Reason.CONVERGED), reason)
     reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
     return Solution(

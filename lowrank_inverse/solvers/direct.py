@@ -10,8 +10,14 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
-from lowrank_inverse.arrays.conversion import astype, concrete, eps, wide_dtype
-from lowrank_inverse.arrays.linalg import symmetric_part
+from lowrank_inverse.arrays.conversion import astype, concrete, eps, is_traced, like, wide_dtype
+from lowrank_inverse.arrays.linalg import (
+    cholesky,
+    cholesky_solve,
+    power_of_two,
+    symmetric_part,
+    times_diagonal,
+)
 from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.function import aslinearoperator
@@ -23,8 +29,20 @@ from lowrank_inverse.solvers.base import PreparedInverse, direct_solution, is_po
 class Exact:
     """The dense (pseudo-)inverse from all n columns: for small n, and to compare with.
 
-    Eigenvalues of ``A + damping * I`` within rounding of 0 (``n * eps`` times the largest) are
-    dropped.
+    By Cholesky's factorization where ``A + damping * I`` is positive definite, else by its
+    eigenvalues, of which those within rounding of 0 (``n * eps`` times the largest) are dropped.
+
+    Notes
+    -----
+    A matrix with a positive diagonal is scaled by powers of two so that the entries of its
+    diagonal are alike. Variables in small units are solved for as precisely as those in large
+    ones [1]_, and `converged` says that the residual of the scaled system is small too. Where a
+    singular matrix has units that differ by more than ``eps**-0.25``, the answer is that of
+    least norm in scaled variables.
+
+    References
+    ----------
+    .. [1] N. J. Higham. Accuracy and Stability of Numerical Algorithms. SIAM, 2002, Section 10.1.
     """
 
     damping: Scalar = 0.0
@@ -37,32 +55,77 @@ class Exact:
         A, damping = split_shift(aslinearoperator(A), self.damping)
         n = int(A.shape[0])
         H = finite_columns(A, np.arange(n))
-        xp = array_namespace(H)
-        w, V = xp.linalg.eigh(symmetric_part(astype(H, wide_dtype(H))))
+        M = symmetric_part(astype(H, wide_dtype(H)))
+        M = M + damping * like(np.eye(n), M)
         # Without a damping, what may be the rounding of H is taken for zero.
-        unit = xp.finfo(w.dtype).eps if is_positive(damping) else eps(H)
-        w = w + damping
-        noise = n * float(unit) * xp.max(xp.abs(w))
-        keep = xp.abs(w) > noise
-        reciprocal = xp.where(keep, 1 / xp.where(keep, w, xp.ones_like(w)), xp.zeros_like(w))
-
-        def apply(b: Array) -> Array:
-            rotated = V.T @ astype(b, V.dtype)
-            scaled = rotated * (reciprocal if b.ndim == 1 else reciprocal[:, None])
-            return astype(V @ scaled, b.dtype)
+        inverse = _DenseInverse(M, eps(H), eps(M) if is_positive(damping) else eps(H))
 
         def run(b: Array, x0: Array | None) -> Solution:
             check_system(A, b, damping)
-            return direct_solution(A, damping, b, apply(b), 0)
+            return direct_solution(A, damping, b, inverse @ b, 0, scale=inverse.scale)
 
         return PreparedInverse(
             A,
             run,
-            apply=apply,
+            apply=inverse.__matmul__,
             num_products=n,
-            rank=concrete(xp.sum(astype(keep, xp.int32), dtype=xp.int32)),
-            negative_curvature=concrete(xp.any(w < -n * eps(H) * xp.max(xp.abs(w)))),
+            rank=inverse.rank,
+            negative_curvature=inverse.negative_curvature,
         )
+
+
+class _DenseInverse:
+    """The (pseudo-)inverse of a symmetric matrix M that is known to a precision."""
+
+    def __init__(self, M: Array, precision: float, unit: float) -> None:
+        xp = array_namespace(M)
+        n = M.shape[0]
+        self.scale, B = _scaled(M)
+        self._left, self._factor = self.scale, None if self.scale is None else cholesky(B)
+        if self._factor is not None:
+            pivots = xp.linalg.diagonal(self._factor) ** 2
+            largest = xp.max(xp.sum(xp.abs(B), axis=0))  # no eigenvalue is larger
+            if bool(xp.min(pivots) > n * unit * largest):
+                self.rank, self.negative_curvature = n, False
+                return
+            self._factor = None
+        # The pseudo-inverse is that of M itself, where its small units survive.
+        if self.scale is None or bool(xp.min(self.scale) > eps(M) ** 0.25 * xp.max(self.scale)):
+            self._left, B = None, M
+        w, self._vectors = xp.linalg.eigh(B)
+        largest = xp.max(xp.abs(w))
+        keep = xp.abs(w) > n * unit * largest
+        safe = xp.where(keep, w, xp.ones_like(w))
+        self._reciprocal = xp.where(keep, 1 / safe, xp.zeros_like(w))
+        self.rank = concrete(xp.sum(astype(keep, xp.int32), dtype=xp.int32))
+        self.negative_curvature = concrete(xp.any(w < -n * precision * largest))
+
+    def __matmul__(self, b: Array) -> Array:
+        x = astype(b, wide_dtype(b))
+        if self._left is not None:
+            x = times_diagonal(self._left, x)
+        if self._factor is not None:
+            x = cholesky_solve(self._factor, x)
+        else:
+            x = self._vectors @ times_diagonal(self._reciprocal, self._vectors.T @ x)
+        if self._left is not None:
+            x = times_diagonal(self._left, x)
+        return astype(x, b.dtype)
+
+
+def _scaled(M: Array) -> tuple[Array | None, Array]:
+    """Return powers of two s and ``diag(s) M diag(s)``, with a diagonal between 1/4 and 1, or 0.
+
+    None and `M` where there is no such s, where an entry beside it is larger, which makes M
+    indefinite, and while jax traces.
+    """
+    xp = array_namespace(M)
+    d = xp.linalg.diagonal(M)
+    if is_traced(M) or not bool(xp.all(d >= 0) & xp.any(d > 0)):
+        return None, M
+    s = power_of_two(xp.where(d > 0, d, xp.max(d)) ** -0.5)
+    B = s[:, None] * M * s
+    return (s, B) if bool(xp.max(xp.abs(B)) < 2) else (None, M)
 
 
 @dataclass(frozen=True, kw_only=True)
