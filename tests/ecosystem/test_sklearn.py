@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -64,6 +65,93 @@ def test_kernel_ridge_is_that_of_scikit_learn(kernel, way):
         wanted = expected.fit(X, targets, weight).predict(NEW)
         assert found.shape == wanted.shape
         assert relative_error(found, wanted) < 1e-7
+
+
+ALPHAS = [1e-10, 1e-7, 1e-4, 1e-1, 1e2]
+LENGTHSCALES = [0.05, 0.3, 3.0]
+
+
+def conditioned_cases(num_features, outlier, ratio, n=60):
+    """Yield fits over the grid: settings, points, targets, weights, the exact fit, its rounding.
+
+    What rounding leaves of a residual, row by row, bounds the error of the fit where weights are
+    equal: ``norm(K (K + alpha / w)^{-1} r)``, in the norm of the weights, is at most that of r.
+    """
+    generator = np.random.default_rng([num_features, n])
+    P = generator.random((n, num_features))
+    t = np.sin(6 * P[:, 0]) + 0.1 * generator.standard_normal(n)
+    if outlier:
+        P[7] = 1e8
+    w = np.ones(n)
+    w[::2] = ratio
+    for lengthscale, alpha in itertools.product(LENGTHSCALES, ALPHAS):
+        K = li.KernelOperator(P, lengthscale=lengthscale).columns(np.arange(n))
+        c = solve(K.astype(LONG) + np.diag(LONG(alpha) / w.astype(LONG)), t)
+        sizes = np.sqrt(w) * (np.abs(K) @ np.abs(c) + np.abs(alpha / w * c))
+        rounding = float(10 * np.finfo(float).eps * np.linalg.norm(sizes) / np.sqrt(w.min()))
+        yield lengthscale, alpha, P, t, w, (K @ c).astype(float), rounding / np.linalg.norm(t)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore:.*[Ss]ingular|An ill-conditioned")
+@pytest.mark.parametrize("num_features", [2, 20])
+@pytest.mark.parametrize("outlier", [False, True])
+@pytest.mark.parametrize("ratio", [1.0, 1e8])
+def test_every_strength_scale_and_weight_gives_the_fit_of_scikit_learn(
+    num_features, outlier, ratio
+):
+    compared = 0
+    for lengthscale, alpha, P, t, w, exact, rounding in conditioned_cases(
+        num_features, outlier, ratio
+    ):
+        shared = {"alpha": alpha, "lengthscale": lengthscale, "random_state": 0}
+        theirs = sklearn.kernel_ridge.KernelRidge(
+            alpha=alpha, kernel="rbf", gamma=0.5 / lengthscale**2
+        ).fit(P, t, w)
+        for model in (
+            KernelRidge(rank=20, **shared),
+            KernelRidge(rank=len(P), **shared),
+            NystromRidge(rank=len(P), **shared),
+        ):
+            found = model.fit(P, t, w).predict(P)
+            error = np.linalg.norm(found - exact) / np.linalg.norm(t)
+            assert error < max(1e-6, rounding), (model, error, rounding)
+            if rounding < 1e-6:
+                compared += 1
+                assert np.linalg.norm(found - theirs.predict(P)) < 1e-6 * np.linalg.norm(t)
+    assert compared >= (18 if num_features == 2 else 40)
+
+
+@pytest.mark.parametrize("model", [KernelRidge(rank=20), NystromRidge(rank=60)])
+def test_new_points_are_as_right_as_the_training_points(model):
+    for lengthscale, alpha, P, t, w, _, _ in conditioned_cases(2, True, 1.0):
+        if alpha < 1e-5:  # rounding by eps moves a function by eps / sqrt(alpha * pivot)
+            continue
+        model.set_params(alpha=alpha, lengthscale=lengthscale, random_state=0)
+        theirs = sklearn.kernel_ridge.KernelRidge(
+            alpha=alpha, kernel="rbf", gamma=0.5 / lengthscale**2
+        ).fit(P, t, w)
+        new = np.random.default_rng(5).random((30, 2))
+        error = np.linalg.norm(model.fit(P, t, w).predict(new) - theirs.predict(new))
+        assert error < 1e-6 * np.linalg.norm(t)
+
+
+def test_a_fit_that_weights_spoil_warns():
+    weight = np.ones(len(X))
+    weight[::2] = 1e20
+    model = KernelRidge(1e-3, rank=20, lengthscale=SCALE, memory_budget=0, random_state=0)
+    with pytest.warns(ConvergenceWarning, match=r"The fit is known to .* of the targets"):
+        model.fit(X, Y, weight)
+
+
+def test_a_solve_that_stagnates_is_factored_where_the_matrix_is_held():
+    P = np.sort(np.random.default_rng(0).random(120))[:, None]
+    t = np.sin(9 * P[:, 0]) + 0.1 * np.random.default_rng(1).standard_normal(120)
+    model = KernelRidge(1e-10, rank=20, lengthscale=0.3, random_state=0)
+    with pytest.warns(ConvergenceWarning, match="stagnated"):
+        clone(model).set_params(memory_budget=0).fit(P, t)
+    model.fit(P, t)
+    assert model.n_iter_ == 1
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHTS], ids=["equal", "weights"])
