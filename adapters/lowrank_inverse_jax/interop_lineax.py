@@ -21,6 +21,7 @@ from lowrank_inverse_jax.parameters import as_parameters
 
 FAILURES = (
     (Reason.NEGATIVE_CURVATURE, lineax.RESULTS.breakdown),
+    (Reason.SINGULAR, lineax.RESULTS.singular),
     (Reason.INDEFINITE_PRECONDITIONER, lineax.RESULTS.breakdown),
     (Reason.NONFINITE, lineax.RESULTS.breakdown),
     (Reason.DIVERGED, lineax.RESULTS.breakdown),

@@ -58,6 +58,10 @@ class _Sweep(NamedTuple):
     r: Array
     p: Array
     rz: Array
+    pp: Array
+    """The square of the norm of p that the preconditioner defines."""
+    top: Array
+    """The largest curvature met, over pp."""
     best_d: Array
     smallest: Array
     num_steps: Array
@@ -109,8 +113,8 @@ def cg(
     -------
     Solution
         With the residual computed anew from the solution, not carried along. A column that
-        ends before the tolerance says why in `reason`. `value` is the last iterate; at negative
-        curvature, at a product that is not finite and at an indefinite preconditioner, that with
+        ends before the tolerance says why in `reason`. `value` is the last iterate; at negative or
+        no curvature, at a product that is not finite and at an indefinite preconditioner, that with
         the smallest residual after the first step; and where the column stagnated, that with the
         smallest true residual among those confirmed (and `x0`, if given).
 
@@ -214,9 +218,9 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
     A, damping, preconditioner, max_steps, check_every, callback = system
     xp = array_namespace(start.x)
     r = start.r / scale
-    norm = column_norm(r)
+    norm, unit = column_norm(r), eps(r)
     # Below eps times its start the recursion says nothing about the true residual.
-    target = xp.where(target > eps(r) * norm, target, eps(r) * norm)
+    target = xp.where(target > unit * norm, target, unit * norm)
     running = start.reason == RUNNING
     damped = is_traced(damping) or damping != 0
 
@@ -230,7 +234,10 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
         curvature = dot(state.p, product)
         if damped:
             curvature = curvature + damping * dot(state.p, state.p)
-        ok = active & xp.isfinite(curvature) & (curvature > 0)
+        top = xp.where(curvature > state.top * state.pp, curvature / state.pp, state.top)
+        # Less than this is the rounding of a product, whose sign says nothing.
+        flat = xp.abs(curvature) <= unit * top * state.pp
+        ok = active & xp.isfinite(curvature) & (curvature > 0) & ~flat
         one, zero = xp.ones_like(curvature), xp.zeros_like(curvature)
         # A column that is done takes steps of length 0.
         alpha = xp.where(ok, state.rz / xp.where(ok, curvature, one), zero)
@@ -248,6 +255,7 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
         flag = xp.where(
             active & (curvature <= 0), code(state.flag, Reason.NEGATIVE_CURVATURE), state.flag
         )
+        flag = xp.where(active & flat, code(flag, Reason.SINGULAR), flag)
         flag = xp.where(
             ok & (norm > target) & (rz <= 0), code(flag, Reason.INDEFINITE_PRECONDITIONER), flag
         )
@@ -262,6 +270,8 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
             r,
             scale_and_add(state.p, beta, z),
             xp.where(ok, rz, state.rz),
+            xp.where(ok, rz + beta * beta * state.pp, state.pp),
+            top,
             copy_where(smaller, d, state.best_d),
             xp.where(smaller, norm, state.smallest),
             num_steps,
@@ -285,6 +295,8 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
         r,
         z,
         rz,
+        rz,
+        xp.zeros_like(rz),
         xp.zeros_like(r),
         xp.full_like(norm, float("inf")),  # any step is better than none
         start.num_steps,

@@ -21,6 +21,8 @@ ADVICE = {
     "another scale of A may mend it.",
     Reason.INDEFINITE_PRECONDITIONER: "the preconditioner is not positive definite to rounding. "
     "Make it in float64, or with a larger `damping`; or take CG.",
+    Reason.SINGULAR: "A + damping * I is singular to rounding, and b is not in its range: there is "
+    "no solution. Raise `damping`, or project b on the range of A.",
     Reason.DIRECT: "a direct method gave its answer, and the residual is above the tolerance.",
 }
 

@@ -39,6 +39,9 @@ class Reason(enum.IntEnum):
     """A residual r with ``r.T M r <= 0`` was met: the preconditioner M is no good."""
     DIRECT = 7
     """A direct method did all it does; its residual is above the tolerance."""
+    SINGULAR = 8
+    """A direction p with ``p.T (A + damping I) p = 0`` to rounding was met, so that the matrix is
+    singular, and b has a part outside of its range."""
 
 
 class Solution(NamedTuple):

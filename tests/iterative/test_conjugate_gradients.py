@@ -549,13 +549,45 @@ def test_negative_curvature_is_a_reason_and_never_a_success(backend, name):
     assert np.all(solution.residual_norm <= (1 + 1e-5) * norm(b))
 
 
-@pytest.mark.parametrize("factor", [-1.0, 0.0])
-def test_curvature_that_is_negative_or_zero_everywhere_is_seen_at_the_first_step(backend, factor):
+@pytest.mark.parametrize(
+    ("factor", "reason"), [(-1.0, Reason.NEGATIVE_CURVATURE), (0.0, Reason.SINGULAR)]
+)
+def test_curvature_that_is_negative_or_zero_everywhere_is_seen_at_the_first_step(
+    backend, factor, reason
+):
     solution = backend.run(run_cg, factor * np.eye(N), rhs())
-    assert solution.reason == Reason.NEGATIVE_CURVATURE
+    assert solution.reason == reason
     assert solution.num_steps == 0
     assert not np.any(solution.value)
     assert solution.residual_norm == pytest.approx(np.linalg.norm(rhs()), rel=1e-5)
+
+
+def path_laplacian(n):
+    """Return the Laplacian of a path: constants are its null space."""
+    L = 2.0 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
+    L[0, 0] = L[-1, -1] = 1.0
+    return L
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_singular_system_without_a_solution_is_called_singular(backend, rank):
+    L, b = path_laplacian(N), np.eye(N)[0]
+
+    def solve(L, b):
+        M = None if rank is None else li.NystromCG(indices=range(rank)).prepare(L).preconditioner
+        return li.cg(L, b, preconditioner=M)
+
+    solution = backend.run(solve, L, b)
+    assert solution.reason == Reason.SINGULAR
+    assert solution.residual_norm <= 1 + 10 * backend.eps  # that of zero
+
+
+def test_a_zero_row_is_no_overflow(backend):
+    D, b = np.diag([0.0, 0.0, 1.0, 2.0, 3.0]), np.array([1.0, 0.0, 1.0, 1.0, 1.0])
+    solution = backend.run(run_cg, D, b)
+    assert solution.reason == Reason.SINGULAR
+    assert solution.residual_norm <= norm(b)
+    assert backend.run(run_cg, D, D @ b).reason == Reason.CONVERGED
 
 
 def test_a_damping_that_outweighs_the_negative_curvature_makes_the_system_solvable(backend):

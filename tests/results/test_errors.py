@@ -34,6 +34,7 @@ class Indefinite:
 FAILURES = {
     Reason.MAX_STEPS: (matrix("polynomial"), li.CG(max_steps=2), "Raise `max_steps`, loosen"),
     Reason.NEGATIVE_CURVATURE: (INDEFINITE, li.CG(), "not positive definite. Raise `damping`"),
+    Reason.SINGULAR: (np.zeros((N, N)), li.CG(), "singular to rounding, and b is not in its range"),
     Reason.STAGNATED: (conditioned(1e3), li.CG(rtol=0.0), "out of reach in this precision. Use"),
     Reason.DIVERGED: (
         matrix("linear"),
