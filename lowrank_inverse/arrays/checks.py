@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_torch_array
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.control_flow import quietly
@@ -53,12 +53,46 @@ def namespace(**arrays: Any) -> Any:
 
 def check_floating(name: str, x: Array) -> None:
     """Raise unless `x` is a real floating array."""
+    remedy = _conversion(x)
+    if remedy is not None:
+        raise TypeError(f"`{name}` cannot be {describe(x)}. {remedy}")
     xp = namespace(**{name: x})
+    if xp.isdtype(x.dtype, "complex floating"):
+        raise TypeError(
+            f"`{name}` must have a real floating dtype; got {describe(x)}. Split a Hermitian "
+            "system A x = b into the real one [[Re A, -Im A], [Im A, Re A]] [Re x, Im x] = "
+            "[Re b, Im b]."
+        )
     if not xp.isdtype(x.dtype, "real floating"):
         raise TypeError(
             f"`{name}` must have a real floating dtype; got {describe(x)}. "
             "Convert it to float32 or float64."
         )
+
+
+def _conversion(x: Any) -> str | None:
+    """Say how to convert what looks like an array and is none that can be computed with."""
+    if hasattr(x, "to_numpy"):
+        return "Use its .to_numpy()."
+    if isinstance(x, np.ma.MaskedArray):
+        return "Masks are not looked at: use .filled(value), or leave the masked rows out."
+    if isinstance(x, np.matrix):
+        return "Use numpy.asarray(...): a matrix has its own rules of multiplication."
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+        if not x.dtype.isnative:
+            return "Its bytes are in another order: use .astype(x.dtype.newbyteorder('='))."
+        if x.dtype.type not in (np.float32, np.float64):
+            return "Use .astype(numpy.float64): there is no algebra in this dtype."
+    if is_torch_array(x):
+        torch = sys.modules["torch"]
+        if x.layout is not torch.strided:
+            return "It is sparse: use .to_dense()."
+        if torch._C._functorch.is_batchedtensor(x):
+            return (
+                "torch.vmap cannot follow loops that look at values: put the right-hand sides "
+                "side by side in one block of shape (n, m)."
+            )
+    return None
 
 
 def check_block(name: str, x: Array, n: int) -> None:

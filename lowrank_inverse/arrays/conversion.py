@@ -96,6 +96,13 @@ def astype(x: Array, dtype: Any) -> Array:
     return array_namespace(x).astype(x, dtype, copy=False)
 
 
+def copied(x: Array) -> Array:
+    """Return a copy of `x`, which a graph of gradients goes through; jax never writes over one."""
+    if is_jax_array(x):
+        return x
+    return x.clone() if is_torch_array(x) else array_namespace(x).asarray(x, copy=True)
+
+
 def eps(x: Array) -> float:
     """Machine epsilon of the dtype of `x`."""
     return float(array_namespace(x).finfo(x.dtype).eps)

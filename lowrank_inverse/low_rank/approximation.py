@@ -224,6 +224,8 @@ class NystromApproximation(ProductOnly):
         check_finite("b", b)
         if is_array(dampings):
             dampings = [dampings[i] for i in range(dampings.shape[0])]
+        if len(dampings) == 0:
+            raise ValueError("`dampings` must hold at least one positive number; it is empty.")
         projected = self.project(b)
         path = []
         for damping in dampings:

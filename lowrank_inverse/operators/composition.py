@@ -9,9 +9,9 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_traced, take
-from lowrank_inverse.arrays.linalg import added_diagonals
+from lowrank_inverse.arrays.linalg import added_diagonals, times_diagonal
 from lowrank_inverse.operators.base import Operator, ShiftedOperator
-from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
+from lowrank_inverse.operators.function import aslinearoperator
 
 
 def shifted(A: Any, damping: Scalar) -> Operator:
@@ -34,20 +34,28 @@ def shifted(A: Any, damping: Scalar) -> Operator:
     return ShiftedOperator(aslinearoperator(A), damping)
 
 
-def scaled_by_diagonal(A: Any, s: Array) -> FunctionOperator:
+class DiagonallyScaledOperator(Operator):
+    """``diag(s) A diag(s)``, for `s` of shape (n,)."""
+
+    def __init__(self, A: Any, s: Array) -> None:
+        self.A, self.s, self.like = A, s, s[:0]
+        self.shape, self.dtype = (int(A.shape[0]), int(A.shape[0])), s.dtype
+
+    def _multiply(self, block: Array) -> Array:
+        return times_diagonal(self.s, self.A @ times_diagonal(self.s, block))
+
+    def columns(self, indices: Indices) -> Array:
+        """Return the columns at `indices`, shape (n, k)."""
+        return self.s[:, None] * self.A.columns(indices) * take(self.s, indices)
+
+    def diagonal(self) -> Array:
+        """Return the diagonal, shape (n,)."""
+        return self.s * self.s * self.A.diagonal()
+
+
+def scaled_by_diagonal(A: Any, s: Array) -> DiagonallyScaledOperator:
     """Return ``diag(s) A diag(s)``, for `s` of shape (n,)."""
-
-    def columns(indices: Indices) -> Array:
-        return s[:, None] * A.columns(indices) * take(s, indices)
-
-    return FunctionOperator(
-        lambda v: s * (A @ (s * v)),
-        int(A.shape[0]),
-        like=s,
-        matmat=lambda V: s[:, None] * (A @ (s[:, None] * V)),
-        columns=columns,
-        diagonal=lambda: s * s * A.diagonal(),
-    )
+    return DiagonallyScaledOperator(A, s)
 
 
 def split_shift(A: Any, damping: Scalar) -> tuple[Any, Any]:

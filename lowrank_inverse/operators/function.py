@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_torch_array
 
 from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_count, check_indices, describe, prototype
-from lowrank_inverse.arrays.conversion import is_array
+from lowrank_inverse.arrays.conversion import copied, is_array
 from lowrank_inverse.operators.base import Operator, check_square
 from lowrank_inverse.operators.dense import DenseOperator
+from lowrank_inverse.operators.sparse import SparseOperator
 
 
 class FunctionOperator(Operator):
@@ -44,6 +47,10 @@ class FunctionOperator(Operator):
     TypeError
         If `matvec` is not callable or its products have another dtype or library.
 
+    Notes
+    -----
+    What a function returns is copied, so that it may write the next product into the same array.
+
     Examples
     --------
     >>> import numpy as np
@@ -66,6 +73,12 @@ class FunctionOperator(Operator):
     ) -> None:
         if not callable(matvec):
             raise TypeError(f"`matvec` must be callable; got {describe(matvec)}.")
+        for name, given in (("matmat", matmat), ("columns", columns), ("diagonal", diagonal)):
+            if given is not None and not callable(given):
+                raise TypeError(
+                    f"`{name}` must be a function; got {describe(given)}. For a diagonal d at "
+                    "hand, diagonal=lambda: d."
+                )
         n = check_count("n", n)
         self.like = prototype(dtype, like)
         self.shape, self.dtype = (n, n), self.like.dtype
@@ -88,7 +101,7 @@ class FunctionOperator(Operator):
                 f"`matvec` must return dtype {self.dtype} and shape {tuple(shape)}; got "
                 f"{describe(product)}. Give FunctionOperator the right `dtype` or `like`."
             )
-        return product
+        return copied(product)  # the function may use its array again
 
     def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
@@ -134,47 +147,42 @@ def aslinearoperator(A: Any) -> Any:
     """
     if isinstance(A, Operator):
         return A
-    if is_array(A):
+    if is_torch_array(A) and "sparse" in str(A.layout):
+        return _by_products(A, A.dtype, prototype(A.dtype, None, A.device))
+    if is_array(A) or isinstance(A, (np.matrix, np.ma.MaskedArray)) or hasattr(A, "to_numpy"):
         return DenseOperator(A)
     if not hasattr(A, "shape") or not hasattr(type(A), "__matmul__"):
         raise TypeError(
             f"`A` must be an array or have .shape and @; got {describe(A)}. Wrap a function in "
             "FunctionOperator(matvec, n)."
         )
-    check_square(A)
     sparse = sys.modules.get("scipy.sparse")
     if sparse is not None and sparse.issparse(A):
-        return _from_sparse(A)
+        check_square(A)
+        return SparseOperator(A)
     own_columns, own_diagonal = getattr(A, "columns", None), getattr(A, "diagonal", None)
     if callable(own_columns) and callable(own_diagonal):
+        check_square(A)
         return A
     dtype, empty = getattr(A, "dtype", None), getattr(A, "like", None)
+    if isinstance(dtype, np.dtype) and dtype.kind in "biu":
+        dtype = None  # SciPy looks for it with products of whole numbers
     if empty is None and hasattr(A, "device") and dtype is not None:
         empty = prototype(dtype, None, A.device)
+    return _by_products(A, dtype, empty, own_columns, own_diagonal)
+
+
+def _by_products(
+    A: Any, dtype: Any, like: Array | None, columns: Any = None, diagonal: Any = None
+) -> FunctionOperator:
+    check_square(A)
+    product = partial(operator.matmul, A)
     return FunctionOperator(
-        lambda v: A @ v,
+        product,
         int(A.shape[0]),
         dtype=dtype,
-        like=empty,
-        matmat=lambda block: A @ block,
-        columns=own_columns if callable(own_columns) else None,
-        diagonal=own_diagonal if callable(own_diagonal) else None,
-    )
-
-
-def _from_sparse(A: Any) -> FunctionOperator:
-    if not np.issubdtype(A.dtype, np.floating):
-        raise TypeError(f"`A` must have a real floating dtype; got {A.dtype}. Use A.astype(float).")
-    A = A.tocsc()
-    difference = abs(A - A.T)
-    scale = abs(A).max() if A.nnz else 0.0
-    if difference.nnz and difference.max() > np.finfo(A.dtype).eps ** 0.5 * scale:
-        raise ValueError("`A` must be symmetric; A - A.T is not zero. Use (A + A.T) / 2.")
-    return FunctionOperator(
-        lambda block: A @ block,
-        A.shape[0],
-        dtype=A.dtype,
-        matmat=lambda block: A @ block,
-        columns=lambda indices: A[:, indices].toarray(),
-        diagonal=A.diagonal,
+        like=like,
+        matmat=product,
+        columns=columns if callable(columns) else None,
+        diagonal=diagonal if callable(diagonal) else None,
     )

@@ -22,8 +22,10 @@ from lowrank_inverse.arrays.checks import (
 from lowrank_inverse.arrays.control_flow import map_traced
 from lowrank_inverse.arrays.conversion import (
     astype,
+    copied,
     is_array,
     is_traced,
+    like,
     like_device,
     scalar_like,
     take,
@@ -34,8 +36,7 @@ from lowrank_inverse.operators.distances import by_features, squared_distances
 
 KERNELS = ("rbf", "laplacian", "matern", "polynomial")
 NUS = (0.5, 1.5, 2.5)
-CPU_CHUNK, DEVICE_CHUNK = 512, 8192
-DIAGONAL_CHUNK = 32
+CPU_CHUNK, DEVICE_CHUNK, DIAGONAL_CHUNK = 512, 8192, 32
 
 
 class KernelOperator(Operator):
@@ -51,7 +52,7 @@ class KernelOperator(Operator):
         ``(u @ v + coef0) ** degree``. A callable takes blocks of points of shapes (p, d) and
         (q, d) and returns their kernel, shape (p, q); it must be symmetric and positive
         semidefinite, and is given the points as they are.
-    lengthscale : float, or array of shape (d,)
+    lengthscale : float, or array or list of d numbers
         One for all features, or one for each. ``1 / sqrt(2 gamma)`` in the notation of
         scikit-learn's "rbf", ``1 / gamma`` for "laplacian", ``1 / sqrt(gamma)`` for "polynomial".
     nu : {0.5, 1.5, 2.5}
@@ -73,10 +74,9 @@ class KernelOperator(Operator):
     ``n**2`` where jax traces; columns ``n * k``. Memory: about four tiles and the answer.
 
     Equal points have the distance 0 and the kernel 1 exactly. Up to 16 features, distances are
-    sums of differences. Beyond, they come from inner products in float64, and their squares are
-    right to ``4e-12 (d + 2)`` of themselves: where more than four digits would cancel, differences
-    serve. Where jax traces, what is below ``4e-16 (d + 2)`` times the squared norms of the two
-    points is taken for 0 instead. Where there is no float64, differences serve all.
+    sums of differences. Beyond, squares come from inner products in float64, right to ``4e-12
+    (d + 2)`` of themselves: where more digits would cancel, and where there is no float64, from
+    differences. Where jax traces, they are 0 below ``4e-16 (d + 2)`` times the squared norms.
 
     References
     ----------
@@ -118,12 +118,11 @@ class KernelOperator(Operator):
         self.X, self.kernel, self.nu, self.coef0 = X, kernel, nu, coef0
         self.degree = check_count("degree", degree)
         n = int(X.shape[0])
-        self.shape, self.dtype = (n, n), X.dtype
-        self.like = _in_memory(X[:0, 0])
+        self.shape, self.dtype, self.like = (n, n), X.dtype, _in_memory(X[:0, 0])
         self.lengthscale = _checked_lengthscale(lengthscale, self.like, int(X.shape[1]))
         on_cpu = "cpu" in str(like_device(self.like)).lower() or is_traced(X)
         default = CPU_CHUNK if on_cpu else DEVICE_CHUNK
-        self.chunk_size = default if chunk_size is None else check_count("chunk_size", chunk_size)
+        self.chunk_size = check_count("chunk_size", default if chunk_size is None else chunk_size)
         for rows in _slices(n, self.chunk_size):
             check_finite("X", _in_memory(X[rows, ...]))
 
@@ -135,8 +134,8 @@ class KernelOperator(Operator):
             return self.evaluate(self.X, chosen)
         xp = array_namespace(self.like)
         width = int(indices.shape[0]) + int(self.X.shape[1])
-        size = max(1, self.chunk_size**2 // width)
-        return xp.concat([self.evaluate(x, chosen) for x in self._blocks(self.X, size)], axis=0)
+        blocks = self._blocks(self.X, max(1, self.chunk_size**2 // width))
+        return xp.concat([self.evaluate(x, chosen) for x in blocks], axis=0)
 
     def submatrix(self, indices: Indices) -> Array:
         """Return the rows and columns at `indices`, shape (k, k), computed by themselves."""
@@ -147,8 +146,7 @@ class KernelOperator(Operator):
         """Return the diagonal, shape (n,): ones, but for polynomials and callables."""
         xp = array_namespace(self.like)
         if self.kernel in ("rbf", "laplacian", "matern"):
-            ones = xp.ones((self.shape[0],), dtype=self.dtype, device=like_device(self.like))
-            return ones
+            return xp.ones((self.shape[0],), dtype=self.dtype, device=like_device(self.like))
         size = DIAGONAL_CHUNK if callable(self.kernel) else self.chunk_size
         return xp.concat([self._diagonal(x) for x in self._blocks(self.X, size)], axis=0)
 
@@ -185,7 +183,7 @@ class KernelOperator(Operator):
         if is_traced(self.X) or is_traced(block):
             return self._mapped(self.X, block)
         slices = _slices(self.shape[0], self.chunk_size)
-        parts: list[Any] = [0.0] * len(slices)
+        parts: list[Any] = [0.0 for _ in slices]
         for i, rows in enumerate(slices):
             x = _in_memory(self.X[rows, ...])
             for j in range(i, len(slices)):
@@ -253,7 +251,7 @@ class KernelOperator(Operator):
                 f"`kernel` must return dtype {self.dtype} and shape {shape}; got {describe(block)}."
             )
         namespace(kernel=block, X=self.like)
-        return block
+        return copied(block)  # the function may use its array again
 
 
 def _slices(n: int, size: int) -> list[slice]:
@@ -282,16 +280,18 @@ def _check_points(name: str, points: Any, others: Array | None = None) -> None:
         )
 
 
-def _checked_lengthscale(lengthscale: Any, like: Array, d: int) -> Any:
+def _checked_lengthscale(lengthscale: Any, empty: Array, d: int) -> Any:
+    if isinstance(lengthscale, (list, tuple)):
+        lengthscale = like(lengthscale, empty)
     if not is_array(lengthscale) or lengthscale.ndim == 0:
         check_scalar("lengthscale", lengthscale, positive=True)
-        return scalar_like(lengthscale, like)
+        return scalar_like(lengthscale, empty)
     check_block("lengthscale", lengthscale, d)
-    namespace(X=like, lengthscale=lengthscale)
+    namespace(X=empty, lengthscale=lengthscale)
     positive = array_namespace(lengthscale).all(lengthscale > 0)
-    if lengthscale.ndim != 1 or lengthscale.dtype != like.dtype:
+    if lengthscale.ndim != 1 or lengthscale.dtype != empty.dtype:
         raise ValueError(
-            f"`lengthscale` must be a number or have shape ({d},) and dtype {like.dtype}; got "
+            f"`lengthscale` must be a number or have shape ({d},) and dtype {empty.dtype}; got "
             f"{describe(lengthscale)}."
         )
     check_finite("lengthscale", lengthscale)

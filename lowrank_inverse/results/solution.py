@@ -122,7 +122,13 @@ def check_system(
     check_block("b", b, n)
     check_finite("b", b)
     check_scalar("damping", damping)
-    dtype = getattr(A, "dtype", None)
+    dtype, empty = getattr(A, "dtype", None), getattr(A, "like", None)
+    if empty is not None and array_namespace(empty) is not array_namespace(b):
+        kinds = (type(x).__module__.split(".")[0] for x in (empty, b))
+        raise TypeError(
+            "`A` and `b` must come from one library; A multiplies arrays of {} and b is one of {}. "
+            "Convert one of them.".format(*kinds)
+        )
     if dtype is not None and b.dtype != dtype:
         raise TypeError(
             f"`b` has dtype {b.dtype} and `A` has {dtype}. Convert one of them: nothing is "

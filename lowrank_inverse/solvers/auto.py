@@ -11,6 +11,7 @@ from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse.operators.columns import known_or_none
 from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.operators.sparse import SparseOperator
 from lowrank_inverse.solvers.base import PreparedInverse
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.iterative import CG
@@ -25,8 +26,8 @@ class Auto:
     """What :func:`lowrank_inverse.solve` takes where no solver is given.
 
     A small matrix whose entries can be read is decomposed; a large one with a diagonal is solved
-    by conjugate gradients with a randomly pivoted preconditioner; what is known by products alone,
-    by conjugate gradients.
+    by conjugate gradients with a randomly pivoted preconditioner; a large sparse one, and what is
+    known by products alone, by conjugate gradients.
     """
 
     damping: Scalar = 0.0
@@ -44,6 +45,8 @@ class Auto:
         if readable and n <= MOST_ROWS:
             return Exact(damping=self.damping), f"n = {n} is small and the entries can be read"
         shared: dict[str, Any] = {"damping": self.damping, "rtol": self.rtol}
+        if isinstance(base, SparseOperator):
+            return CG(**shared), "A is sparse, so that its products are cheap"
         if not readable:
             return CG(**shared), "A is known by products"
         d = known_or_none(base)

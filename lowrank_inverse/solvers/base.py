@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from array_api_compat import array_namespace
@@ -148,25 +149,25 @@ class CallableSolver:
         """Return what calls the function with the product of `A`, and counts its calls."""
         A = aslinearoperator(A)
 
-        def run(b: Array, x0: Array | None) -> Solution:
-            check_system(A, b, 0.0)
-            calls = 0
+        return PreparedInverse(A, partial(_solve_by_function, self.function, A))
 
-            def matvec(v: Array) -> Array:
-                nonlocal calls
-                calls += block_width(v)
-                return A @ v
 
-            x = self.function(matvec, b)
-            if not hasattr(x, "shape") or tuple(x.shape) != tuple(b.shape):
-                raise ValueError(
-                    f"`solver` must return an array of the shape of b, {tuple(b.shape)}; "
-                    f"got {describe(x)}."
-                )
-            solution = direct_solution(A, 0.0, b, x, 0)
-            return solution._replace(num_products=solution.num_products + calls)
+def _solve_by_function(function: Any, A: Any, b: Array, x0: Array | None) -> Solution:
+    check_system(A, b, 0.0)
+    calls = 0
 
-        return PreparedInverse(A, run)
+    def matvec(v: Array) -> Array:
+        nonlocal calls
+        calls += block_width(v)
+        return A @ v
+
+    x = function(matvec, b)
+    if not hasattr(x, "shape") or tuple(x.shape) != tuple(b.shape):
+        raise ValueError(
+            f"`solver` must return an array of the shape of b, {tuple(b.shape)}; got {describe(x)}."
+        )
+    solution = direct_solution(A, 0.0, b, x, 0)
+    return solution._replace(num_products=solution.num_products + calls)
 
 
 def as_settings(solver: Solver | SolveFunction) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,15 +62,10 @@ class Exact:
         M = M + damping * like(np.eye(n), M)
         # Without a damping, what may be the rounding of H is taken for zero.
         inverse = _DenseInverse(M, eps(H), eps(M) if is_positive(damping) else eps(H))
-
-        def run(b: Array, x0: Array | None) -> Solution:
-            check_system(A, b, damping)
-            return direct_solution(A, damping, b, inverse @ b, 0, scale=inverse.scale)
-
         return PreparedInverse(
             A,
-            run,
-            apply=inverse.__matmul__,
+            partial(_solve_directly, A, damping, inverse.apply, inverse.units),
+            apply=inverse.apply,
             num_products=n,
             rank=inverse.rank,
             negative_curvature=inverse.negative_curvature,
@@ -80,8 +78,8 @@ class _DenseInverse:
     def __init__(self, M: Array, precision: float, unit: float) -> None:
         xp = array_namespace(M)
         n = M.shape[0]
-        self.scale, B = _scaled(M)
-        self._left, self._factor = self.scale, None if self.scale is None else cholesky(B)
+        self.units, B = _scaled(M)
+        self._left, self._factor = self.units, None if self.units is None else cholesky(B)
         if self._factor is not None:
             pivots = xp.linalg.diagonal(self._factor) ** 2
             largest = xp.max(xp.sum(xp.abs(B), axis=0))  # no eigenvalue is larger
@@ -90,7 +88,7 @@ class _DenseInverse:
                 return
             self._factor = None
         # The pseudo-inverse is that of M itself, where its small units survive.
-        if self.scale is None or bool(xp.min(self.scale) > eps(M) ** 0.25 * xp.max(self.scale)):
+        if self.units is None or bool(xp.min(self.units) > eps(M) ** 0.25 * xp.max(self.units)):
             self._left, B = None, M
         w, self._vectors = xp.linalg.eigh(B)
         largest = xp.max(xp.abs(w))
@@ -100,7 +98,7 @@ class _DenseInverse:
         self.rank = concrete(xp.sum(astype(keep, xp.int32), dtype=xp.int32))
         self.negative_curvature = concrete(xp.any(w < -n * precision * largest))
 
-    def __matmul__(self, b: Array) -> Array:
+    def apply(self, b: Array) -> Array:
         x = astype(b, wide_dtype(b))
         if self._left is not None:
             x = times_diagonal(self._left, x)
@@ -140,9 +138,17 @@ class Identity:
     def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
         """Return ``scale * I``."""
         A = aslinearoperator(A)
+        apply = partial(operator.mul, self.scale)
+        return PreparedInverse(A, partial(_solve_directly, A, 0.0, apply, None), apply=apply)
 
-        def run(b: Array, x0: Array | None) -> Solution:
-            check_system(A, b, 0.0)
-            return direct_solution(A, 0.0, b, self.scale * b, 0)
 
-        return PreparedInverse(A, run, apply=lambda b: self.scale * b)
+def _solve_directly(
+    A: Any,
+    damping: Scalar,
+    apply: Callable[[Array], Array],
+    units: Array | None,
+    b: Array,
+    x0: Array | None,
+) -> Solution:
+    check_system(A, b, damping)
+    return direct_solution(A, damping, b, apply(b), 0, scale=units)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar
@@ -35,21 +36,7 @@ class CG:
         """Return the inverse of ``A + damping * I``; there is nothing to draw."""
         H, damping = split_shift(aslinearoperator(A), self.damping)
 
-        def run(b: Array, x0: Array | None) -> Solution:
-            return cg(
-                H,
-                b,
-                damping=damping,
-                x0=x0,
-                preconditioner=self.preconditioner,
-                rtol=self.rtol,
-                atol=self.atol,
-                max_steps=self.max_steps,
-                check_every=self.check_every,
-                callback=self.callback,
-            )
-
-        return PreparedInverse(H, run)
+        return PreparedInverse(H, partial(solve_by_cg, self, H, damping, self.preconditioner))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +59,38 @@ class Neumann:
         """Return the inverse of ``A + damping * I``; there is nothing to draw."""
         H, damping = split_shift(aslinearoperator(A), self.damping)
 
-        def run(b: Array, x0: Array | None) -> Solution:
-            return neumann(
-                H,
-                b,
-                damping=damping,
-                num_terms=self.num_terms,
-                step_size=self.step_size,
-                rtol=self.rtol,
-            )
+        return PreparedInverse(H, partial(_solve_by_neumann, self, H, damping))
 
-        return PreparedInverse(H, run)
+
+def solve_by_cg(
+    settings: Any, A: Any, damping: Scalar, preconditioner: Any, b: Array, x0: Array | None
+) -> Solution:
+    """Run conjugate gradients by `settings`, but with another damping and preconditioner."""
+    return cg(
+        A,
+        b,
+        damping=damping,
+        x0=x0,
+        preconditioner=preconditioner,
+        rtol=settings.rtol,
+        atol=settings.atol,
+        max_steps=settings.max_steps,
+        check_every=settings.check_every,
+        callback=settings.callback,
+    )
+
+
+def _solve_by_neumann(
+    settings: Neumann, A: Any, damping: Scalar, b: Array, x0: Array | None
+) -> Solution:
+    return neumann(
+        A,
+        b,
+        damping=damping,
+        num_terms=settings.num_terms,
+        step_size=settings.step_size,
+        rtol=settings.rtol,
+    )
 
 
 def check_iteration(settings: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from lowrank_inverse.solvers.columns import (
     chosen_indices,
     is_lossy,
 )
-from lowrank_inverse.solvers.iterative import check_iteration
+from lowrank_inverse.solvers.iterative import check_iteration, solve_by_cg
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
 AUTO_SHARE = 0.1
@@ -144,16 +145,7 @@ class Nystrom:
         unit = eps(inverse.like)
         approximate = inverse if s is None else scaled_by_diagonal(inverse, s)
 
-        def run(b: Array, x0: Array | None) -> Solution:
-            check_system(A, b, self.damping)
-            if self.refine == 0:
-                cost = apply_cost(inverse, block_width(b))
-                return direct_solution(A, self.damping, b, approximate @ b, cost)
-            # From zero: the first step is the plain answer with the best length.
-            steps = self.refine + 1
-            solution = cg(A, b, damping=self.damping, preconditioner=approximate, max_steps=steps)
-            return with_apply_cost(solution, inverse, b)
-
+        run = partial(_solve_by_inverse, A, self, inverse, approximate)
         return PreparedInverse(
             A,
             run,
@@ -175,6 +167,20 @@ class Nystrom:
         rank = min(self.rank, n) if self.indices is None else np.shape(self.indices)[0]
         itemsize = array_namespace(empty).finfo(empty.dtype).bits // 8
         return plan_memory(n, rank, itemsize, memory=self.memory, chunk_size=self.chunk_size)
+
+
+def _solve_by_inverse(
+    A: Any, settings: Nystrom, inverse: Any, approximate: Any, b: Array, x0: Array | None
+) -> Solution:
+    damping = settings.damping
+    check_system(A, b, damping)
+    if settings.refine == 0:
+        cost = apply_cost(inverse, block_width(b))
+        return direct_solution(A, damping, b, approximate @ b, cost)
+    # From zero: the first step is the plain answer with the best length.
+    steps = settings.refine + 1
+    solution = cg(A, b, damping=damping, preconditioner=approximate, max_steps=steps)
+    return with_apply_cost(solution, inverse, b)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,24 +240,10 @@ class NystromCG:
             preconditioner = scaled_by_diagonal(preconditioner, s)
         system, total = split_shift(aslinearoperator(A), self.damping)
 
-        def run(b: Array, x0: Array | None) -> Solution:
-            return cg(
-                system,
-                b,
-                damping=total,
-                x0=x0,
-                preconditioner=preconditioner,
-                rtol=self.rtol,
-                atol=self.atol,
-                max_steps=self.max_steps,
-                check_every=self.check_every,
-                callback=self.callback,
-            )
-
         bounding = s is None and is_positive(damping)
         return PreparedInverse(
             system,
-            run,
+            partial(solve_by_cg, self, system, total, preconditioner),
             num_products=approx.num_products if approximation is None else 0,
             rank=approx.rank,
             negative_curvature=is_indefinite(approx.core_eigenvalues, damping, eps(approx.columns)),
