@@ -62,6 +62,7 @@ class NystromApproximation(ProductOnly):
         with a Gaussian sketch if H has one, and for ``rank="auto"``.
     stopped : str or None
         Why ``rank="auto"`` took no more columns: ``"residual_trace"``, ``"effective_dimension"``,
+        ``"steps"`` (twice the columns would cost more than the steps they could save),
         ``"certificate"``, ``"exhausted"`` (what is left is rounding) or ``"max_rank"``.
 
     Notes

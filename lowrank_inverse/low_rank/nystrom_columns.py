@@ -71,10 +71,12 @@ def nystrom(
     damping, b, rtol, max_rank : optional, with ``rank="auto"``
         The columns are doubled, from 16 up to `max_rank` (default: the lesser of n and 1000).
         With `damping`, until the residual trace is at most that, or the columns are as many as
-        :meth:`NystromApproximation.sufficient_rank` asks for. With `damping` and a right-hand
-        side `b`, of shape (n,) or (n, m), until :func:`lowrank_inverse.certify` proves a relative
-        error of at most `rtol`, for a product or two a column each time. With neither, until the
-        residual trace is at most `rtol` times the trace. Default of `rtol`: 1e-3.
+        :meth:`NystromApproximation.sufficient_rank` asks for. With `damping` and `rtol`, at most
+        until twice the columns would cost more than the steps that conjugate gradients take with
+        these to a relative residual of `rtol`. With `damping` and a right-hand side `b`, of shape
+        (n,) or (n, m), until :func:`lowrank_inverse.certify` proves a relative error of at most
+        `rtol` (default: 1e-3), for a product or two a column each time. With neither, until the
+        residual trace is at most `rtol` (default: 1e-3) times the trace.
 
     Returns
     -------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
-from lowrank_inverse.arrays.conversion import is_traced
+from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.estimators.norm import certificate_cost
+from lowrank_inverse.low_rank.core import FLOAT64_EPS
 from lowrank_inverse.low_rank.sketches import Source, make_source
 from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.results.certificate import certify
@@ -41,6 +43,7 @@ def adaptive_approximation(
     """
     n = int(A.shape[0])
     most = min(n, MAX_RANK if max_rank is None else check_count("max_rank", max_rank))
+    by_steps = damping is not None and b is None and rtol is not None
     rtol = DEFAULT_RTOL if rtol is None else rtol
     check_scalar("rtol", rtol)
     if is_traced(damping) or is_traced(getattr(A, "like", None)) or is_traced(b):
@@ -73,7 +76,7 @@ def adaptive_approximation(
     while True:
         source.grow(count, trace=float(goal))
         approx = build(source.sketch())
-        stopped, cost = _reason(A, approx, source, goal, damping, b, rtol)
+        stopped, cost = _reason(A, approx, source, goal, damping, b, rtol, by_steps)
         checks += cost
         if stopped is None and count == most:
             stopped = "max_rank"
@@ -81,6 +84,32 @@ def adaptive_approximation(
             approx.stopped, approx.num_products = stopped, approx.num_products + checks
             return approx
         count = min(2 * count, most)
+
+
+def steps_left(approx: Any, damping: Scalar, rtol: float) -> float:
+    """Estimate the most steps that conjugate gradients take, preconditioned by `approx`.
+
+    ``sqrt(c) / 2 * log(2 / rtol)``, for a condition number c of ``1 + m / damping``: m, the
+    largest eigenvalue that the columns missed, is taken to be the smallest that they found.
+    """
+    g = to_host(approx.eigenvalues)
+    missed = float(g[max(0, int(approx.rank) - 1)])
+    if approx.trace is not None:  # m is no less than the mean
+        missed = max(missed, approx.residual_trace / max(1, approx.shape[0] - approx.num_columns))
+    condition = 1 + missed / float(concrete(damping))
+    return 0.5 * condition**0.5 * math.log(2 / max(rtol, FLOAT64_EPS))
+
+
+def doubling_cost(A: Any, approx: Any) -> float:
+    """Estimate what twice the columns cost more, in products with `A`.
+
+    To choose k columns and to make them orthonormal takes about ``8 n k**2`` operations; a product
+    with a matrix at hand 2 for each of its entries, with a kernel as many as an entry of it takes.
+    Where entries cannot be read, a column costs a product.
+    """
+    k, n = approx.num_columns, approx.shape[0]
+    algebra = 24 * k * k / (n * getattr(A, "entry_operations", 2))
+    return algebra + (0 if hasattr(A, "submatrix") else k)
 
 
 def _reason(
@@ -91,6 +120,7 @@ def _reason(
     damping: Scalar,
     b: Array | None,
     rtol: float,
+    by_steps: bool,
 ) -> tuple[str | None, int]:
     """Return why `approx` is enough, None if it is not, and the products that took."""
     cost = 0
@@ -108,6 +138,8 @@ def _reason(
             return "residual_trace", cost
         if damping is not None and approx.sufficient_rank(damping) <= approx.num_columns:
             return "effective_dimension", cost
+        if by_steps and steps_left(approx, damping, rtol) <= doubling_cost(A, approx):
+            return "steps", cost
     if source.exhausted or source.size >= int(A.shape[0]):
         return "exhausted", cost
     return None, cost

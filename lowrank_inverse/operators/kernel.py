@@ -95,6 +95,8 @@ class KernelOperator(Operator):
     converged True
     """
 
+    entry_operations = 50  # of a matrix product, about: what an entry takes
+
     def __init__(
         self,
         X: Array,
@@ -167,8 +169,7 @@ class KernelOperator(Operator):
         self._check(block)
         if is_traced(self.X) or is_traced(Z) or is_traced(block):
             return self._mapped(Z, block)
-        results = []
-        slices = _slices(self.shape[0], self.chunk_size)
+        results, slices = [], _slices(self.shape[0], self.chunk_size)
         for z in self._blocks(Z, self.chunk_size):
             tiles = zip(slices, self._blocks(self.X, self.chunk_size), strict=True)
             results.append(sum(self.evaluate(z, x) @ block[rows, ...] for rows, x in tiles))
@@ -206,8 +207,7 @@ class KernelOperator(Operator):
 
         if steps == 1:
             return step(rows[0])
-        results = map_traced(step, rows)
-        return xp.reshape(results, (steps * size, *block.shape[1:]))[:p, ...]
+        return xp.reshape(map_traced(step, rows), (steps * size, *block.shape[1:]))[:p, ...]
 
     def _chosen(self, indices: Indices) -> Array:
         if isinstance(self.X, np.ndarray):

@@ -66,7 +66,10 @@ def chosen_approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments:
     generator = np.random.default_rng(rng)
     weights, spent = _weights(settings, A, generator)
     if settings.rank == "auto":
-        arguments |= {"damping": aim if is_positive(aim) else None, "max_rank": settings.max_rank}
+        damping = aim if is_positive(aim) else None
+        # A solver with a tolerance takes steps, and need not take columns that save none.
+        rtol = None if damping is None else getattr(settings, "rtol", None)
+        arguments |= {"damping": damping, "rtol": rtol, "max_rank": settings.max_rank}
     approx = nystrom(
         A,
         settings.rank if settings.rank == "auto" else min(settings.rank, int(A.shape[0])),

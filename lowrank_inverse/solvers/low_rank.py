@@ -191,7 +191,8 @@ class NystromCG:
     ----------
     rank, sampling, indices, max_rank, diagonal_products
         As in :class:`Nystrom`; but ``rank="auto"`` takes as many columns as leave about the
-        damping, and without a damping, a thousandth of the trace.
+        damping, and no more than pay for themselves in steps; without a damping, as many as leave
+        a thousandth of the trace.
     damping : float
         0 or more.
     rtol, atol, max_steps, check_every, callback

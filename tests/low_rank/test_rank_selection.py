@@ -7,6 +7,8 @@ import pytest
 
 import lowrank_inverse as li
 from lowrank_inverse.low_rank.column_sampling import DRAWN, SAMPLINGS
+from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
+from lowrank_inverse.low_rank.rank_selection import steps_left
 from tests.conftest import host
 from tests.oracles import damped_solve, norm, operator_norm, relative_error
 from tests.problems import CountingOperator, exactly_psd, symmetric
@@ -162,7 +164,7 @@ def test_the_settings_grow_the_rank_and_say_why_it_ended(kind, sampling):
     solver = kind(rank="auto", damping=1e-3, sampling=sampling)
     inverse = solver.prepare(EXPONENTIAL, rng=0)
     approx = inverse.preconditioner.approx
-    assert approx.stopped in ("residual_trace", "effective_dimension")
+    assert approx.stopped in ("residual_trace", "effective_dimension", "steps")
     assert inverse.rank == approx.rank
     exact = damped_solve(EXPONENTIAL, 1e-3, B)
     tolerance = 1e-3 if kind is li.NystromCG else 1.0
@@ -189,14 +191,44 @@ def test_the_enough_of_the_theorem_is_enough():
     """2 ceil(1.5 d) + 1 columns of a Gaussian sketch: a condition number of 28 in the mean."""
     for name, A in (("exponential", EXPONENTIAL), ("polynomial", POLYNOMIAL)):
         for damping in (1e-2, 1e-4):
-            solver = li.NystromCG(rank="auto", damping=damping, sampling="gaussian", rtol=1e-10)
             conditions = []
             for seed in range(5):
-                inverse = solver.prepare(A, rng=seed)
-                P = inverse.preconditioner @ np.eye(M)
+                approx = li.nystrom(A, "auto", damping=damping, sampling="gaussian", rng=seed)
+                P = NystromPreconditioner(approx, damping) @ np.eye(M)
                 preconditioned = np.linalg.eigvals(P @ (A + damping * np.eye(M))).real
                 conditions.append(np.max(preconditioned) / np.min(preconditioned))
             assert np.mean(conditions) < 28, name
+
+
+def test_no_more_columns_are_taken_than_pay_for_themselves_in_steps():
+    X = np.random.default_rng(0).uniform(-1, 1, (600, 2))
+    y = np.sin(3 * X[:, 0]) * X[:, 1]
+    K = li.KernelOperator(X, "matern", nu=2.5, lengthscale=0.5)
+    by_products = CountingOperator(K.columns(np.arange(600)))
+    dampings = (1e-3, 1e-1, 10.0)
+    for A, sampling, chosen in (
+        (K, "rpcholesky", dampings[:1]),  # beyond that, its columns are much cheaper than products
+        (by_products.A, "rpcholesky", dampings),
+        (by_products, "gaussian", dampings),
+    ):
+        for damping in chosen:
+            shared = {"damping": damping, "rtol": 1e-8}
+            plain = li.solve(A, y, solver=li.CG(**shared))
+            auto = li.NystromCG(rank="auto", sampling=sampling, **shared)
+            solution = li.solve(A, y, solver=auto, rng=0)
+            assert solution.converged
+            assert solution.num_products <= plain.num_products + 32, (sampling, damping)
+    stopped = auto.approximate(A, rng=0).stopped
+    assert stopped in ("steps", "effective_dimension")
+
+
+@pytest.mark.parametrize("rank", [40, 80])
+def test_the_steps_left_are_no_fewer_than_those_that_are_taken(rank):
+    A = symmetric(np.arange(1, M + 1) ** -2.0)
+    approx = li.nystrom(A, rank, sampling="gaussian", rng=0)
+    P = NystromPreconditioner(approx, 1e-6)
+    taken = li.cg(A, B[:, 0], damping=1e-6, preconditioner=P, rtol=1e-8).num_steps
+    assert taken <= steps_left(approx, 1e-6, 1e-8) <= 5 * taken
 
 
 def test_nystrom_cg_grows_without_a_damping():
