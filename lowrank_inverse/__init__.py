@@ -1,6 +1,5 @@
 """Approximate inverses of large symmetric operators, on any array library."""
 
-from lowrank_inverse.bilevel.state import HypergradientState
 from lowrank_inverse.estimators.diagonal import DiagonalEstimate, estimate_diagonal
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.iterative.neumann_series import neumann
@@ -22,6 +21,7 @@ from lowrank_inverse.solvers.direct import Exact, Identity
 from lowrank_inverse.solvers.iterative import CG, Neumann
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 from lowrank_inverse.solvers.solve import as_solve, solve
+from lowrank_inverse.solvers.state import HypergradientState
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,14 @@ RNG: TypeAlias = int | Sequence[int] | np.random.Generator | None
 """A seed, a ``numpy.random.Generator``, or None for fresh entropy (SPEC 7)."""
 
 Sampling: TypeAlias = Literal[
-    "uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"
+    "auto",
+    "uniform",
+    "diagonal",
+    "diagonal_squared",
+    "greedy",
+    "rpcholesky",
+    "gaussian",
+    "krylov",
 ]
 """Which columns of an operator are taken."""
 
@@ -37,8 +44,8 @@ class LinearOperator(Protocol):
 class Solver(Protocol):
     """Settings of a solver: they become an inverse by ``prepare``."""
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> Any:
-        """Return the inverse of `A`, a ``PreparedInverse``."""
+    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> Any:
+        """Return the inverse of `A`, a ``PreparedInverse``, perhaps with `b` in view."""
         ...
 
 

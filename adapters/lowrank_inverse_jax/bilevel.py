@@ -15,9 +15,9 @@ from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.bilevel.ridge import default_solver
-from lowrank_inverse.bilevel.state import HypergradientState
 from lowrank_inverse.results.solution import Solution
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
 from lowrank_inverse_jax.parameters import Parameters, as_parameters
 
@@ -44,7 +44,7 @@ class Hypergradient(NamedTuple):
     ihvp : structure of `params`
         ``(H + ridge + damping)^{-1}`` times the outer gradient.
     state : HypergradientState
-        Give it to the next call as `state`: a warm start, and a preconditioner that is kept.
+        Give it to the next call as `state`: a warm start, and pairs that precondition.
     info : HypergradientInfo
         Cost and trust.
     solution : Solution
@@ -98,15 +98,15 @@ def hypergradient(
     has_aux : bool
         The losses return ``(scalar, aux)``.
     solver : settings such as ``lowrank_inverse.Nystrom(...)``, or callable ``solve(matvec, b)``
-        With the damping it adds to the Hessian. Default: ``NystromCG(rank=20, max_steps=20)``.
+        With the damping it adds to the Hessian. Default: ``CG(max_steps=40)``.
     ridge : float, array, structure of `params`, or callable (hparams) -> one of these, optional
         Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
         `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) array or in
         the structure of `params`. It is treated exactly, never sampled. Give a callable where it
         depends on the hyperparameters.
     state : HypergradientState, optional
-        ``.state`` of an earlier call, which CG and NystromCG continue; the Solution of a similar
-        system is a start too.
+        ``.state`` of an earlier call: CG and NystromCG start from it, and recycle its pairs. The
+        Solution of a similar system is a start too.
     key : jax PRNG key, optional
         From which columns are drawn uniformly, also inside ``jax.jit``.
     rng : int or numpy.random.Generator, optional
@@ -233,7 +233,7 @@ def _with_drawn_columns(solver: Solver | SolveFunction, key: Any, rng: RNG, n: i
         raise TypeError(f"`key` needs Nystrom or NystromCG settings; got {describe(solver)}.")
     if solver.indices is not None:
         return solver
-    if solver.sampling != "uniform":
+    if solver.sampling not in ("auto", "uniform"):
         raise ValueError(
             f"`key` draws columns uniformly; got sampling={solver.sampling!r}. Choose them outside "
             "and pass `indices` in the settings."

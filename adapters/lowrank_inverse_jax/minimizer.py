@@ -88,12 +88,13 @@ def implicit_minimizer(
                     theta.vector,
                     chunk_size=chunk_size,
                 )
-                inverse = settings.prepare(H, rng=rng)
+
+                def solve(_: Any, b: jax.Array) -> jax.Array:
+                    return settings.prepare(H, rng=rng, b=b).solve(b).value
+
                 _, change = jax.jvp(gradient, (inputs,), (tangents[1],))
                 # The solve as one linear and symmetric step, so that jax can transpose it.
-                moved = jax.lax.custom_linear_solve(
-                    lambda v: H @ v, -change, lambda _, b: inverse @ b, symmetric=True
-                )
+                moved = jax.lax.custom_linear_solve(lambda v: H @ v, -change, solve, symmetric=True)
             return params, _tangents(params, theta.restore(moved))
 
         @wraps(train)

@@ -13,8 +13,8 @@ from torch import Tensor, autograd, nn
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
-from lowrank_inverse.bilevel.state import HypergradientState
 from lowrank_inverse.results.solution import Reason, Solution
+from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse_torch.curvature.gradient_graph import refuse_cut_graphs
 from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched
@@ -37,7 +37,7 @@ class Hypergradient(NamedTuple):
     ihvp : structure of `params`
         ``(H + ridge + damping)^{-1}`` times the outer gradient.
     state : HypergradientState
-        Give it to the next call as `state`: a warm start, and a preconditioner that is kept.
+        Give it to the next call as `state`: a warm start, and pairs that precondition.
     info : HypergradientInfo
         Cost and trust, as Python numbers.
     solution : Solution
@@ -87,15 +87,15 @@ def hypergradient(
     hparams : Module, Tensor, iterable of tensors, or pytree
         φ. Those that neither loss depends on get zeros, and are named in the info.
     solver : settings such as ``lowrank_inverse.Nystrom(...)``, or callable ``solve(matvec, b)``
-        With the damping it adds to the Hessian. Default: ``NystromCG(rank=20, max_steps=20)``.
+        With the damping it adds to the Hessian. Default: ``CG(max_steps=40)``.
     ridge : float, Tensor, or structure of `params`, optional
         Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
         `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) tensor or in
         the structure of `params`. It is treated exactly, never sampled, and may depend on
         `hparams`.
     state : HypergradientState, optional
-        ``.state`` of an earlier call, which CG and NystromCG continue; the Solution of a similar
-        system is a start too.
+        ``.state`` of an earlier call: CG and NystromCG start from it, and recycle its pairs. The
+        Solution of a similar system is a start too.
     accumulate_grad : bool
         Also add the result to ``.grad`` of the hyperparameters, as ``backward()`` would.
     rng : int or numpy.random.Generator, optional

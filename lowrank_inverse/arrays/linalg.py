@@ -83,6 +83,18 @@ def scale_and_add(x: Array, factor: Array, y: Array) -> Array:
     return x
 
 
+def set_rows(X: Array, start: Any, block: Array) -> Array:
+    """Return `X` with the rows from `start` on replaced, written over `X` but for jax.
+
+    Rows beyond the last are left out.
+    """
+    if is_jax_array(X):
+        return X.at[start + array_namespace(X).arange(block.shape[0])].set(block)
+    stop = min(start + block.shape[0], X.shape[0])
+    X[start:stop, ...] = block[: max(stop - start, 0), ...]
+    return X
+
+
 def copy_where(condition: Array, x: Array, kept: Array) -> Array:
     """Return ``choose(condition, x, kept)``, written over `kept` where that can be done."""
     if condition.ndim == 0 and _can_write(kept, x) and on_cpu(condition):

@@ -125,9 +125,10 @@ def explain(info: Any) -> str:
     Parameters and errors are those of :func:`findings`.
     """
     lines = [f"{_number(info, 'num_products'):.0f} products with the Hessian"]
-    if info.refreshed is not None:
-        fresh = bool(_number(info, "refreshed"))
-        lines[0] += f"; {'fresh' if fresh else 'kept'} columns, of which {info.rank} are of use"
+    if info.recycled is not None:
+        lines[0] += f"; {_number(info, 'recycled'):.0f} pairs of earlier ones recycled"
+    if info.rank is not None:
+        lines[0] += f"; rank {_number(info, 'rank'):.0f}"
     plan = info.memory
     if plan is not None:
         size = f"{plan.num_bytes / 2**20:.3g} MiB"

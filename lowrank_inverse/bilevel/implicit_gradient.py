@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_finite
 from lowrank_inverse.bilevel.ridge import default_solver, inverse_product, smallest_shift
-from lowrank_inverse.bilevel.state import HypergradientState
 from lowrank_inverse.results.solution import Solution
 from lowrank_inverse.solvers.base import PreparedInverse
+from lowrank_inverse.solvers.state import HypergradientState
 
 
 class ImplicitGradient(NamedTuple):
@@ -21,7 +21,7 @@ class ImplicitGradient(NamedTuple):
     solution: Solution
     inverse: PreparedInverse
     state: HypergradientState
-    refreshed: Any
+    recycled: Any
     shift: Scalar
 
 

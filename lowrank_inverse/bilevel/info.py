@@ -40,8 +40,8 @@ class HypergradientInfo:
         Steps of the solver.
     reason : Reason
         Why it ended.
-    refreshed : bool or None
-        Whether NystromCG computed its columns in this call, rather than keep those of the state.
+    recycled : int or None
+        Pairs of the state that served as the preconditioner; None for solvers without.
     inner_step : float
         Estimated length of a Newton step to the inner minimum, over the norm of the parameters,
         with the curvature along the inverse product. NaN where that is not positive.
@@ -62,7 +62,7 @@ class HypergradientInfo:
     rank: Any
     num_steps: Any = None
     reason: Any = None
-    refreshed: Any = None
+    recycled: Any = None
     inner_step: Any = None
     error_bound: Any = None
     memory: MemoryPlan | None = None
@@ -118,7 +118,7 @@ def hypergradient_info(
         rank=inverse.rank,
         num_steps=solution.num_steps,
         reason=solution.reason,
-        refreshed=result.refreshed,
+        recycled=result.recycled,
         inner_step=step,
         error_bound=xp.where(bounded, solution.residual_norm / safe / scale, nan),
         memory=inverse.memory,

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_finite, check_scalar
 from lowrank_inverse.arrays.conversion import is_traced, scalar_like
-from lowrank_inverse.bilevel.column_reuse import reuse_columns
-from lowrank_inverse.bilevel.state import HypergradientState, adopt, next_state, start
 from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution
-from lowrank_inverse.solvers.base import PreparedInverse, as_settings
-from lowrank_inverse.solvers.low_rank import NystromCG
+from lowrank_inverse.solvers.base import as_settings
+from lowrank_inverse.solvers.iterative import CG
+from lowrank_inverse.solvers.state import Continued, HypergradientState, solve_from
 
-DEFAULT_SOLVER = NystromCG(rank=20, max_steps=20)
+DEFAULT_SOLVER = CG(max_steps=40)
 """For Hessians, which cost a product whatever is asked of them: at most 42 products."""
 
 
 def default_solver(solver: Solver | SolveFunction | None) -> Any:
     """Return `solver` as settings, or the default where there is none."""
     return DEFAULT_SOLVER if solver is None else as_settings(solver)
-
-
-class InverseProduct(NamedTuple):
-    """An inverse product, and what the next call may go on from."""
-
-    solution: Solution
-    inverse: PreparedInverse
-    state: HypergradientState
-    refreshed: Any
-    """Whether NystromCG computed its columns in this call; None for other solvers."""
 
 
 def inverse_product(
@@ -44,7 +33,7 @@ def inverse_product(
     ridge: Scalar = None,
     rng: RNG = 0,
     state: HypergradientState | Solution | None = None,
-) -> InverseProduct:
+) -> Continued:
     """Solve ``(H + ridge + damping * I) x = b``; the ridge stays out of what is approximated.
 
     A ridge is a number or a vector of shape (n,). `num_products` of the solution counts the
@@ -54,20 +43,8 @@ def inverse_product(
     if ridge is not None:
         _check_ridge(ridge, b)
         A = ShiftedOperator(A, ridge)
-    state = adopt(state, b)
-    x0, reused = start(state, b), None
-    if isinstance(settings, NystromCG):
-        approximation, reused = reuse_columns(state, settings, A, rng)
-        inverse = settings.prepare(A, approximation=approximation)
-    else:
-        inverse = settings.prepare(A, rng=rng)
-    solution = inverse.solve(b, x0=x0)
-    spent = inverse.num_products if reused is None else reused.num_products
-    solution = solution._replace(num_products=spent + solution.num_products)
-    following = next_state(state, solution, reused)
-    return InverseProduct(
-        solution, inverse, following, None if reused is None else reused.refreshed
-    )
+    state = HypergradientState() if state is None else state
+    return solve_from(state, settings, A, b, rng=rng)
 
 
 def smallest_shift(settings: Any, ridge: Scalar, b: Array) -> Any:

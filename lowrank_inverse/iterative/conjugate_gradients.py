@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, LinearOperator, Scalar
-from lowrank_inverse.arrays.checks import check_count
+from lowrank_inverse.arrays.checks import check_count, describe
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
-from lowrank_inverse.arrays.conversion import astype, eps, is_traced, scalar_like
+from lowrank_inverse.arrays.conversion import astype, eps, is_traced, like_device, scalar_like
 from lowrank_inverse.arrays.linalg import (
     add_scaled,
     add_to,
@@ -20,10 +20,19 @@ from lowrank_inverse.arrays.linalg import (
     copy_where,
     dot,
     scale_and_add,
+    set_rows,
 )
 from lowrank_inverse.iterative.preconditioning import apply_preconditioner, checked_preconditioner
 from lowrank_inverse.operators.function import aslinearoperator
-from lowrank_inverse.results.solution import Reason, Solution, check_system, code, ended, tolerance
+from lowrank_inverse.results.solution import (
+    Pairs,
+    Reason,
+    Solution,
+    check_system,
+    code,
+    ended,
+    tolerance,
+)
 
 RUNNING = -1
 STAGNATION_FACTOR = 0.9
@@ -38,6 +47,15 @@ class _System(NamedTuple):
     max_steps: int
     check_every: int
     callback: Callable[[Array, Array], object] | None
+    num_kept: int
+
+
+class _Kept(NamedTuple):
+    """Directions of unit length and their products, both of shape (k, n), and how many so far."""
+
+    S: Array
+    Y: Array
+    count: Any
 
 
 class _Progress(NamedTuple):
@@ -49,6 +67,7 @@ class _Progress(NamedTuple):
     num_steps: Array
     reason: Array
     num_blocks: Any
+    kept: _Kept | None
 
 
 class _Sweep(NamedTuple):
@@ -67,6 +86,7 @@ class _Sweep(NamedTuple):
     num_steps: Array
     flag: Array
     num_blocks: Any
+    kept: _Kept | None
 
 
 @quietly
@@ -82,6 +102,7 @@ def cg(
     max_steps: int | None = None,
     check_every: int = 1,
     callback: Callable[[Array, Array], object] | None = None,
+    keep: int = 0,
 ) -> Solution:
     """Solve ``(A + damping * I) x = b`` by preconditioned conjugate gradients [1]_.
 
@@ -108,6 +129,9 @@ def cg(
     callback : callable (num_steps, residual_norm), optional
         Called after each step with the steps and the norms of the carried residuals so far, of
         shape () or (m,). Under ``jax.jit`` both are traced: use ``jax.debug.callback`` inside.
+    keep : int
+        Of how many directions, the first ones, to return the products with `A`, as `directions`
+        of the result: ``2 keep n`` numbers. For `b` of shape (n,).
 
     Returns
     -------
@@ -151,9 +175,13 @@ def cg(
     max_steps = 10 * n if max_steps is None else check_count("max_steps", max_steps)
     check_every = check_count("check_every", check_every)
     preconditioner = checked_preconditioner(preconditioner, n)
+    if keep:
+        keep = min(check_count("keep", keep), max_steps)
+        if b.ndim != 1:
+            raise ValueError(f"`keep` is for one right-hand side; got `b` {describe(b)}.")
     xp = array_namespace(b)
     damping = scalar_like(damping, b)
-    system = _System(A, damping, preconditioner, max_steps, check_every, callback)
+    system = _System(A, damping, preconditioner, max_steps, check_every, callback, keep)
     target = tolerance(b, rtol, atol)
 
     def residual(x: Array) -> Array:
@@ -194,13 +222,18 @@ def cg(
             swept.num_steps,
             xp.where(active, reason, state.reason),
             swept.num_blocks + 1,
+            swept.kept,
         )
 
     steps = astype(xp.zeros_like(norm), xp.int32)
     # b = 0 and an exact start are done at once.
     reason = xp.where(norm <= target, code(steps, Reason.CONVERGED), code(steps, RUNNING))
     reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
-    start = _Progress(x, r, norm, steps, reason, 0 if x0 is None else 1)
+    kept = None
+    if keep:
+        S, Y = (xp.zeros((keep, n), dtype=b.dtype, device=like_device(b)) for _ in range(2))
+        kept = _Kept(S, Y, 0)
+    start = _Progress(x, r, norm, steps, reason, 0 if x0 is None else 1, kept)
     end = while_loop(lambda state: xp.any(state.reason == RUNNING), sweep, start)
     return Solution(
         value=end.x,
@@ -210,12 +243,13 @@ def cg(
         converged=ended(end.reason, Reason.CONVERGED),
         reason=end.reason,
         initial_residual_norm=norm,
+        directions=None if end.kept is None else Pairs(end.kept.S.T, end.kept.Y.T),
     )
 
 
 def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _Sweep:
     """Run the recursion for ``start.r / scale`` until every column claims to meet `target`."""
-    A, damping, preconditioner, max_steps, check_every, callback = system
+    A, damping, preconditioner, max_steps, check_every, callback, num_kept = system
     xp = array_namespace(start.x)
     r = start.r / scale
     norm, unit = column_norm(r), eps(r)
@@ -238,6 +272,9 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
         # Less than this is the rounding of a product, whose sign says nothing.
         flat = xp.abs(curvature) <= unit * top * state.pp
         ok = active & xp.isfinite(curvature) & (curvature > 0) & ~flat
+        kept = state.kept
+        if kept is not None and (is_traced(kept.count) or kept.count < num_kept):
+            kept = _with_pair(kept, state.p, product, xp.isfinite(curvature))
         one, zero = xp.ones_like(curvature), xp.zeros_like(curvature)
         # A column that is done takes steps of length 0.
         alpha = xp.where(ok, state.rz / xp.where(ok, curvature, one), zero)
@@ -277,6 +314,7 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
             num_steps,
             flag,
             state.num_blocks + 1,
+            kept,
         )
 
     z_scale = 1.0
@@ -302,5 +340,17 @@ def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _S
         start.num_steps,
         flag,
         start.num_blocks,
+        start.kept,
     )
     return while_loop(lambda state: xp.any(going(state)), step, first, check_every=check_every)
+
+
+def _with_pair(kept: _Kept, p: Array, product: Array, sound: Array) -> _Kept:
+    """Keep a direction and its product, or zeros where the product is not finite."""
+    xp = array_namespace(p)
+    squared = dot(p, p)
+    sound = sound & (squared > 0)
+    scale = xp.where(sound, 1 / xp.sqrt(xp.where(sound, squared, xp.ones_like(squared))), 0.0)
+    pair = (choose(sound, scale * x, xp.zeros_like(x)) for x in (p, product))
+    S, Y = (set_rows(rows, kept.count, x[None, :]) for rows, x in zip(kept[:2], pair, strict=True))
+    return _Kept(S, Y, kept.count + 1)

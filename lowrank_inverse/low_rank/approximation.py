@@ -27,7 +27,7 @@ from lowrank_inverse.low_rank.core import (
     whiten,
     whitened_gram,
 )
-from lowrank_inverse.low_rank.woodbury import woodbury_inverse
+from lowrank_inverse.low_rank.woodbury import over, woodbury_inverse
 from lowrank_inverse.operators.product import ProductOnly
 
 
@@ -44,8 +44,12 @@ class NystromApproximation(ProductOnly):
     core : array, shape (k, k)
         W, the rows of C at `indices`.
     indices : numpy.ndarray of int, shape (k,), or None
-        None for a Gaussian sketch: then C is ``A @ S`` and W is ``S.T @ A @ S``, for S with k
-        orthonormal columns.
+        None for a sketch: then C is ``A @ S`` and W is ``S.T @ A @ S``, for S with k orthonormal
+        columns.
+    vectors : array, shape (n, k), or None
+        S of a Krylov sketch.
+    keeps_negative : bool
+        Whether H_k has negative eigenvalues; see Notes.
     eigenvalues : array, shape (k,)
         Of H_k, largest first, 0 for the columns that were dropped; the other n - k are 0.
         In float64 where the library has it.
@@ -67,6 +71,12 @@ class NystromApproximation(ProductOnly):
 
     Notes
     -----
+    Where a Krylov sketch shows negative curvature, H_k is ``S W S.T`` in the place of ``C W^+
+    C.T``: its eigenvalues, negative ones too, are those of W, and lie between those of H
+    (Rayleigh and Ritz), so that ``H_k + damping * I`` is positive definite wherever ``H + damping
+    * I`` is. An eigenvalue of W near zero, which may stand for a positive and a negative one, is
+    never divided by.
+
     ``W = V diag(w) V.T`` gives ``T = V diag(w)^(-1/2)`` on the eigenvalues kept; the whitened
     columns ``F = C T`` satisfy ``H_k = F F.T``; and ``F.T F = Z diag(g) Z.T`` has the nonzero
     eigenvalues g of H_k. All k×k work is done in float64 where there is one. Where there is
@@ -88,9 +98,11 @@ class NystromApproximation(ProductOnly):
         *,
         core: Array | None = None,
         trace: float | None = None,
+        vectors: Array | None = None,
     ) -> None:
         n = C.shape[0]
         self.columns, self.indices, self.num_products = C, indices, C.shape[1]
+        self.vectors = vectors
         self.num_columns, self.trace, self.stopped = C.shape[1], trace, None
         self.like = C[:0, 0]
         self.shape, self.dtype = (n, n), self.like.dtype
@@ -111,35 +123,78 @@ class NystromApproximation(ProductOnly):
         else:
             self.eigenvalues, rotation = spectrum(whitened_gram(C, self.whitening))
             self._map = self.whitening @ rotation
+        self.keeps_negative = False if vectors is None else self.num_negative > 0
+        if is_traced(self.keeps_negative) or self.keeps_negative:
+            self._keep_negative(vectors, wide)
+
+    def _keep_negative(self, S: Array, W: Array) -> None:
+        """Take ``S W S.T`` for H_k."""
+        xp, V = array_namespace(W), self._rotation()
+        w = xp.flip(xp.linalg.eigvalsh(W))
+        root = xp.sqrt(xp.abs(w))
+        taken = self._taken
+        self.num_dropped = taken(0 * self.num_dropped, self.num_dropped)
+        self.eigenvalues = taken(w, self.eigenvalues)
+        if self._basis is not None:
+            U, s = self._basis
+            self._basis = taken(S @ V, U), taken(root, s)
+        else:
+            self._map = taken(V * root, self._map)
+
+    def _taken(self, kept: Any, dropped: Any) -> Any:
+        """Return `kept` if negative eigenvalues are kept, else `dropped`."""
+        if is_traced(self.keeps_negative):
+            return array_namespace(self.eigenvalues).where(self.keeps_negative, kept, dropped)
+        return kept if self.keeps_negative else dropped
 
     @property
     def rank(self) -> Any:
         """Columns kept: the rank of H_k."""
         return self.num_columns - self.num_dropped
 
-    def singular_vectors(self) -> tuple[Array, Array]:
-        """Return the eigenvectors of H_k, shape (n, k), and the roots of its eigenvalues.
+    def eigenvectors(self) -> tuple[Array, Array]:
+        """Return the eigenvectors of H_k, shape (n, k), and its eigenvalues.
 
         Orthonormal to rounding, from a QR decomposition of F in the dtype of the columns, however
         ill-conditioned the columns are; ``F Z``, by which products go, is not.
         """
         if self._basis is not None:
-            return self._basis
-        return left_singular(tall_times(self.columns, self.whitening, self.dtype))
+            return self._basis[0], self.eigenvalues
+        never, U, g = self.keeps_negative is False, None, None
+        if never or is_traced(self.keeps_negative):
+            U, s = left_singular(tall_times(self.columns, self.whitening, self.dtype))
+            g = s * s
+        if never:
+            return U, g
+        kept = tall_times(self.vectors, self._rotation(), self.dtype)
+        return self._taken(kept, U), self._taken(astype(self.eigenvalues, self.dtype), g)
+
+    def _rotation(self) -> Array:
+        """Return the eigenvectors of W, those of the largest eigenvalues first."""
+        xp = array_namespace(self.core)
+        return xp.flip(xp.linalg.eigh(astype(self.core, wide_dtype(self.core)))[1], axis=1)
 
     def project(self, block: Array) -> Array:
-        """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype."""
+        """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype.
+
+        Rows of negative eigenvalues have the sign changed.
+        """
         if self._basis is not None:
             U, s = self._basis
-            return _rows_times(s, U.T @ block)
-        return self._map.T @ tall_dot(self.columns, block)
+            projected = _rows_times(s, U.T @ block)
+        else:
+            projected = self._map.T @ tall_dot(self._taken(self.vectors, self.columns), block)
+        if self.vectors is None:
+            return projected
+        return _rows_times(array_namespace(projected).sign(self.eigenvalues), projected)
 
     def expand(self, coefficients: Array) -> Array:
         """Return ``(F Z) @ coefficients``, shape (n,) or (n, m), in the dtype of the columns."""
         if self._basis is not None:
             U, s = self._basis
             return U @ _rows_times(s, coefficients)
-        return tall_times(self.columns, self._map @ coefficients, self.dtype)
+        base = self._taken(self.vectors, self.columns)
+        return tall_times(base, self._map @ coefficients, self.dtype)
 
     def _multiply(self, block: Array) -> Array:
         return self.expand(self.project(block))
@@ -147,6 +202,18 @@ class NystromApproximation(ProductOnly):
     def inverse(self, damping: Scalar, *, chunk_size: int | None = None) -> Any:
         """Return ``(H_k + damping * I)^{-1}`` as an operator; see :func:`woodbury_inverse`."""
         return woodbury_inverse(self, damping=damping, chunk_size=chunk_size)
+
+    def galerkin(self, b: Array, damping: Scalar) -> tuple[Array, Array]:
+        """Return ``x = S (W + damping * I)^+ S.T b`` and its residual, for a Krylov sketch.
+
+        The best of the span of S in the norm of ``A + damping * I``; for the `b` that the space
+        belongs to, the iterate of conjugate gradients. Its product is ``C z`` where x is ``S z``.
+        """
+        xp = array_namespace(self.core)
+        w, V = xp.linalg.eigh(astype(self.core, wide_dtype(self.core)))
+        z = V @ over(V.T @ tall_dot(self.vectors, b), w + scalar_like(damping, w))
+        x = tall_times(self.vectors, z, self.dtype)
+        return x, b - tall_times(self.columns, z, self.dtype) - scalar_like(damping, x) * x
 
     @property
     def residual_trace(self) -> Any:

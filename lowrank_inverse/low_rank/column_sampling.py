@@ -6,24 +6,40 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import RNG, Sampling
+from lowrank_inverse._typing import RNG, Array, Sampling
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
-from lowrank_inverse.arrays.conversion import to_host
+from lowrank_inverse.arrays.conversion import is_traced, to_host
 from lowrank_inverse.low_rank.pivoted_cholesky import pivoted_cholesky
-from lowrank_inverse.operators.columns import known_diagonal
+from lowrank_inverse.operators.columns import known_diagonal, known_or_none
 from lowrank_inverse.operators.function import aslinearoperator
 
 DRAWN = ("uniform", "diagonal", "diagonal_squared")
-SAMPLINGS = (*DRAWN, "greedy", "rpcholesky", "gaussian")
+SAMPLINGS = (*DRAWN, "greedy", "rpcholesky", "gaussian", "krylov")
 
 
 def check_sampling(sampling: Sampling) -> None:
     """Raise unless `sampling` is one of the known rules."""
-    if sampling not in SAMPLINGS:
+    if sampling not in ("auto", *SAMPLINGS):
         raise ValueError(
-            f"`sampling` must be one of {', '.join(map(repr, SAMPLINGS))}; got {sampling!r}. "
+            f"`sampling` must be one of {', '.join(map(repr, ('auto', *SAMPLINGS)))}; got "
+            f"{sampling!r}. "
             "For columns of your own choice pass `indices`."
         )
+
+
+def resolve_sampling(A: Any, sampling: Sampling, b: Array | None = None) -> Sampling:
+    """Return the rule that ``"auto"`` stands for; any other as it is.
+
+    Columns and a diagonal that can be read are chosen by randomly pivoted Cholesky. Where every
+    column costs a product, products along the Krylov space of a right-hand side `b` tell more.
+    Without one, or while jax traces a matrix, columns are drawn uniformly.
+    """
+    if sampling != "auto":
+        return sampling
+    if not hasattr(A, "submatrix"):
+        return "uniform" if b is None else "krylov"
+    d = known_or_none(A)
+    return "uniform" if d is None or is_traced(d) else "rpcholesky"
 
 
 def sample_columns(
@@ -70,10 +86,11 @@ def sample_columns(
     n = int(A.shape[0])
     rank = check_count("rank", rank, most=n)
     generator = np.random.default_rng(rng)
-    if sampling == "gaussian":
+    if sampling in ("gaussian", "krylov"):
         raise ValueError(
-            "sampling='gaussian' draws no columns. Use nystrom(A, rank, sampling='gaussian')."
+            f"sampling={sampling!r} draws no columns. Use nystrom(A, rank, sampling={sampling!r})."
         )
+    sampling = resolve_sampling(aslinearoperator(A), sampling)
     if sampling == "uniform":
         return generator.choice(n, rank, replace=False).astype(np.int64)
     if sampling not in DRAWN:

@@ -13,12 +13,13 @@ from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, like, take, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part
 from lowrank_inverse.low_rank.approximation import NystromApproximation
-from lowrank_inverse.low_rank.column_sampling import check_sampling
+from lowrank_inverse.low_rank.column_sampling import check_sampling, resolve_sampling
 from lowrank_inverse.low_rank.core import INDEFINITE_PIVOT_RTOL, negative_eigenvalues
 from lowrank_inverse.low_rank.rank_selection import adaptive_approximation
 from lowrank_inverse.low_rank.sketches import Sketch, make_source
 from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.results.solution import check_system
 
 
 @quietly
@@ -27,7 +28,7 @@ def nystrom(
     rank: int | str | None = None,
     *,
     indices: Indices = None,
-    sampling: Sampling = "uniform",
+    sampling: Sampling = "auto",
     rng: RNG = 0,
     chunk_size: int | None = None,
     pivot_rtol: float | None = None,
@@ -50,11 +51,16 @@ def nystrom(
         `indices`.
     indices : sequence of distinct ints, optional
         The columns to take. The way to go inside ``jax.jit``.
-    sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
-        Columns drawn; or chosen one by one, by what the others left over, see
+    sampling : str
+        ``"uniform"``, ``"diagonal"``, ``"diagonal_squared"``: columns drawn.
+        ``"greedy"``, ``"rpcholesky"``: chosen one by one, by what the others left over, see
         :func:`lowrank_inverse.pivoted_cholesky` (fewer than `rank` if no more is left than
-        rounding); or products with `rank` orthonormal Gaussian vectors in
-        the place of columns [2]_, for operators whose columns are not cheaper than products.
+        rounding). ``"gaussian"``: products with orthonormal Gaussian vectors in the place of
+        columns [2]_. ``"krylov"``: products along the Krylov space of `b` [3]_, the most accurate
+        for that right-hand side by far (fewer than `rank` once that space is exhausted); for a
+        Gaussian vector where there is no `b`. ``"auto"``: ``"rpcholesky"`` where columns and
+        diagonal can be read, ``"krylov"`` where each column would cost a product and `b` is given,
+        else ``"uniform"``.
     rng : int or numpy.random.Generator, optional
         Seed of the sampling. Random numbers are drawn on the host, the same for every library.
     chunk_size : int, optional
@@ -68,6 +74,8 @@ def nystrom(
         1e-2 makes the better preconditioner of a slightly indefinite matrix.
     diagonal : array of shape (n,), or DiagonalEstimate, optional
         Weights for ``"diagonal"`` and ``"diagonal_squared"`` where `A` has no diagonal.
+    b : array, shape (n,) or (n, m), optional
+        The right-hand sides that ``"krylov"`` starts from.
     damping, b, rtol, max_rank : optional, with ``rank="auto"``
         The columns are doubled, from 16 up to `max_rank` (default: the lesser of n and 1000).
         With `damping`, until the residual trace is at most that, or the columns are as many as
@@ -101,6 +109,8 @@ def nystrom(
     ----------
     .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
        Differentiation. AISTATS 2023.
+    .. [3] C. Musco, C. Musco. Randomized Block Krylov Methods for Stronger and Faster Approximate
+       Singular Value Decomposition. NeurIPS 2015.
     .. [2] J. A. Tropp, A. Yurtsever, M. Udell, V. Cevher. Fixed-Rank Approximation of a
        Positive-Semidefinite Matrix from Streaming Data. NeurIPS 2017.
 
@@ -127,10 +137,18 @@ def nystrom(
     adaptive = isinstance(rank, str)
     check_rank(rank, most=n)
     check_sampling(sampling)
-    unused = {"damping": damping, "b": b, "rtol": rtol, "max_rank": max_rank}
+    if b is not None:
+        check_system(A, b, 0.0)
+    unused = {"damping": damping, "rtol": rtol, "max_rank": max_rank}
+    if sampling not in ("auto", "krylov"):
+        unused["b"] = b
     if not adaptive and any(value is not None for value in unused.values()):
         names = ", ".join(f"`{name}`" for name, value in unused.items() if value is not None)
-        raise ValueError(f"{names} have a meaning only with rank='auto'; got rank={rank!r}.")
+        raise ValueError(
+            f"{names} have a meaning only with rank='auto'; got rank={rank!r}, "
+            f"sampling={sampling!r}."
+        )
+    sampling = resolve_sampling(A, sampling, None if adaptive else b)
     if indices is not None:
         indices = check_indices(indices, n)
         C = finite_columns(A, indices, chunk_size=chunk_size)
@@ -157,6 +175,7 @@ def nystrom(
         chunk_size=chunk_size,
         weights=diagonal,
         want_trace=sampling == "gaussian",
+        b=b,
     )
     source.grow(rank)
     return build(source.sketch())
@@ -177,6 +196,7 @@ def _approximation(
         indefinite_pivot_rtol,
         core=sketch.core,
         trace=sketch.trace,
+        vectors=sketch.vectors,
     )
     approx.num_products = sketch.num_products
     if core_eigenvalues is not None:

@@ -42,19 +42,19 @@ class NystromPreconditioner(ProductOnly):
     def __init__(self, approx: NystromApproximation, damping: Scalar) -> None:
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
         self.approx = approx
-        self._vectors, roots = approx.singular_vectors()
-        g, unit = roots * roots, eps(approx.columns)
+        (self._vectors, g), unit = approx.eigenvectors(), eps(approx.columns)
         xp = array_namespace(g)
         damping = scalar_like(damping, g)
-        kept = g > unit * g[0]
-        level = xp.min(xp.where(kept, g, g[0] + xp.zeros_like(g)))
+        noise = unit * g[0]
+        level = xp.min(xp.where(g > noise, g, g[0] + xp.zeros_like(g)))
+        kept = (xp.abs(g) > noise) & (g + damping > 0)
         # The trace of an indefinite H would say nothing of what was missed.
         negative = approx.num_negative
         if approx.trace is not None and not is_traced(negative) and int(negative) == 0:
             missed = approx.residual_trace / max(1, approx.shape[0] - g.shape[0])
             level = level * xp.clip(missed / level, unit**0.25, 1.0) ** 2
         safe = xp.where(kept, g, xp.ones_like(g))
-        flattened = (level + damping) / (safe + damping)
+        flattened = (level + damping) / xp.where(kept, safe + damping, level + damping)
         least = LEAST_UNITS * unit
         flattened = xp.where(flattened > least, flattened, least + xp.zeros_like(g))
         self._weights = xp.where(kept, flattened - 1, xp.zeros_like(g))

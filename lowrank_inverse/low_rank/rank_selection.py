@@ -65,6 +65,7 @@ def adaptive_approximation(
         chunk_size=chunk_size,
         weights=weights,
         want_trace=True,
+        b=b,
     )
     if damping is None and source.trace is None:
         raise ValueError(

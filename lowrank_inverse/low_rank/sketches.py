@@ -10,6 +10,7 @@ from lowrank_inverse._typing import RNG, Array, Sampling
 from lowrank_inverse.arrays.checks import check_finite
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import tall_dot
+from lowrank_inverse.iterative.krylov_space import KrylovSpace
 from lowrank_inverse.low_rank.column_sampling import sample_columns
 from lowrank_inverse.low_rank.pivoting import METHODS, Pivoting
 from lowrank_inverse.operators.columns import (
@@ -33,6 +34,8 @@ class Sketch(NamedTuple):
     num_products: int = 0
     witness: tuple[int, float] | None = None
     """Row of a negative residual diagonal entry, and the diagonal entry of A there."""
+    vectors: Array | None = None
+    """S, where its columns are orthonormal and of the Krylov space of a right-hand side."""
 
 
 class DrawnColumns:
@@ -140,7 +143,36 @@ class GaussianSketch:
         return Sketch(Y, core=core, trace=self.trace, num_products=self.size)
 
 
-Source = DrawnColumns | PivotedColumns | GaussianSketch
+class KrylovSketch:
+    """Products along the Krylov space of right-hand sides."""
+
+    residual_trace = None
+
+    def __init__(self, A: Any, start: Array | None, rng: RNG, trace: float | None = None) -> None:
+        self._space, self.trace = KrylovSpace(A, start, rng), trace
+
+    @property
+    def size(self) -> Any:
+        """Products taken."""
+        return self._space.size
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space is invariant."""
+        return self._space.exhausted
+
+    def grow(self, count: int, *, trace: float = 0.0) -> None:
+        """Take products up to `count`; `trace` is not used."""
+        self._space.grow(count)
+
+    def sketch(self) -> Sketch:
+        """Return the products, and W."""
+        S, Y = self._space.vectors, self._space.products
+        check_finite("products of A", Y)
+        return Sketch(Y, core=tall_dot(S, Y), trace=self.trace, num_products=self.size, vectors=S)
+
+
+Source = DrawnColumns | PivotedColumns | GaussianSketch | KrylovSketch
 
 
 def make_source(
@@ -152,8 +184,9 @@ def make_source(
     chunk_size: int | None,
     weights: Any = None,
     want_trace: bool = False,
+    b: Array | None = None,
 ) -> Source:
-    """Return the source of up to `rank` columns for one of ``sampling.SAMPLINGS``."""
+    """Return the source of up to `rank` columns for one of ``column_sampling.SAMPLINGS``."""
     if sampling in METHODS:
         if weights is not None:
             raise ValueError(
@@ -165,5 +198,7 @@ def make_source(
     trace = known_trace(A) if want_trace else None
     if sampling == "gaussian":
         return GaussianSketch(A, chunk_size, rng, trace)
+    if sampling == "krylov":
+        return KrylovSketch(A, b, rng, trace)
     order = sample_columns(A, rank, sampling=sampling, rng=rng, diagonal=weights)
     return DrawnColumns(A, order, trace, chunk_size)

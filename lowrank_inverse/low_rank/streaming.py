@@ -13,7 +13,7 @@ from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, scalar_like, scatter, take, wide_dtype
 from lowrank_inverse.arrays.linalg import column_scale, power_of_two, symmetric_part, tall_dot
 from lowrank_inverse.low_rank.core import spectrum, whiten
-from lowrank_inverse.low_rank.woodbury import _over
+from lowrank_inverse.low_rank.woodbury import over
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.columns import finite_columns, index_chunks
 from lowrank_inverse.operators.function import aslinearoperator
@@ -62,7 +62,7 @@ class RecomputedInverse(Operator):
 
     def _multiply(self, block: Array) -> Array:
         projected = self._map.T @ self._columns_dot(block)
-        coefficients = self._map @ _over(projected, self.eigenvalues + self.damping)
+        coefficients = self._map @ over(projected, self.eigenvalues + self.damping)
         spread = scatter(astype(coefficients, self.dtype), self.indices, self.shape[0])
         rest = block - self.A @ spread
         rest /= self.damping

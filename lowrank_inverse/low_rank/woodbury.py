@@ -29,7 +29,7 @@ class WoodburyInverse(Operator):
         return {"rank": self.approx.rank, "damping": self.damping, "num_products": products}
 
     def _multiply(self, block: Array) -> Array:
-        coefficients = _over(self.approx.project(block), self.approx.eigenvalues + self.damping)
+        coefficients = over(self.approx.project(block), self.approx.eigenvalues + self.damping)
         rest = block - self.approx.expand(coefficients)
         rest /= self.damping  # in place, but for jax
         return rest
@@ -108,9 +108,20 @@ def woodbury_inverse(
     check_damping(damping)
     if chunk_size is None:
         return WoodburyInverse(approx, damping)
+    if approx.vectors is not None:
+        raise ValueError(
+            f"`chunk_size` is for columns, one block after the other; got {chunk_size!r} for a "
+            "Krylov sketch. Leave it out."
+        )
     return ChunkedWoodburyInverse(approx, damping, chunk_size)
 
 
-def _over(coefficients: Array, divisors: Array) -> Array:
-    """Divide row i of `coefficients` by ``divisors[i]``."""
-    return coefficients / (divisors if coefficients.ndim == 1 else divisors[:, None])
+def over(coefficients: Array, divisors: Array) -> Array:
+    """Divide row i of `coefficients` by ``divisors[i]``, or multiply it by 0 if that is negative.
+
+    An eigenvalue below ``-damping`` has no place in a positive definite inverse.
+    """
+    xp = array_namespace(divisors)
+    positive = divisors > 0
+    inverse = xp.where(positive, 1 / xp.where(positive, divisors, xp.ones_like(divisors)), 0.0)
+    return coefficients * (inverse if coefficients.ndim == 1 else inverse[:, None])

@@ -58,6 +58,13 @@ def scaled_by_diagonal(A: Any, s: Array) -> DiagonallyScaledOperator:
     return DiagonallyScaledOperator(A, s)
 
 
+def scaled(block: Array | None, s: Array | None) -> Array | None:
+    """Return ``diag(s) @ block``; `block` itself where `s` is None."""
+    if block is None or s is None:
+        return block
+    return s * block if block.ndim == 1 else s[:, None] * block
+
+
 def split_shift(A: Any, damping: Scalar) -> tuple[Any, Any]:
     """Return ``(H, d)`` with ``H + d I = A + damping I`` for a number d, the largest part in d.
 

@@ -44,6 +44,13 @@ class Reason(enum.IntEnum):
     singular, and b has a part outside of its range."""
 
 
+class Pairs(NamedTuple):
+    """Vectors S and the products Y = H S, both of shape (n, k); columns of zeros are no pairs."""
+
+    vectors: Array
+    products: Array
+
+
 class Solution(NamedTuple):
     """The result of a solve: `residual_norm` to `reason` hold one entry per column of a block.
 
@@ -65,6 +72,10 @@ class Solution(NamedTuple):
     method : str or None
         What :func:`lowrank_inverse.solve` took, and why where the choice was its own. None from
         other functions, and while jax traces.
+    directions : Pairs or None
+        Directions of conjugate gradients and their products, where `keep` asked for them.
+    state : HypergradientState or None
+        What the next solve may go on from, where a `state` was given.
     """
 
     value: Array
@@ -76,6 +87,8 @@ class Solution(NamedTuple):
     error_bound: Array | None = None
     initial_residual_norm: Array | None = None
     method: str | None = None
+    directions: Pairs | None = None
+    state: Any = None
 
     @property
     def message(self) -> str:

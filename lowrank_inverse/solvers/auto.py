@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_inverse._typing import RNG, Scalar
+from lowrank_inverse._typing import RNG, Array, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.operators.base import ShiftedOperator
@@ -55,6 +55,6 @@ class Auto:
         cheap = NystromCG(rank="auto", sampling="rpcholesky", **shared)
         return cheap, "columns and diagonal of A can be read"
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
-        return self.choose(A)[0].prepare(A, rng=rng)
+        return self.choose(A)[0].prepare(A, rng=rng, b=b)

@@ -51,7 +51,7 @@ class PreparedInverse(ProductOnly):
     def __init__(
         self,
         A: Any,
-        run: Callable[[Array, Array | None], Solution],
+        run: Callable[..., Solution],
         *,
         apply: Callable[[Array], Array] | None = None,
         num_products: Any = 0,
@@ -61,10 +61,11 @@ class PreparedInverse(ProductOnly):
         preconditioner: LinearOperator | None = None,
         memory: MemoryPlan | None = None,
         approximation: NystromApproximation | None = None,
+        keeps: bool = False,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
         self.like = getattr(A, "like", None)
-        self._run, self._apply = run, apply
+        self._run, self._apply, self._keeps = run, apply, keeps
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
         self.preconditioner = preconditioner
@@ -80,12 +81,15 @@ class PreparedInverse(ProductOnly):
     def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block, None).value
 
-    def solve(self, b: Array, *, x0: Array | None = None) -> Solution:
+    def solve(self, b: Array, *, x0: Array | None = None, keep: int = 0) -> Solution:
         """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone.
 
-        Conjugate gradients start from `x0`, of the shape of `b`; other methods need no start.
+        Conjugate gradients start from `x0`, of the shape of `b`, and keep the products with `keep`
+        of their directions, for `b` of shape (n,); other methods need no start and keep nothing.
         """
         self._check(b, "b")
+        if keep and self._keeps and b.ndim == 1:
+            return self._run(b, x0, keep)
         return self._run(b, x0)
 
 
@@ -124,6 +128,25 @@ def direct_solution(
     )
 
 
+@quietly
+def better(solution: Solution, b: Array, x: Array, r: Array) -> Solution:
+    """Return `solution` with the columns of another `x` where its residual `r` is smaller."""
+    xp = array_namespace(b)
+    norm = column_norm(r)
+    smaller = ~(norm >= solution.residual_norm)
+    smaller = smaller & xp.isfinite(norm)
+    met = norm <= tolerance(b, DEFAULT_RTOL)
+    reason = xp.where(
+        met, code(solution.reason, Reason.CONVERGED), code(solution.reason, Reason.DIRECT)
+    )
+    return solution._replace(
+        value=xp.where(smaller, x, solution.value),
+        residual_norm=xp.where(smaller, norm, solution.residual_norm),
+        converged=xp.where(smaller, met, solution.converged),
+        reason=xp.where(smaller, reason, solution.reason),
+    )
+
+
 def with_apply_cost(solution: Solution, preconditioner: Any, b: Array) -> Solution:
     """Count the products that the preconditioner of a solve by CG from zero cost."""
     width = block_width(b)
@@ -145,7 +168,7 @@ class CallableSolver:
     def __init__(self, function: Callable[[Callable[[Array], Array], Array], Array]) -> None:
         self.function = function
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return what calls the function with the product of `A`, and counts its calls."""
         A = aslinearoperator(A)
 

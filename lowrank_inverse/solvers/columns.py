@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG
+from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count, check_indices
 from lowrank_inverse.arrays.conversion import concrete, is_traced
 from lowrank_inverse.estimators.diagonal import estimate_diagonal
@@ -59,7 +59,9 @@ def chosen_indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
     return drawn, spent
 
 
-def chosen_approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments: Any) -> Any:
+def chosen_approximation(
+    settings: Any, A: Any, rng: RNG, aim: Any, b: Array | None = None, **arguments: Any
+) -> Any:
     """Return the Nyström approximation of the settings; a rank that grows aims at `aim`."""
     if settings.indices is not None:
         return nystrom(A, indices=settings.indices, **arguments)
@@ -70,12 +72,15 @@ def chosen_approximation(settings: Any, A: Any, rng: RNG, aim: Any, **arguments:
         # A solver with a tolerance takes steps, and need not take columns that save none.
         rtol = None if damping is None else getattr(settings, "rtol", None)
         arguments |= {"damping": damping, "rtol": rtol, "max_rank": settings.max_rank}
+    fixed = settings.rank != "auto"
+    wanted = settings.sampling == "krylov" or (settings.sampling == "auto" and fixed)
     approx = nystrom(
         A,
         settings.rank if settings.rank == "auto" else min(settings.rank, int(A.shape[0])),
         sampling=settings.sampling,
         rng=generator,
         diagonal=weights,
+        b=b if wanted else None,
         **arguments,
     )
     approx.num_products += spent

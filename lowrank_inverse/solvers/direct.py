@@ -53,7 +53,7 @@ class Exact:
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
         A, damping = split_shift(aslinearoperator(A), self.damping)
         n = int(A.shape[0])
@@ -135,7 +135,7 @@ class Identity:
     def __post_init__(self) -> None:
         check_scalar("scale", self.scale, positive=True)
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return ``scale * I``."""
         A = aslinearoperator(A)
         apply = partial(operator.mul, self.scale)

@@ -9,17 +9,27 @@ from typing import Any
 
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
-from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.iterative.neumann_series import neumann
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.function import aslinearoperator
-from lowrank_inverse.results.solution import Solution
+from lowrank_inverse.results.solution import Pairs, Solution
 from lowrank_inverse.solvers.base import PreparedInverse
+from lowrank_inverse.solvers.recycled import preconditioner_of, recycled_approximation, solve_by_cg
 
 
 @dataclass(frozen=True, kw_only=True)
 class CG:
-    """Conjugate gradients; parameters as in :func:`lowrank_inverse.cg`."""
+    """Conjugate gradients.
+
+    Parameters
+    ----------
+    damping, rtol, atol, max_steps, check_every, preconditioner, callback
+        As in :func:`lowrank_inverse.cg`.
+    recycle : int
+        Ritz pairs of earlier solves, those of largest magnitude, that a `state` keeps to
+        precondition later ones: ``2 recycle n`` numbers, and as many again during a solve, for the
+        products with its first `recycle` directions. 0: none. It has no meaning without a state.
+    """
 
     damping: Scalar = 0.0
     rtol: float = 1e-5
@@ -28,15 +38,32 @@ class CG:
     check_every: int = 1
     preconditioner: LinearOperator | None = None
     callback: Callable[[Array, Array], object] | None = None
+    recycle: int = 20
 
     def __post_init__(self) -> None:
         check_iteration(self)
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``; there is nothing to draw."""
-        H, damping = split_shift(aslinearoperator(A), self.damping)
+    def prepare(
+        self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
+    ) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``; there is nothing to draw.
 
-        return PreparedInverse(H, partial(solve_by_cg, self, H, damping, self.preconditioner))
+        Where there is no `preconditioner`, `pairs` of A less its diagonal shift, as a state has
+        them, make one.
+        """
+        A = aslinearoperator(A)
+        preconditioner, approx = self.preconditioner, None
+        if pairs is not None and preconditioner is None:
+            approx = recycled_approximation(A, self.damping, pairs)
+            preconditioner = preconditioner_of(A, self.damping, approx)
+        H, damping = split_shift(A, self.damping)
+        return PreparedInverse(
+            H,
+            partial(solve_by_cg, self, H, damping, preconditioner),
+            preconditioner=preconditioner,
+            approximation=approx,
+            keeps=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +82,11 @@ class Neumann:
         if self.step_size is not None:
             check_scalar("step_size", self.step_size, positive=True)
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``; there is nothing to draw."""
         H, damping = split_shift(aslinearoperator(A), self.damping)
 
         return PreparedInverse(H, partial(_solve_by_neumann, self, H, damping))
-
-
-def solve_by_cg(
-    settings: Any, A: Any, damping: Scalar, preconditioner: Any, b: Array, x0: Array | None
-) -> Solution:
-    """Run conjugate gradients by `settings`, but with another damping and preconditioner."""
-    return cg(
-        A,
-        b,
-        damping=damping,
-        x0=x0,
-        preconditioner=preconditioner,
-        rtol=settings.rtol,
-        atol=settings.atol,
-        max_steps=settings.max_steps,
-        check_every=settings.check_every,
-        callback=settings.callback,
-    )
 
 
 def _solve_by_neumann(
@@ -99,5 +108,7 @@ def check_iteration(settings: Any) -> None:
     check_scalar("rtol", settings.rtol)
     check_scalar("atol", settings.atol)
     check_count("check_every", settings.check_every)
+    if settings.recycle != 0:
+        check_count("recycle", settings.recycle)
     if settings.max_steps is not None:
         check_count("max_steps", settings.max_steps)

@@ -18,15 +18,20 @@ from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.column_sampling import DRAWN
 from lowrank_inverse.low_rank.core import is_indefinite
-from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
 from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.columns import empty_like
-from lowrank_inverse.operators.composition import scaled_by_diagonal, split_diagonal, split_shift
+from lowrank_inverse.operators.composition import (
+    scaled,
+    scaled_by_diagonal,
+    split_diagonal,
+    split_shift,
+)
 from lowrank_inverse.operators.function import aslinearoperator
-from lowrank_inverse.results.solution import Solution, check_system
+from lowrank_inverse.results.solution import Pairs, Solution, check_system
 from lowrank_inverse.solvers.base import (
     PreparedInverse,
+    better,
     direct_solution,
     is_positive,
     with_apply_cost,
@@ -43,7 +48,8 @@ from lowrank_inverse.solvers.columns import (
     chosen_indices,
     is_lossy,
 )
-from lowrank_inverse.solvers.iterative import check_iteration, solve_by_cg
+from lowrank_inverse.solvers.iterative import check_iteration
+from lowrank_inverse.solvers.recycled import preconditioner_of, recycled_approximation, solve_by_cg
 
 PRECONDITIONER_PIVOT_RTOL = 1e-2
 AUTO_SHARE = 0.1
@@ -62,8 +68,11 @@ class Nystrom:
     damping : float
         Positive, unless a ridge makes up for it. Small dampings need many columns; see
         :func:`lowrank_inverse.certify`.
-    sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky", "gaussian"}
-        Which columns; see :func:`lowrank_inverse.nystrom`.
+    sampling : str
+        Which columns, or ``"krylov"`` for products along the Krylov space of the right-hand side;
+        see :func:`lowrank_inverse.nystrom`. ``"auto"``: ``"krylov"`` where each column would cost
+        a product and all are held, ``"rpcholesky"`` where columns and diagonal can be read, else
+        ``"uniform"``, the method of [1]_.
     memory : {"stored", "chunked", "streamed"} or float
         Hold all columns; or a chunk of them, computed again where needed
         (:func:`lowrank_inverse.chunked_inverse`); or none
@@ -91,7 +100,7 @@ class Nystrom:
 
     rank: Any = 20
     damping: Scalar = 0.0
-    sampling: Sampling = "uniform"
+    sampling: Sampling = "auto"
     memory: Memory = "stored"
     chunk_size: int | None = None
     refine: int = 0
@@ -107,14 +116,14 @@ class Nystrom:
             check_count("chunk_size", self.chunk_size)
         if self.refine != 0:
             check_count("refine", self.refine)
-        held = self.rank == "auto" or self.sampling not in DRAWN
+        held = self.rank == "auto" or self.sampling not in ("auto", *DRAWN)
         if held and self.indices is None and self.memory != "stored":
             raise ValueError(
                 f"rank={self.rank!r} with sampling={self.sampling!r} holds its columns; got "
                 f"memory={self.memory!r}. Use memory='stored', or pass `indices`."
             )
 
-    def prepare(self, A: Any, *, rng: RNG = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
         A = aslinearoperator(A)
         H, damping, s = split_diagonal(A, self.damping)
@@ -128,6 +137,7 @@ class Nystrom:
                 H,
                 rng,
                 AUTO_SHARE * damping,
+                scaled(b, s),
                 chunk_size=self.chunk_size,
             )
             inverse = source.inverse(damping)
@@ -145,7 +155,7 @@ class Nystrom:
         unit = eps(inverse.like)
         approximate = inverse if s is None else scaled_by_diagonal(inverse, s)
 
-        run = partial(_solve_by_inverse, A, self, inverse, approximate)
+        run = partial(_solve_by_inverse, A, self, source, inverse, approximate)
         return PreparedInverse(
             A,
             run,
@@ -170,13 +180,26 @@ class Nystrom:
 
 
 def _solve_by_inverse(
-    A: Any, settings: Nystrom, inverse: Any, approximate: Any, b: Array, x0: Array | None
+    A: Any,
+    settings: Nystrom,
+    source: Any,
+    inverse: Any,
+    approximate: Any,
+    b: Array,
+    x0: Array | None,
 ) -> Solution:
     damping = settings.damping
     check_system(A, b, damping)
     if settings.refine == 0:
         cost = apply_cost(inverse, block_width(b))
-        return direct_solution(A, damping, b, approximate @ b, cost)
+        solution = direct_solution(A, damping, b, approximate @ b, cost)
+        if getattr(source, "vectors", None) is None:
+            return solution
+        _, damping, s = split_diagonal(A, damping)
+        x, r = source.galerkin(scaled(b, s), damping)
+        if s is not None:
+            x, r = scaled(x, s), scaled(r, 1 / s)
+        return better(solution, b, x, r)
     # From zero: the first step is the plain answer with the best length.
     steps = settings.refine + 1
     solution = cg(A, b, damping=damping, preconditioner=approximate, max_steps=steps)
@@ -197,6 +220,8 @@ class NystromCG:
         0 or more.
     rtol, atol, max_steps, check_every, callback
         As in :func:`lowrank_inverse.cg`.
+    recycle : int
+        As in :class:`CG`. With a state, columns are computed in the first solve alone.
 
     Notes
     -----
@@ -211,7 +236,7 @@ class NystromCG:
 
     rank: Any = 20
     damping: Scalar = 0.0
-    sampling: Sampling = "uniform"
+    sampling: Sampling = "auto"
     rtol: float = 1e-5
     atol: float = 0.0
     max_steps: int | None = None
@@ -220,6 +245,7 @@ class NystromCG:
     callback: Callable[[Array, Array], object] | None = None
     max_rank: int | None = None
     diagonal_products: int | None = None
+    recycle: int = 20
 
     def __post_init__(self) -> None:
         check_columns(self)
@@ -227,45 +253,44 @@ class NystromCG:
 
     @quietly
     def prepare(
-        self, A: Any, *, rng: RNG = 0, approximation: NystromApproximation | None = None
+        self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
     ) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``.
 
-        An `approximation` such as :meth:`approximate` returns serves in the place of a new one, for
-        any matrix near that which it was made of, and costs no products.
+        With `pairs` of A less its diagonal shift, as a state has them, in the place of columns:
+        they cost no products.
         """
-        _, damping, s = split_diagonal(aslinearoperator(A), self.damping)
-        approx = self.approximate(A, rng=rng) if approximation is None else approximation
-        preconditioner: Any = NystromPreconditioner(approx, damping)
-        if s is not None:
-            preconditioner = scaled_by_diagonal(preconditioner, s)
-        system, total = split_shift(aslinearoperator(A), self.damping)
-
-        bounding = s is None and is_positive(damping)
+        A = aslinearoperator(A)
+        _, damping, s = split_diagonal(A, self.damping)
+        if pairs is None:
+            approx = self._approximate(A, b, rng)
+        else:
+            approx = recycled_approximation(A, self.damping, pairs)
+        preconditioner = preconditioner_of(A, self.damping, approx)
+        system, total = split_shift(A, self.damping)
+        bounding = s is None and is_positive(damping) and pairs is None
+        negative = None  # pairs of several operators prove nothing
+        if pairs is None:
+            negative = is_indefinite(approx.core_eigenvalues, damping, eps(approx.columns))
         return PreparedInverse(
             system,
             partial(solve_by_cg, self, system, total, preconditioner),
-            num_products=approx.num_products if approximation is None else 0,
+            num_products=approx.num_products,
             rank=approx.rank,
-            negative_curvature=is_indefinite(approx.core_eigenvalues, damping, eps(approx.columns)),
+            negative_curvature=negative,
             nystrom_inverse=approx.inverse(damping) if bounding else None,
             preconditioner=preconditioner,
             approximation=approx,
+            keeps=True,
         )
 
-    def approximate(self, A: Any, *, rng: RNG = 0) -> NystromApproximation:
+    def _approximate(self, A: Any, b: Array | None, rng: RNG) -> NystromApproximation:
         """Return the approximation behind the preconditioner, by `rank` products.
 
         It is that of `A`; or, for an `A` that a diagonal was added to, that of ``S H S`` as in
         :func:`lowrank_inverse.operators.composition.split_diagonal`.
         """
-        H, damping, _ = split_diagonal(aslinearoperator(A), self.damping)
+        H, damping, s = split_diagonal(A, self.damping)
         return chosen_approximation(
-            self, H, rng, damping, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
-        )
-
-    def approximation_from(self, columns: Array, indices: Indices) -> NystromApproximation:
-        """Return the approximation from given columns, shape (n, k), at `indices`."""
-        return NystromApproximation(
-            columns, indices, indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
+            self, H, rng, damping, scaled(b, s), indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
         )

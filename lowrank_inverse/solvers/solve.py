@@ -21,6 +21,7 @@ from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.auto import Auto
 from lowrank_inverse.solvers.base import as_settings
 from lowrank_inverse.solvers.iterative import CG
+from lowrank_inverse.solvers.state import HypergradientState, solve_from
 
 
 def solve(
@@ -34,6 +35,7 @@ def solve(
     preconditioner: LinearOperator | None = None,
     callback: Callable[[Array, Array], object] | None = None,
     progress: bool = False,
+    state: HypergradientState | Solution | None = None,
     rng: RNG = 0,
     certify: bool = False,
     throw: bool = False,
@@ -63,6 +65,9 @@ def solve(
         Called after each step of conjugate gradients; see :func:`lowrank_inverse.cg`.
     progress : bool
         Show a bar of the steps of conjugate gradients (needs tqdm).
+    state : HypergradientState or Solution, optional
+        For a sequence of similar systems: ``HypergradientState()`` at first, then the `state` of
+        the solution before. Conjugate gradients start from it and recycle its pairs.
     rng : int or numpy.random.Generator, optional
         Seed of the columns sampled: the same call gives the same answer. None for fresh entropy.
     certify : bool
@@ -110,11 +115,11 @@ def solve(
     base, total = split_shift(system, getattr(settings, "damping", 0.0))
     if certify:
         check_scalar("damping", total, positive=True)
-    inverse = settings.prepare(system, rng=rng)
-    solution = inverse.solve(b) if x0 is None else inverse.solve(b, x0=x0)
+    solution, inverse, following, _ = solve_from(state, settings, system, b, x0=x0, rng=rng)
+    if state is not None:
+        solution = solution._replace(state=following)
     if steps is not None:
         steps.close()
-    solution = solution._replace(num_products=inverse.num_products + solution.num_products)
     if certify:
         bounds = certify_solution(
             base, b, solution.value, damping=total, inverse=inverse.nystrom_inverse
@@ -208,6 +213,6 @@ def as_solve(
             curvature = b @ matvec(b)
             factor = xp.where(curvature < 0, -xp.ones_like(curvature), xp.ones_like(curvature))
         A = FunctionOperator(lambda v: factor * matvec(v), b.shape[0], like=b)
-        return settings.prepare(A, rng=rng).solve(factor * b).value
+        return settings.prepare(A, rng=rng, b=factor * b).solve(factor * b).value
 
     return solve_function

@@ -108,7 +108,7 @@ def test_the_approximation_lies_between_zero_and_the_matrix(name):
 @pytest.mark.parametrize("rank", [5, 8, 12])
 def test_a_matrix_of_low_rank_is_reproduced_from_any_rank_columns(library, rank):
     A = exactly_psd(np.random.default_rng(3), N, 5)
-    approx = li.nystrom(library.asarray(A), rank, rng=0)
+    approx = li.nystrom(library.asarray(A), rank, sampling="uniform", rng=0)
     assert approx.rank == 5
     assert approx.num_dropped == rank - 5
     assert relative_error(host(approx @ library.asarray(np.eye(N))), A) < 1e3 * library.eps
@@ -200,7 +200,7 @@ def test_repeated_columns_are_dropped_counted_and_without_effect(library):
 
 
 def test_the_zero_matrix_has_the_approximation_zero(library):
-    approx = li.nystrom(library.asarray(np.zeros((N, N))), 4, rng=0)
+    approx = li.nystrom(library.asarray(np.zeros((N, N))), 4, sampling="uniform")
     assert (approx.rank, approx.num_dropped, approx.num_negative) == (0, 4, 0)
     assert not np.any(host(approx @ library.asarray(rhs())))
     assert approx.logdet(0.5) == pytest.approx(N * np.log(0.5))

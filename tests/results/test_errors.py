@@ -24,7 +24,7 @@ class Indefinite:
 
     damping = 0.0
 
-    def prepare(self, A, *, rng=None):
+    def prepare(self, A, *, rng=None, b=None):
         bad = li.FunctionOperator(lambda r: -r, N)
         inverse = li.CG().prepare(A)
         inverse._run = lambda b, x0: li.cg(A, b, preconditioner=bad)
@@ -166,7 +166,10 @@ def test_a_certificate_prints_its_bounds():
 
 
 def test_what_jax_traces_or_puts_in_place_of_arrays_prints_too():
-    assert repr(li.Solution(0, 1, 2, 3, 4, 5)) == "Solution(0, 1, 2, 3, 4, 5, None, None, None)"
+    assert (
+        repr(li.Solution(0, 1, 2, 3, 4, 5))
+        == "Solution(0, 1, 2, 3, 4, 5, None, None, None, None, None)"
+    )
     with open_backend("jax", "float64") as jax_backend:
         import jax
 

@@ -404,11 +404,11 @@ def test_the_sampling_is_passed_on(sampling):
 
 
 def test_defaults_are_those_documented():
-    nystrom = (20, 0.0, "uniform", "stored", None, 0, None, None, None)
+    nystrom = (20, 0.0, "auto", "stored", None, 0, None, None, None)
     assert dataclasses.astuple(li.Nystrom()) == nystrom
-    nystrom_cg = (20, 0.0, "uniform", 1e-5, 0.0, None, None, 1, None, None, None)
+    nystrom_cg = (20, 0.0, "auto", 1e-5, 0.0, None, None, 1, None, None, None, 20)
     assert dataclasses.astuple(li.NystromCG()) == nystrom_cg
-    assert dataclasses.astuple(li.CG()) == (0.0, 1e-5, 0.0, None, 1, None, None)
+    assert dataclasses.astuple(li.CG()) == (0.0, 1e-5, 0.0, None, 1, None, None, 20)
     assert dataclasses.astuple(li.Neumann()) == (0.0, 1e-5, 10, None)
     assert dataclasses.astuple(li.Exact()) == (0.0,)
     assert dataclasses.astuple(li.Identity()) == (1.0,)

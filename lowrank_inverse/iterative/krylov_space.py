@@ -1,0 +1,149 @@
+"""An orthonormal basis of a Krylov space, and its products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.arrays.checks import check_finite
+from lowrank_inverse.arrays.control_flow import while_loop
+from lowrank_inverse.arrays.conversion import concrete, eps, is_traced, like, like_device
+from lowrank_inverse.arrays.linalg import column_norm, set_rows
+from lowrank_inverse.operators.columns import empty_like
+
+
+class _Basis(NamedTuple):
+    """Orthonormal vectors, their products, and the block of vectors that comes next."""
+
+    S: Array
+    """Rows, shape (k, n): those filled so far lie one after the other in memory."""
+    Y: Array
+    block: Array
+    """Shape (n, m)."""
+    size: Any
+    largest: Array
+    """Norm of the longest product so far: what rounding is measured by."""
+
+
+class KrylovSpace:
+    """Orthonormal vectors S of the Krylov space of `start`, and the products A S [1]_.
+
+    Blocks ``start, A start, A² start, …`` are orthogonalised against all that came before, twice
+    [2]_, and so right in float32. A direction that rounding alone is left of is set to zero;
+    where a whole block is, the space is invariant, and no more products are taken.
+
+    Parameters
+    ----------
+    A : linear operator, shape (n, n)
+    start : array, shape (n,) or (n, m), optional
+        Default: one Gaussian vector, drawn on the host.
+    rng : int or numpy.random.Generator, optional
+
+    References
+    ----------
+    .. [1] C. Musco, C. Musco. Randomized Block Krylov Methods for Stronger and Faster Approximate
+       Singular Value Decomposition. NeurIPS 2015.
+    .. [2] L. Giraud, J. Langou, M. Rozložník, J. van den Eshof. Rounding Error Analysis of the
+       Classical Gram-Schmidt Orthogonalization Process. Numer. Math. 101, 2005.
+    """
+
+    def __init__(self, A: Any, start: Array | None, rng: RNG = 0) -> None:
+        self._A = A
+        n = int(A.shape[0])
+        if start is None:
+            start = like(np.random.default_rng(rng).standard_normal(n), empty_like(A))
+        check_finite("b", start)
+        start = start if start.ndim == 2 else start[:, None]
+        xp = array_namespace(start)
+        norm = column_norm(start)  # a scale of its own for each right-hand side
+        start = start / xp.where(norm > 0, norm, xp.ones_like(norm))
+        one = xp.ones_like(norm[0])
+        empty = start.T[:0, :]
+        self._basis = _Basis(empty, empty, _orthonormal(start, empty, one), 0, 0 * one)
+        self._ended = False
+
+    @property
+    def size(self) -> Any:
+        """Products taken."""
+        return concrete(self._basis.size)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space is invariant: more products would find nothing new."""
+        return self._ended
+
+    @property
+    def vectors(self) -> Array:
+        """S, shape (n, size): orthonormal, or zero."""
+        return self._basis.S.T
+
+    @property
+    def products(self) -> Array:
+        """``A @ S``, shape (n, size)."""
+        return self._basis.Y.T
+
+    def grow(self, count: int) -> None:
+        """Take products up to `count`, in whole blocks."""
+        old = self._basis
+        xp = array_namespace(old.block)
+        block, taken = old.block, old.S.shape[0]
+        if taken == 0:  # fewer products than right-hand sides: their leading directions
+            block = block[:, : min(count, block.shape[1])]
+        width = block.shape[1]
+        capacity = taken + (count - taken) // width * width
+        if capacity <= taken or self._ended:
+            return
+
+        def going(basis: _Basis) -> Array:
+            return (basis.size < capacity) & xp.any(basis.block != 0)
+
+        def step(basis: _Basis) -> _Basis:
+            products = self._A @ basis.block
+            largest = xp.maximum(basis.largest, xp.max(column_norm(products)))
+            S = set_rows(basis.S, basis.size, basis.block.T)
+            Y = set_rows(basis.Y, basis.size, products.T)
+            known = S if is_traced(basis.size) else S[: basis.size + width, :]
+            block = _orthonormal(products, known, largest)
+            return _Basis(S, Y, block, basis.size + width, largest)
+
+        start = _Basis(_padded(old.S, capacity), _padded(old.Y, capacity), block, *old[3:])
+        basis = while_loop(going, step, start)
+        if not is_traced(basis.S):
+            self._ended = not bool(xp.any(basis.block != 0))
+            used = max(basis.size, width)  # b = 0: a column of zeros
+            basis = basis._replace(S=basis.S[:used, :], Y=basis.Y[:used, :])
+        self._basis = basis
+
+
+def _padded(X: Array, rows: int) -> Array:
+    """Return `X` with zeros below, `rows` in all."""
+    xp = array_namespace(X)
+    shape = (rows - X.shape[0], X.shape[1])
+    return xp.concat([X, xp.zeros(shape, dtype=X.dtype, device=like_device(X))], axis=0)
+
+
+def _orthonormal(X: Array, S: Array, largest: Array) -> Array:
+    """Return an orthonormal basis of what the columns of `X` have beside the rows of `S`.
+
+    Directions shorter than rounding, measured by `largest`, become zero.
+    """
+    xp = array_namespace(X)
+    negligible = max(X.shape[0] ** 0.5, 100.0) * eps(X) * largest
+    for _ in range(2):
+        if S.shape[0]:
+            X = X - S.T @ (S @ X)
+        if X.shape[1] == 1:
+            lengths, Q = column_norm(X), X
+        else:
+            Q, R = xp.linalg.qr(X)
+            U, lengths, _ = xp.linalg.svd(R)
+            Q = Q @ U
+        kept = lengths > negligible
+        if X.shape[1] == 1:
+            Q = Q / xp.where(kept, lengths, xp.ones_like(lengths))
+        X = xp.where(kept, Q, xp.zeros_like(Q))
+        negligible = 0 * negligible + 0.5  # of unit vectors no more than rounding may be lost
+    return X

@@ -1,0 +1,207 @@
+"""What a sequence of similar systems keeps from one solve to the next."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._io import replace_file
+from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse.arrays.checks import check_finite, describe, namespace
+from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
+from lowrank_inverse.iterative.recycling import joined_pairs
+from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended
+from lowrank_inverse.solvers.base import PreparedInverse
+from lowrank_inverse.solvers.recycled import sampled_pairs
+
+
+class HypergradientState(NamedTuple):
+    """The ``.state`` of a hypergradient or a solve: give it to the next call, and nothing else.
+
+    Conjugate gradients start from `value`, preconditioned by the `recycle` Ritz pairs of largest
+    magnitude of all products so far, whatever they were spent on: directions of conjugate
+    gradients, and the columns that NystromCG samples in its first call.
+
+    Attributes
+    ----------
+    value : array, shape (n,), or None
+        The latest solution.
+    vectors, products : array, shape (n, r), or None
+        Orthonormal vectors, and what the Hessian without the ridge made of them when they were
+        last met. Columns of zeros where there are fewer pairs.
+
+    Notes
+    -----
+    Each solve joins the products with its own directions to the pairs kept, and drops the pairs
+    that these prove outdated; see :func:`lowrank_inverse.iterative.recycling.joined_pairs`. Pairs
+    of the bare Hessian are kept, so that a new damping or ridge is taken into account at once.
+
+    Products in one outer step: 1 to start, 1 for each step, 1 to confirm. Memory ``n (2 r + 1)``
+    numbers.
+
+    It is a pytree of arrays: it may be carried by ``jax.jit`` and ``jax.lax.scan``.
+
+    References
+    ----------
+    .. [1] J. L. Morales, J. Nocedal. Automatic Preconditioning by Limited Memory Quasi-Newton
+       Updating. SIAM J. Optim. 10, 2000.
+    .. [2] M. L. Parks, E. de Sturler, G. Mackey, D. D. Johnson, S. Maiti. Recycling Krylov
+       Subspaces for Sequences of Linear Systems. SIAM J. Sci. Comput. 28, 2006.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> import lowrank_inverse as li
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "state.npz")
+    ...     li.HypergradientState(np.ones(3)).save(path)
+    ...     print(li.HypergradientState.load(path).value)
+    [1. 1. 1.]
+    """
+
+    value: Array | None = None
+    vectors: Array | None = None
+    products: Array | None = None
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the arrays to a file in NumPy's ``.npz`` format, bit for bit."""
+        arrays: dict[str, Any] = {
+            name: to_host(x) for name, x in self._asdict().items() if x is not None
+        }
+        replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> HypergradientState:
+        """Read what :meth:`save` wrote, as NumPy arrays.
+
+        They may be given as they are to a hypergradient in any library.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            missing = {"value"} - set(file.files)
+            unknown = set(file.files) - set(cls._fields)
+            if missing or unknown:
+                raise ValueError(
+                    f"`path` must be a file written by HypergradientState.save; {path} holds "
+                    f"{', '.join(sorted(file.files)) or 'nothing'}."
+                )
+            return cls(**{name: file[name] for name in file.files})
+
+
+class Continued(NamedTuple):
+    """A solve, and what the next may go on from."""
+
+    solution: Solution
+    """Its `num_products` counts the preparation too."""
+    inverse: PreparedInverse
+    state: HypergradientState
+    recycled: Any
+    """Pairs that served as the preconditioner; None for solvers that keep none."""
+
+
+def solve_from(
+    state: HypergradientState | Solution | None,
+    settings: Any,
+    A: Any,
+    b: Array,
+    *,
+    x0: Array | None = None,
+    rng: RNG = 0,
+) -> Continued:
+    """Solve ``(A + damping * I) x = b`` by `settings`, going on from `state`."""
+    state = adopt(state, b)
+    x0 = start(state, b) if x0 is None else x0
+    keeping = state is not None and b.ndim == 1
+    size = min(getattr(settings, "recycle", 0), int(A.shape[0])) if keeping else 0
+    if size == 0:
+        inverse = settings.prepare(A, rng=rng, b=b)
+        solution = _counted(inverse.solve(b, x0=x0), inverse)
+        return Continued(solution, inverse, HypergradientState(_finite(solution.value)), None)
+    kept = _kept(state, b)
+    inverse = settings.prepare(A, rng=rng, b=b, pairs=kept)
+    solution = inverse.solve(b, x0=x0, keep=size)
+    old = kept
+    if old is None and inverse.approximation is not None:
+        sampled = sampled_pairs(A, settings.damping, inverse.approximation)
+        old = None if sampled is None else joined_pairs(None, sampled, size)
+    if old is not None:  # what broke the solve does not serve the next
+        broken = ended(solution.reason, Reason.INDEFINITE_PRECONDITIONER, Reason.NONFINITE)
+        old = Pairs(*(array_namespace(b).where(broken, 0 * x, x) for x in old))
+    pairs = joined_pairs(old, solution.directions, size)
+    solution = _counted(solution._replace(directions=None), inverse)
+    return Continued(
+        solution, inverse, HypergradientState(_finite(solution.value), *pairs), _number(kept)
+    )
+
+
+def _counted(solution: Solution, inverse: PreparedInverse) -> Solution:
+    return solution._replace(num_products=inverse.num_products + solution.num_products)
+
+
+def _finite(x: Array) -> Array:
+    xp = array_namespace(x)
+    return xp.where(xp.all(xp.isfinite(x)), x, xp.zeros_like(x))
+
+
+def _number(pairs: Pairs | None) -> Any:
+    """Count the pairs."""
+    if pairs is None:
+        return 0
+    xp = array_namespace(pairs.vectors)
+    count = xp.sum(xp.astype(xp.any(pairs.vectors != 0, axis=0), xp.int32), dtype=xp.int32)
+    return count if is_traced(count) else int(count)
+
+
+def _kept(state: Any, b: Array) -> Pairs | None:
+    """Return the pairs in a state, if they fit."""
+    vectors = getattr(state, "vectors", None)
+    if vectors is None or tuple(vectors.shape[:1]) != tuple(b.shape) or vectors.dtype != b.dtype:
+        return None
+    return Pairs(vectors, state.products)
+
+
+def start(state: Any, b: Array) -> Array | None:
+    """Return the solution in `state`, where a solve for `b` may start; None for no state."""
+    if state is None:
+        return None
+    if not isinstance(state, (Solution, HypergradientState)):
+        raise TypeError(
+            "`state` must be a HypergradientState, as a hypergradient has it as `.state`, or the "
+            f"Solution of an earlier solve; got {describe(state)}."
+        )
+    value = state.value
+    if value is None:
+        return None
+    namespace(b=b, state=value)
+    if tuple(value.shape) != tuple(b.shape) or value.dtype != b.dtype:
+        raise ValueError(
+            f"`state` must come from a system of the same size, dtype {b.dtype} and shape "
+            f"{tuple(b.shape)}; its value is {describe(value)}."
+        )
+    check_finite("state", value)
+    return value
+
+
+def adopt(state: Any, b: Array) -> Any:
+    """Return a state read from a file in the library and on the device of `b`, others as is.
+
+    That of a Solution is taken where it has one.
+    """
+    if isinstance(state, Solution) and state.state is not None:
+        state = state.state
+    loaded = isinstance(state, HypergradientState) and isinstance(state.value, np.ndarray)
+    if not loaded or isinstance(b, np.ndarray):
+        return state
+    xp = array_namespace(b)
+    if state.value.dtype.itemsize * 8 != xp.finfo(b.dtype).bits:  # refused by `start`, not rounded
+        return HypergradientState(state.value)
+    where = like_device(b)
+
+    def moved(x: np.ndarray | None) -> Array | None:
+        # A copy: memory of the library's own, aligned as it likes, gives the same sums again.
+        return None if x is None else xp.asarray(x, device=where, copy=True)
+
+    return HypergradientState(*map(moved, state))
