@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count, describe
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
-from lowrank_inverse.arrays.conversion import astype, eps, is_traced, like_device, scalar_like
-from lowrank_inverse.arrays.linalg import (
-    add_scaled,
-    add_to,
-    choose,
-    column_norm,
-    column_scale,
-    copy_where,
-    dot,
-    scale_and_add,
-    set_rows,
-)
-from lowrank_inverse.iterative.preconditioning import apply_preconditioner, checked_preconditioner
+from lowrank_inverse.arrays.conversion import astype, like_device, scalar_like
+from lowrank_inverse.arrays.linalg import add_scaled, choose, column_norm, column_scale
+from lowrank_inverse.iterative.block_recursion import block_sweep
+from lowrank_inverse.iterative.preconditioning import checked_preconditioner
+from lowrank_inverse.iterative.recursion import RUNNING, Kept, Progress, System, column_sweep
+from lowrank_inverse.operators.base import block_width
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import (
     Pairs,
@@ -34,59 +28,8 @@ from lowrank_inverse.results.solution import (
     tolerance,
 )
 
-RUNNING = -1
 STAGNATION_FACTOR = 0.9
-
-
-class _System(NamedTuple):
-    """What does not change during a solve."""
-
-    A: Any
-    damping: Scalar
-    preconditioner: Any
-    max_steps: int
-    check_every: int
-    callback: Callable[[Array, Array], object] | None
-    num_kept: int
-
-
-class _Kept(NamedTuple):
-    """Directions of unit length and their products, both of shape (k, n), and how many so far."""
-
-    S: Array
-    Y: Array
-    count: Any
-
-
-class _Progress(NamedTuple):
-    """State between sweeps; `r` is the true residual of `x` in the columns still at work."""
-
-    x: Array
-    r: Array
-    norm: Array
-    num_steps: Array
-    reason: Array
-    num_blocks: Any
-    kept: _Kept | None
-
-
-class _Sweep(NamedTuple):
-    """State of the recursion for the correction d of x, from one true residual to the next."""
-
-    d: Array
-    r: Array
-    p: Array
-    rz: Array
-    pp: Array
-    """The square of the norm of p that the preconditioner defines."""
-    top: Array
-    """The largest curvature met, over pp."""
-    best_d: Array
-    smallest: Array
-    num_steps: Array
-    flag: Array
-    num_blocks: Any
-    kept: _Kept | None
+BLOCK_SIZE = 32
 
 
 @quietly
@@ -102,6 +45,7 @@ def cg(
     max_steps: int | None = None,
     check_every: int = 1,
     callback: Callable[[Array, Array], object] | None = None,
+    block_size: int = BLOCK_SIZE,
     keep: int = 0,
 ) -> Solution:
     """Solve ``(A + damping * I) x = b`` by preconditioned conjugate gradients [1]_.
@@ -111,7 +55,7 @@ def cg(
     A : linear operator, shape (n, n)
         Symmetric; ``A + damping * I`` positive definite.
     b : array, shape (n,) or (n, m)
-        Right-hand sides, one per column; each has its own step lengths and its own status.
+        Right-hand sides, one per column; each has its own status.
     damping : float or 0-d array
         Added to the diagonal; 0 or more.
     x0 : array, shape of `b`, optional
@@ -129,9 +73,14 @@ def cg(
     callback : callable (num_steps, residual_norm), optional
         Called after each step with the steps and the norms of the carried residuals so far, of
         shape () or (m,). Under ``jax.jit`` both are traced: use ``jax.debug.callback`` inside.
+    block_size : int
+        Columns of `b` that search one Krylov space together [2]_, [3]_: fewer products, for every
+        column profits from those of the others. Those that are done leave the block, and so do
+        directions that depend on others. More columns are solved one block after the other.
+        1: each column on its own, with its own step lengths.
     keep : int
         Of how many directions, the first ones, to return the products with `A`, as `directions`
-        of the result: ``2 keep n`` numbers. For `b` of shape (n,).
+        of the result: ``2 keep n`` numbers.
 
     Returns
     -------
@@ -149,17 +98,20 @@ def cg(
 
     Notes
     -----
-    One product a step and column, one more to confirm, and one to start from `x0`; the
+    One product a step and column at work, one more to confirm, and one to start from `x0`; the
     preconditioner is applied as often, the start from `x0` apart. When the
     recursion claims a tolerance that the true residual does not confirm, it starts again from
     the true residual, for the correction, until that ceases to fall. Residuals are scaled to a
     largest entry of 1, so the scales of `A` and `b` change nothing but the scale of the answer.
-    Memory: 9 blocks of the size of `b`.
+    Memory: 9 blocks of the size of `b`, or of one of its blocks.
 
     References
     ----------
     .. [1] M. R. Hestenes, E. Stiefel. Methods of Conjugate Gradients for Solving Linear
        Systems. J. Res. Nat. Bur. Standards 49, 1952.
+    .. [2] D. P. O'Leary. The Block Conjugate Gradient Algorithm and Related Methods. Linear
+       Algebra Appl. 29, 1980.
+    .. [3] H. Ji, Y. Li. A Breakdown-Free Block Conjugate Gradient Method. BIT 57, 2017.
 
     Examples
     --------
@@ -176,12 +128,28 @@ def cg(
     check_every = check_count("check_every", check_every)
     preconditioner = checked_preconditioner(preconditioner, n)
     if keep:
-        keep = min(check_count("keep", keep), max_steps)
-        if b.ndim != 1:
-            raise ValueError(f"`keep` is for one right-hand side; got `b` {describe(b)}.")
+        keep = min(check_count("keep", keep), max_steps * block_width(b))
+    block_size = check_count("block_size", block_size)
+    blockwise = b.ndim == 2 and block_size > 1
+    if keep and b.ndim == 2 and not blockwise:
+        raise ValueError(f"`keep` needs `b` of shape (n,) or a block; got {describe(b)}.")
+    if blockwise and b.shape[1] > block_size:
+        options = {
+            "damping": damping,
+            "preconditioner": preconditioner,
+            "rtol": rtol,
+            "atol": atol,
+            "max_steps": max_steps,
+            "check_every": check_every,
+            "callback": callback,
+            "block_size": block_size,
+            "keep": keep,
+        }
+        return _one_block_after_the_other(A, b, x0, options)
+    sweep_over = block_sweep if blockwise else column_sweep
     xp = array_namespace(b)
     damping = scalar_like(damping, b)
-    system = _System(A, damping, preconditioner, max_steps, check_every, callback, keep)
+    system = System(A, damping, preconditioner, max_steps, check_every, callback, keep)
     target = tolerance(b, rtol, atol)
 
     def residual(x: Array) -> Array:
@@ -197,9 +165,9 @@ def cg(
         x, r = choose(finite, x, xp.zeros_like(x)), choose(finite, r, b)
         norm = xp.where(finite, norm, column_norm(b))
 
-    def sweep(state: _Progress) -> _Progress:
+    def sweep(state: Progress) -> Progress:
         scale = column_scale(state.r)
-        swept = _sweep(system, state, scale, target / scale)
+        swept = sweep_over(system, state, scale, target / scale)
         x = add_scaled(state.x, scale, choose(swept.flag == RUNNING, swept.d, swept.best_d))
         r = residual(x)
         norm = column_norm(r)
@@ -212,16 +180,16 @@ def cg(
         reason = xp.where(finite, reason, code(reason, Reason.NONFINITE))
         # A correction that made it worse is left out, where the recursion claimed the contrary.
         # Zero is no answer, though its residual may be smaller than that of an ill-conditioned one.
-        sound = (norm < state.norm) | (state.num_blocks == 0) | ~ended(reason, Reason.STAGNATED)
+        sound = (norm < state.norm) | (state.num_products == 0) | ~ended(reason, Reason.STAGNATED)
         active = state.reason == RUNNING
         accepted = active & finite & sound
-        return _Progress(
+        return Progress(
             choose(accepted, x, state.x),
             r,
             xp.where(accepted, norm, state.norm),
             swept.num_steps,
             xp.where(active, reason, state.reason),
-            swept.num_blocks + 1,
+            swept.num_products + block_width(b),
             swept.kept,
         )
 
@@ -232,14 +200,14 @@ def cg(
     kept = None
     if keep:
         S, Y = (xp.zeros((keep, n), dtype=b.dtype, device=like_device(b)) for _ in range(2))
-        kept = _Kept(S, Y, 0)
-    start = _Progress(x, r, norm, steps, reason, 0 if x0 is None else 1, kept)
+        kept = Kept(S, Y, 0)
+    start = Progress(x, r, norm, steps, reason, 0 if x0 is None else block_width(b), kept)
     end = while_loop(lambda state: xp.any(state.reason == RUNNING), sweep, start)
     return Solution(
         value=end.x,
         residual_norm=end.norm,
         num_steps=end.num_steps,
-        num_products=end.num_blocks * (b.shape[1] if b.ndim == 2 else 1),
+        num_products=end.num_products,
         converged=ended(end.reason, Reason.CONVERGED),
         reason=end.reason,
         initial_residual_norm=norm,
@@ -247,110 +215,22 @@ def cg(
     )
 
 
-def _sweep(system: _System, start: _Progress, scale: Array, target: Array) -> _Sweep:
-    """Run the recursion for ``start.r / scale`` until every column claims to meet `target`."""
-    A, damping, preconditioner, max_steps, check_every, callback, num_kept = system
-    xp = array_namespace(start.x)
-    r = start.r / scale
-    norm, unit = column_norm(r), eps(r)
-    # Below eps times its start the recursion says nothing about the true residual.
-    target = xp.where(target > unit * norm, target, unit * norm)
-    running = start.reason == RUNNING
-    damped = is_traced(damping) or damping != 0
+def _one_block_after_the_other(A: Any, b: Array, x0: Array | None, options: Any) -> Solution:
+    """Solve for blocks of columns of about equal widths; the first one's directions are kept."""
+    xp, width = array_namespace(b), b.shape[1]
+    count = -(-width // options["block_size"])
+    edges = [width * i // count for i in range(count + 1)]
+    solutions: list[Solution] = []
+    for start, stop in itertools.pairwise(edges):
+        part = None if x0 is None else x0[:, start:stop]
+        solutions.append(cg(A, b[:, start:stop], x0=part, **options))
+        options |= {"keep": 0}
 
-    def going(state: _Sweep) -> Array:
-        more = (state.smallest > target) & (state.num_steps < max_steps)
-        return running & (state.flag == RUNNING) & more
+    def joined(name: str) -> Array:
+        return xp.concat([getattr(solution, name) for solution in solutions], axis=-1)
 
-    def step(state: _Sweep) -> _Sweep:
-        active = going(state)
-        product = A @ state.p  # of A alone: perhaps an array of the operator's own
-        curvature = dot(state.p, product)
-        if damped:
-            curvature = curvature + damping * dot(state.p, state.p)
-        top = xp.where(curvature > state.top * state.pp, curvature / state.pp, state.top)
-        # Less than this is the rounding of a product, whose sign says nothing.
-        flat = xp.abs(curvature) <= unit * top * state.pp
-        ok = active & xp.isfinite(curvature) & (curvature > 0) & ~flat
-        kept = state.kept
-        if kept is not None and (is_traced(kept.count) or kept.count < num_kept):
-            kept = _with_pair(kept, state.p, product, xp.isfinite(curvature))
-        one, zero = xp.ones_like(curvature), xp.zeros_like(curvature)
-        # A column that is done takes steps of length 0.
-        alpha = xp.where(ok, state.rz / xp.where(ok, curvature, one), zero)
-        # `d`, `r` and `p` are written over: their former values are not used below.
-        d = add_to(state.d, alpha, state.p)
-        r = add_to(state.r, -alpha, product)
-        if damped:
-            r = add_to(r, -alpha * damping, state.p)
-        rr = dot(r, r)
-        norm = xp.sqrt(rr)
-        z = r if preconditioner is None else (preconditioner @ r) / z_scale
-        rz = rr if preconditioner is None else dot(r, z)
-        useful = ok & (rz > 0)
-        beta = xp.where(useful, rz / xp.where(useful, state.rz, one), zero)
-        flag = xp.where(
-            active & (curvature <= 0), code(state.flag, Reason.NEGATIVE_CURVATURE), state.flag
-        )
-        flag = xp.where(active & flat, code(flag, Reason.SINGULAR), flag)
-        flag = xp.where(
-            ok & (norm > target) & (rz <= 0), code(flag, Reason.INDEFINITE_PRECONDITIONER), flag
-        )
-        finite = xp.isfinite(curvature) & xp.isfinite(rz)
-        flag = xp.where(active & ~finite, code(flag, Reason.NONFINITE), flag)
-        smaller = ok & (norm < state.smallest)
-        num_steps = state.num_steps + astype(ok, xp.int32)
-        if callback is not None:
-            callback(num_steps, xp.where(active, norm, column_norm(r)) * scale)
-        return _Sweep(
-            d,
-            r,
-            scale_and_add(state.p, beta, z),
-            xp.where(ok, rz, state.rz),
-            xp.where(ok, rz + beta * beta * state.pp, state.pp),
-            top,
-            copy_where(smaller, d, state.best_d),
-            xp.where(smaller, norm, state.smallest),
-            num_steps,
-            flag,
-            state.num_blocks + 1,
-            kept,
-        )
-
-    z_scale = 1.0
-    if preconditioner is None:
-        z = start.r / scale  # not r itself: the first direction is written over
-    else:
-        z = apply_preconditioner(preconditioner, r)
-        z_scale = column_scale(z)  # its own scale must not under- or overflow in the recursion
-        z = z / z_scale
-    rz = dot(r, z)
-    flag = code(start.reason, RUNNING)
-    flag = xp.where(running & (rz <= 0), code(flag, Reason.INDEFINITE_PRECONDITIONER), flag)
-    flag = xp.where(running & ~xp.isfinite(rz), code(flag, Reason.NONFINITE), flag)
-    first = _Sweep(
-        xp.zeros_like(r),
-        r,
-        z,
-        rz,
-        rz,
-        xp.zeros_like(rz),
-        xp.zeros_like(r),
-        xp.full_like(norm, float("inf")),  # any step is better than none
-        start.num_steps,
-        flag,
-        start.num_blocks,
-        start.kept,
+    per_column = ("value", "residual_norm", "num_steps", "converged", "reason")
+    return solutions[0]._replace(
+        num_products=sum(solution.num_products for solution in solutions),
+        **{name: joined(name) for name in (*per_column, "initial_residual_norm")},
     )
-    return while_loop(lambda state: xp.any(going(state)), step, first, check_every=check_every)
-
-
-def _with_pair(kept: _Kept, p: Array, product: Array, sound: Array) -> _Kept:
-    """Keep a direction and its product, or zeros where the product is not finite."""
-    xp = array_namespace(p)
-    squared = dot(p, p)
-    sound = sound & (squared > 0)
-    scale = xp.where(sound, 1 / xp.sqrt(xp.where(sound, squared, xp.ones_like(squared))), 0.0)
-    pair = (choose(sound, scale * x, xp.zeros_like(x)) for x in (p, product))
-    S, Y = (set_rows(rows, kept.count, x[None, :]) for rows, x in zip(kept[:2], pair, strict=True))
-    return _Kept(S, Y, kept.count + 1)

@@ -85,10 +85,10 @@ class PreparedInverse(ProductOnly):
         """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone.
 
         Conjugate gradients start from `x0`, of the shape of `b`, and keep the products with `keep`
-        of their directions, for `b` of shape (n,); other methods need no start and keep nothing.
+        of their directions; other methods need no start and keep nothing.
         """
         self._check(b, "b")
-        if keep and self._keeps and b.ndim == 1:
+        if keep and self._keeps:
             return self._run(b, x0, keep)
         return self._run(b, x0)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
+from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE
 from lowrank_inverse.iterative.neumann_series import neumann
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.function import aslinearoperator
@@ -23,7 +24,7 @@ class CG:
 
     Parameters
     ----------
-    damping, rtol, atol, max_steps, check_every, preconditioner, callback
+    damping, rtol, atol, max_steps, check_every, preconditioner, callback, block_size
         As in :func:`lowrank_inverse.cg`.
     recycle : int
         Ritz pairs of earlier solves, those of largest magnitude, that a `state` keeps to
@@ -38,6 +39,7 @@ class CG:
     check_every: int = 1
     preconditioner: LinearOperator | None = None
     callback: Callable[[Array, Array], object] | None = None
+    block_size: int = BLOCK_SIZE
     recycle: int = 20
 
     def __post_init__(self) -> None:
@@ -108,6 +110,7 @@ def check_iteration(settings: Any) -> None:
     check_scalar("rtol", settings.rtol)
     check_scalar("atol", settings.atol)
     check_count("check_every", settings.check_every)
+    check_count("block_size", settings.block_size)
     if settings.recycle != 0:
         check_count("recycle", settings.recycle)
     if settings.max_steps is not None:

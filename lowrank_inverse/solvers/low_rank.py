@@ -14,7 +14,7 @@ from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import eps
-from lowrank_inverse.iterative.conjugate_gradients import cg
+from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE, cg
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.column_sampling import DRAWN
 from lowrank_inverse.low_rank.core import is_indefinite
@@ -201,8 +201,14 @@ def _solve_by_inverse(
             x, r = scaled(x, s), scaled(r, 1 / s)
         return better(solution, b, x, r)
     # From zero: the first step is the plain answer with the best length.
-    steps = settings.refine + 1
-    solution = cg(A, b, damping=damping, preconditioner=approximate, max_steps=steps)
+    solution = cg(
+        A,
+        b,
+        damping=damping,
+        preconditioner=approximate,
+        max_steps=settings.refine + 1,
+        block_size=1,  # each application of the preconditioner has its price
+    )
     return with_apply_cost(solution, inverse, b)
 
 
@@ -218,7 +224,7 @@ class NystromCG:
         a thousandth of the trace.
     damping : float
         0 or more.
-    rtol, atol, max_steps, check_every, callback
+    rtol, atol, max_steps, check_every, callback, block_size
         As in :func:`lowrank_inverse.cg`.
     recycle : int
         As in :class:`CG`. With a state, columns are computed in the first solve alone.
@@ -245,6 +251,7 @@ class NystromCG:
     callback: Callable[[Array, Array], object] | None = None
     max_rank: int | None = None
     diagonal_products: int | None = None
+    block_size: int = BLOCK_SIZE
     recycle: int = 20
 
     def __post_init__(self) -> None:

@@ -40,6 +40,7 @@ def solve_by_cg(
         max_steps=settings.max_steps,
         check_every=settings.check_every,
         callback=settings.callback,
+        block_size=settings.block_size,
         keep=keep,
     )
     if solution.directions is None or not isinstance(A, ShiftedOperator):

@@ -27,7 +27,7 @@ class HypergradientState(NamedTuple):
 
     Attributes
     ----------
-    value : array, shape (n,), or None
+    value : array, shape (n,) or (n, m), or None
         The latest solution.
     vectors, products : array, shape (n, r), or None
         Orthonormal vectors, and what the Hessian without the ridge made of them when they were
@@ -114,7 +114,7 @@ def solve_from(
     """Solve ``(A + damping * I) x = b`` by `settings`, going on from `state`."""
     state = adopt(state, b)
     x0 = start(state, b) if x0 is None else x0
-    keeping = state is not None and b.ndim == 1
+    keeping = state is not None and (b.ndim == 1 or getattr(settings, "block_size", 1) > 1)
     size = min(getattr(settings, "recycle", 0), int(A.shape[0])) if keeping else 0
     if size == 0:
         inverse = settings.prepare(A, rng=rng, b=b)
@@ -128,8 +128,9 @@ def solve_from(
         sampled = sampled_pairs(A, settings.damping, inverse.approximation)
         old = None if sampled is None else joined_pairs(None, sampled, size)
     if old is not None:  # what broke the solve does not serve the next
+        xp = array_namespace(b)
         broken = ended(solution.reason, Reason.INDEFINITE_PRECONDITIONER, Reason.NONFINITE)
-        old = Pairs(*(array_namespace(b).where(broken, 0 * x, x) for x in old))
+        old = Pairs(*(xp.where(xp.any(broken), 0 * x, x) for x in old))
     pairs = joined_pairs(old, solution.directions, size)
     solution = _counted(solution._replace(directions=None), inverse)
     return Continued(
@@ -158,7 +159,7 @@ def _number(pairs: Pairs | None) -> Any:
 def _kept(state: Any, b: Array) -> Pairs | None:
     """Return the pairs in a state, if they fit."""
     vectors = getattr(state, "vectors", None)
-    if vectors is None or tuple(vectors.shape[:1]) != tuple(b.shape) or vectors.dtype != b.dtype:
+    if vectors is None or vectors.shape[0] != b.shape[0] or vectors.dtype != b.dtype:
         return None
     return Pairs(vectors, state.products)
 

@@ -1,0 +1,142 @@
+"""The recursion of block conjugate gradients: one Krylov space for all columns."""
+
+from __future__ import annotations
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.control_flow import while_loop
+from lowrank_inverse.arrays.conversion import astype, eps, is_traced
+from lowrank_inverse.arrays.linalg import (
+    column_norm,
+    copy_where,
+    dot,
+    symmetric_part,
+    tall_dot,
+    tall_times,
+)
+from lowrank_inverse.iterative.preconditioning import apply_preconditioner
+from lowrank_inverse.iterative.recursion import RUNNING, Progress, Sweep, System, with_pairs
+from lowrank_inverse.results.solution import Reason, code
+
+
+def block_sweep(system: System, start: Progress, scale: Array, target: Array) -> Sweep:
+    """Run the block recursion for ``start.r / scale`` until every column claims to meet `target`.
+
+    The directions P of a step are orthonormal. With ``K = P.T (A + damping I) P``, ``alpha = K^{-1}
+    P.T R`` is the step for all columns, and the next directions are an orthonormal basis of ``Z -
+    P K^{-1} (A P).T Z``, Z the preconditioned residuals of the columns still at work.
+    """
+    A, damping, preconditioner, max_steps, check_every, callback, num_kept = system
+    xp = array_namespace(start.x)
+    R = start.r / scale
+    norm, unit = column_norm(R), eps(R)
+    target = xp.where(target > unit * norm, target, unit * norm)
+    running = start.reason == RUNNING
+
+    def going(state: Sweep) -> Array:
+        more = (state.smallest > target) & (state.num_steps < max_steps)
+        return running & (state.flag == RUNNING) & more
+
+    def preconditioned(R: Array, flag: Array, active: Array) -> tuple[Array, Array]:
+        if preconditioner is None:
+            return R, flag
+        Z = apply_preconditioner(preconditioner, R)
+        rz = dot(R, Z)
+        bad = active & (rz <= 0) & (column_norm(R) > target)
+        flag = xp.where(bad, code(flag, Reason.INDEFINITE_PRECONDITIONER), flag)
+        return Z, xp.where(active & ~xp.isfinite(rz), code(flag, Reason.NONFINITE), flag)
+
+    def step(state: Sweep) -> Sweep:
+        active, P = going(state), state.p
+        AP = A @ P
+        kept = state.kept
+        finite = xp.isfinite(dot(P, AP))
+        if kept is not None and (is_traced(kept.count) or kept.count < num_kept):
+            kept = with_pairs(kept, P, AP, finite)
+        Q = AP + damping * P
+        K = symmetric_part(tall_dot(P, Q))
+        sound = xp.all(xp.isfinite(K))
+        K = xp.where(sound, K, xp.zeros_like(K))
+        w, V = xp.linalg.eigh(K)
+        largest = astype(xp.max(xp.abs(w)), P.dtype)
+        top = xp.where(largest > state.top, largest, state.top)
+        noise = astype(unit * w.shape[0] * top, w.dtype)
+        usable = w > noise
+        inverse = (V * xp.where(usable, 1 / xp.where(usable, w, xp.ones_like(w)), 0 * w)) @ V.T
+        PR = tall_dot(P, state.r)
+        # Where the residual has a part along what rounding alone may have left of a curvature.
+        flat = V.T @ PR * astype(~usable, V.dtype)[:, None]
+        stuck = column_norm(flat) > astype(target, flat.dtype)
+        negative = xp.any(w < -noise)
+        ok = active & sound & ~negative & ~stuck
+        flag = xp.where(active & stuck, code(state.flag, Reason.SINGULAR), state.flag)
+        flag = xp.where(active & negative, code(flag, Reason.NEGATIVE_CURVATURE), flag)
+        flag = xp.where(active & ~sound, code(flag, Reason.NONFINITE), flag)
+        alpha = xp.where(ok, inverse @ PR, xp.zeros_like(PR))
+        D = state.d + tall_times(P, alpha, P.dtype)
+        R = state.r - tall_times(Q, alpha, P.dtype)
+        norm = xp.sqrt(dot(R, R))
+        num_steps = state.num_steps + astype(ok, xp.int32)
+        if callback is not None:
+            callback(num_steps, norm * scale)
+        smaller = ok & (norm < state.smallest)
+        smallest = xp.where(smaller, norm, state.smallest)
+        Z, flag = preconditioned(R, flag, ok)
+        beta = inverse @ tall_dot(Q, Z)
+        wanted = running & (flag == RUNNING) & (smallest > target)
+        Z = xp.where(wanted, Z - tall_times(P, beta, P.dtype), xp.zeros_like(Z))
+        return Sweep(
+            D,
+            R,
+            _orthonormal(Z),
+            None,
+            None,
+            top,
+            copy_where(smaller, D, state.best_d),
+            smallest,
+            num_steps,
+            flag,
+            state.num_products + P.shape[1],
+            kept,
+        )
+
+    flag = code(start.reason, RUNNING)
+    Z, flag = preconditioned(R, flag, running)
+    Z = xp.where(running, Z, xp.zeros_like(Z))
+    first = Sweep(
+        xp.zeros_like(R),
+        R,
+        _orthonormal(Z),
+        None,
+        None,
+        0 * norm[0],
+        xp.zeros_like(R),
+        xp.full_like(norm, float("inf")),  # any step is better than none
+        start.num_steps,
+        flag,
+        start.num_products,
+        start.kept,
+    )
+    return while_loop(lambda state: xp.any(going(state)), step, first, check_every=check_every)
+
+
+def _orthonormal(X: Array) -> Array:
+    """Return an orthonormal basis of the columns of `X`, each as important as the others.
+
+    Directions that are left of a column after the others, but for rounding, are left out; while
+    jax traces they are columns of zeros.
+    """
+    xp = array_namespace(X)
+    norm = column_norm(X)
+    X = X / xp.where((norm > 0) & xp.isfinite(norm), norm, xp.ones_like(norm))
+    for _ in range(2):  # once leaves the square of the condition number
+        G = symmetric_part(tall_dot(X, X))
+        g, V = xp.linalg.eigh(xp.where(xp.isfinite(G), G, xp.zeros_like(G)))
+        g, V = xp.flip(g), xp.flip(V, axis=1)
+        kept = g > max(1e-12, eps(X), 16 * eps(G)) * g[0]
+        T = V * xp.where(kept, 1 / xp.sqrt(xp.where(kept, g, xp.ones_like(g))), 0 * g)
+        if not is_traced(T):
+            T = T[:, : max(1, int(xp.sum(astype(kept, xp.int32))))]
+        X = tall_times(X, T, X.dtype)
+    return X
