@@ -241,7 +241,9 @@ def test_refinement_is_preconditioned_cg_from_zero():
     inverse = li.nystrom(A, indices=K).inverse(DAMPING)
     for refine in (1, 2, 5):
         solver = li.Nystrom(damping=DAMPING, indices=K, refine=refine)
-        expected = li.cg(A, b, damping=DAMPING, preconditioner=inverse, max_steps=refine + 1)
+        expected = li.cg(
+            A, b, damping=DAMPING, preconditioner=inverse, block_size=1, max_steps=refine + 1
+        )
         np.testing.assert_array_equal(solver.prepare(A).solve(b).value, expected.value)
 
 
@@ -406,9 +408,9 @@ def test_the_sampling_is_passed_on(sampling):
 def test_defaults_are_those_documented():
     nystrom = (20, 0.0, "auto", "stored", None, 0, None, None, None)
     assert dataclasses.astuple(li.Nystrom()) == nystrom
-    nystrom_cg = (20, 0.0, "auto", 1e-5, 0.0, None, None, 1, None, None, None, 20)
+    nystrom_cg = (20, 0.0, "auto", 1e-5, 0.0, None, None, 1, None, None, None, 32, 20)
     assert dataclasses.astuple(li.NystromCG()) == nystrom_cg
-    assert dataclasses.astuple(li.CG()) == (0.0, 1e-5, 0.0, None, 1, None, None, 20)
+    assert dataclasses.astuple(li.CG()) == (0.0, 1e-5, 0.0, None, 1, None, None, 32, 20)
     assert dataclasses.astuple(li.Neumann()) == (0.0, 1e-5, 10, None)
     assert dataclasses.astuple(li.Exact()) == (0.0,)
     assert dataclasses.astuple(li.Identity()) == (1.0,)
