@@ -49,7 +49,13 @@ def check_memory(memory: Memory) -> None:
 
 
 def plan_memory(
-    n: int, rank: int, itemsize: int, *, memory: Memory, chunk_size: int | None = None
+    n: int,
+    rank: int,
+    itemsize: int,
+    *,
+    memory: Memory,
+    chunk_size: int | None = None,
+    num_held: int | None = None,
 ) -> MemoryPlan:
     """Say what a way to hold `rank` columns takes, or choose the fastest that the bytes allow.
 
@@ -62,6 +68,9 @@ def plan_memory(
         Bytes: stored if that fits, else streamed, in the largest chunks that fit.
     chunk_size : int, optional
         Columns computed at a time. For a number of bytes an upper limit.
+    num_held : int, optional
+        Vectors that are held where the columns are stored: twice the rank for a Krylov sketch.
+        Default: the rank.
 
     Returns
     -------
@@ -88,7 +97,7 @@ def plan_memory(
     small = 4 * 8 * rank * rank
 
     def taken(way: str, chunk: int | None) -> int:
-        columns = rank if way == "stored" else 2 * min(rank, chunk or 1)
+        columns = (num_held or rank) if way == "stored" else 2 * min(rank, chunk or 1)
         return columns * n * itemsize + small
 
     if isinstance(memory, str):

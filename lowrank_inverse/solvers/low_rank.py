@@ -16,7 +16,7 @@ from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import eps
 from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE, cg
 from lowrank_inverse.low_rank.approximation import NystromApproximation
-from lowrank_inverse.low_rank.column_sampling import DRAWN
+from lowrank_inverse.low_rank.column_sampling import DRAWN, resolve_sampling
 from lowrank_inverse.low_rank.core import is_indefinite
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
 from lowrank_inverse.operators.base import apply_cost, block_width
@@ -130,14 +130,17 @@ class Nystrom:
         check_damping(damping)
         inverse: Any
         spent = 0
-        plan = self._plan(H)
+        b = scaled(b, s)
+        plan = self._plan(H, b)
+        if plan is not None and plan.memory != "stored" and self.sampling == "auto":
+            b, plan = None, self._plan(H, None)  # columns, for the vectors do not fit beside them
         if plan is None or plan.memory == "stored":
             source: Any = chosen_approximation(
                 self,
                 H,
                 rng,
                 AUTO_SHARE * damping,
-                scaled(b, s),
+                b,
                 chunk_size=self.chunk_size,
             )
             inverse = source.inverse(damping)
@@ -168,7 +171,7 @@ class Nystrom:
             memory=plan,
         )
 
-    def _plan(self, A: Any) -> MemoryPlan | None:
+    def _plan(self, A: Any, b: Array | None) -> MemoryPlan | None:
         """Say how the columns are to be held; None where their number is not known before."""
         if self.indices is None and self.rank == "auto":
             return None
@@ -176,7 +179,15 @@ class Nystrom:
         n = int(A.shape[0])
         rank = min(self.rank, n) if self.indices is None else np.shape(self.indices)[0]
         itemsize = array_namespace(empty).finfo(empty.dtype).bits // 8
-        return plan_memory(n, rank, itemsize, memory=self.memory, chunk_size=self.chunk_size)
+        krylov = self.indices is None and resolve_sampling(A, self.sampling, b) == "krylov"
+        return plan_memory(
+            n,
+            rank,
+            itemsize,
+            memory=self.memory,
+            chunk_size=self.chunk_size,
+            num_held=2 * rank if krylov else rank,
+        )
 
 
 def _solve_by_inverse(

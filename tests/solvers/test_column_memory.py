@@ -146,3 +146,19 @@ def test_a_hypergradient_says_how_its_columns_were_held():
     assert out.info.memory == ("streamed", 1, budget)
     assert out.info.num_products == 2 * K + 2 + 1
     assert "columns streamed" in out.info.explain()
+
+
+def test_a_krylov_sketch_holds_its_vectors_too():
+    A, b = CountingOperator(matrix("linear")), rhs()
+    columns = li.Nystrom(rank=4, damping=0.1, sampling="uniform").prepare(A, b=b).memory
+    sketch = li.Nystrom(rank=4, damping=0.1).prepare(A, b=b).memory
+    assert sketch.num_bytes - columns.num_bytes == 4 * N * 8
+    # Where both do not fit, columns alone are taken; and where these do not, none are held.
+    for memory, way, found in (
+        (sketch.num_bytes, "stored", sketch.num_bytes),
+        (columns.num_bytes, "stored", columns.num_bytes),
+        (columns.num_bytes - 1, "streamed", None),
+    ):
+        plan = li.Nystrom(rank=4, damping=0.1, memory=memory).prepare(A, b=b).memory
+        assert plan.memory == way
+        assert found is None or plan.num_bytes == found
