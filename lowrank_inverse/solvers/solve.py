@@ -16,7 +16,7 @@ from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.composition import shifted, split_shift
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.results.certificate import certify as certify_solution
-from lowrank_inverse.results.errors import raise_on_failure
+from lowrank_inverse.results.errors import raise_on_failure, warn_of_nothing
 from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.auto import Auto
 from lowrank_inverse.solvers.base import as_settings
@@ -82,6 +82,11 @@ def solve(
     Solution
         With the products of preparation, solve, residual and certificate in `num_products`.
 
+    Warns
+    -----
+    RuntimeWarning
+        Without a `solver`, where a column did not converge and is no better an answer than zero.
+
     Raises
     ------
     SolveError
@@ -134,6 +139,8 @@ def solve(
         solution = solution._replace(method=f"{name}: {why}" if why else name)
     if throw:
         raise_on_failure(solution, settings)
+    elif why:
+        warn_of_nothing(solution, settings, b)
     return solution
 
 
