@@ -93,12 +93,12 @@ class NystromApproximation(ProductOnly):
         self,
         C: Array,
         indices: Indices,
-        pivot_rtol: float | None = None,
         indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
         *,
         core: Array | None = None,
         trace: float | None = None,
         vectors: Array | None = None,
+        indefinite: bool = False,
     ) -> None:
         n = C.shape[0]
         self.columns, self.indices, self.num_products = C, indices, C.shape[1]
@@ -111,7 +111,7 @@ class NystromApproximation(ProductOnly):
         wide = astype(self.core, wide_dtype(core))
         # Entries of a sketch are sums over n rows, whose rounding grows with the root of n.
         unit = eps(C) if indices is not None else max(eps(C), n**0.5 * eps(wide))
-        whitening = whiten(wide, unit, pivot_rtol, indefinite_pivot_rtol)
+        whitening = whiten(wide, unit, indefinite_pivot_rtol, indefinite=indefinite)
         self.whitening = whitening.matrix
         self.num_negative = whitening.num_negative
         self.num_dropped = whitening.num_dropped
@@ -309,16 +309,16 @@ class NystromApproximation(ProductOnly):
         if is_traced(self.eigenvalues):
             return f"{lines[0]}, values unknown while tracing"
         xp = array_namespace(self.eigenvalues)
-        kept = self.eigenvalues > eps(self.columns) * self.eigenvalues[0]
-        count = int(xp.sum(astype(kept, xp.int32)))
+        g = self.eigenvalues[: int(self.rank)]  # what lies beyond is the rounding of zeros
+        count = int(xp.sum(astype(g > 0, xp.int32)))
         if count:
-            first, last = float(self.eigenvalues[0]), float(self.eigenvalues[count - 1])
+            first, last = float(g[0]), float(g[count - 1])
             lines.append(f"eigenvalues: {count}, from {first:.3g} to {last:.3g}")
         if self.trace:
             share = self.residual_trace / self.trace
             lines.append(f"residual trace: {self.residual_trace:.3g}, {share:.1e} of the trace")
         if damping is not None:
-            above = int(xp.sum(astype(self.eigenvalues > damping, xp.int32)))
+            above = int(xp.sum(astype(g > damping, xp.int32)))
             enough = self.sufficient_rank(damping)
             verdict = "enough" if enough <= self.num_columns else "more columns would help"
             lines.append(
