@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
+from lowrank_inverse._io import Format
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_indices
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import column_norm, dot
 from lowrank_inverse.influence.checkpoint import digest, shown
-from lowrank_inverse.influence.damped_solver import to_record
+from lowrank_inverse.influence.damped_solver import from_record, to_record
 from lowrank_inverse.influence.engine import Workings
-from lowrank_inverse.influence.files import Saved, save_file
 from lowrank_inverse.influence.results import InfluenceInfo, TopK, merged, top
 
 __all__ = ["InfluenceBase", "InfluenceInfo", "TopK"]
+
+FILE = Format("InfluenceFunction.save")
 
 
 class InfluenceBase(Workings):
@@ -228,36 +230,48 @@ class InfluenceBase(Workings):
         Parameters
         ----------
         path : path
-            A file of plain arrays in NumPy's ``.npz`` format, without pickle.
+            Ends in ``.npz``, or in ``.safetensors``: plain arrays, without pickle.
         """
         _ = self._factor.inverse  # computes the columns
         kept = self._factor.A
-        record = {
+        settings = {
             "solver": to_record(self._solver),
             "curvature": self._curvature,
             "ridge": self._ridge,
             "damping": self._damping,
-            "seed": self._seed,
+            "rng": self._seed,
+        }
+        content = {
+            "settings": settings,
             "parameters": digest(self._backend.vector()),
             "num_train": self._train.num,
+            "columns": None if kept.kept is None else to_host(kept.kept),
+            "indices": kept.indices,
         }
-        save_file(path, Saved(record, kept.kept, kept.indices))
+        FILE.save(path, content)
 
-    def _restore(self, path: str | os.PathLike[str], saved: Saved) -> None:
-        """Take over the columns of a file, after a check that it is about these parameters."""
-        if saved.record["parameters"] != digest(self._backend.vector()):
+    @classmethod
+    def _loaded(cls: Any, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+        """Return what was saved, with its columns, after a check that it is about the same."""
+        saved = FILE.load(path)
+        settings = saved["settings"] | options
+        settings["solver"] = from_record(settings["solver"])
+        influence = cls(*arguments, **settings)
+        if saved["parameters"] != digest(influence._backend.vector()):
             raise ValueError(
                 f"{str(path)!r} was saved with other parameters than those given. Load the "
                 "parameters of that time first."
             )
-        if saved.record["num_train"] != self._train.num:
+        if saved["num_train"] != influence._train.num:
             raise ValueError(
-                f"`train` must have {saved.record['num_train']} examples as it had when "
-                f"{str(path)!r} was saved; got {self._train.num}."
+                f"`train` must have {saved['num_train']} examples as it had when {str(path)!r} "
+                f"was saved; got {influence._train.num}."
             )
-        if saved.columns is not None:
-            kept = self._factor.A
-            kept.indices, kept.kept = saved.indices, like(saved.columns, self._backend.like)
+        if saved["columns"] is not None:
+            kept = influence._factor.A
+            kept.indices = saved["indices"]
+            kept.kept = like(saved["columns"], influence._backend.like)
+        return influence
 
     @property
     def info(self) -> InfluenceInfo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._io import replace_file
+from lowrank_inverse._io import Format
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import like, to_host
+
+FILE = Format("an influence function's checkpoint")
 
 
 class Store:
@@ -32,28 +33,27 @@ class Store:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "about.json"
-        if about.exists():
-            found = json.loads(about.read_text(encoding="utf-8"))
-            other = [name for name in key if found.get(name) != key[name]]
-            if other:
-                raise ValueError(
-                    f"`checkpoint` {str(self.folder)!r} holds the results of another computation: "
-                    f"{', '.join(other)} differ. Give an empty folder, or remove this one."
-                )
+        about = self.folder / "about.npz"
+        if not about.exists():
+            FILE.save(about, key)
             return
-        text = json.dumps(key, indent=1).encode("utf-8")
-        replace_file(about, lambda file: file.write(text))
+        found = FILE.load(about)
+        other = [name for name in key if found.get(name) != key[name]]
+        if other:
+            raise ValueError(
+                f"`checkpoint` {str(self.folder)!r} holds the results of another computation: "
+                f"{', '.join(other)} differ. Give an empty folder, or remove this one."
+            )
 
     def get(self, name: str, compute: Callable[[], Array], template: Array) -> Array:
         """Return the array `name` from the folder, or compute and keep it."""
         if self.folder is None:
             return compute()
-        path = self.folder / f"{name}.npy"
+        path = self.folder / f"{name}.npz"
         if path.exists():
-            return like(np.load(path, allow_pickle=False), template)
+            return like(FILE.load(path), template)
         value = compute()
-        replace_file(path, lambda file: np.save(file, to_host(value), allow_pickle=False))
+        FILE.save(path, to_host(value))
         return value
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
-from lowrank_inverse.influence.files import read_saved
 from lowrank_inverse_jax.influence.backend import JaxBackend
 
 __all__ = ["InfluenceFunction"]
@@ -143,7 +142,5 @@ class InfluenceFunction(InfluenceBase):
         **options
             `outputs`, `batch_size`, `memory_budget` and `progress`.
         """
-        saved = read_saved(path)
-        influence = cls(loss, params, train, **saved.settings, **options)
-        influence._restore(path, saved)
+        influence: InfluenceFunction = cls._loaded(path, loss, params, train, **options)
         return influence

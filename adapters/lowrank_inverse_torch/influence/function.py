@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
-from lowrank_inverse.influence.files import read_saved
 from lowrank_inverse_torch.influence.backend import Split, TorchBackend
 
 __all__ = ["InfluenceFunction"]
@@ -150,7 +149,5 @@ class InfluenceFunction(InfluenceBase):
         **options
             `params`, `batch_size`, `split`, `chunk_size`, `memory_budget` and `progress`.
         """
-        saved = read_saved(path)
-        influence = cls(model, loss, train, **saved.settings, **options)
-        influence._restore(path, saved)
+        influence: InfluenceFunction = cls._loaded(path, model, loss, train, **options)
         return influence

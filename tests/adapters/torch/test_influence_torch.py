@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -797,8 +796,6 @@ def test_what_was_saved_is_loaded_without_computing_the_columns_again(tmp_path):
     assert torch.equal(loaded.scores(problem.query), expected)
     assert loaded.info.num_products == influence.info.num_products - 10
     assert loaded.info.damping == DAMPING
-    with np.load(path, allow_pickle=False) as file:
-        assert json.loads(str(file["record"]))["solver"]["name"] == "NystromCG"
 
 
 def test_a_file_of_other_parameters_or_another_number_of_examples_is_refused(tmp_path):
@@ -812,7 +809,7 @@ def test_a_file_of_other_parameters_or_another_number_of_examples_is_refused(tmp
     with pytest.raises(ValueError, match="was saved with other parameters"):
         InfluenceFunction.load(path, problem.model, cross_entropy, problem.train)
     np.savez(path, other=np.ones(2))
-    with pytest.raises(ValueError, match=r"was not written by InfluenceFunction\.save"):
+    with pytest.raises(ValueError, match=r"no file of InfluenceFunction\.save"):
         InfluenceFunction.load(path, problem.model, cross_entropy, problem.train)
     with pytest.raises(TypeError, match="`solver` must be settings"):
         problem.influence(solver=lambda matvec, b: b).save(path)
@@ -837,7 +834,7 @@ def test_a_run_cut_short_goes_on_where_it_was(method, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         influence.scores(problem.query, method=method, checkpoint=folder)
     first = sorted(path.name for path in folder.iterdir())
-    assert "directions-0.npy" in first
+    assert "directions-0.npz" in first
     assert sum(one.startswith("scores-") for one in first) >= 1
     again = problem.influence(batch_size=4, memory_budget=2**16)
     assert torch.equal(again.scores(problem.query, method=method, checkpoint=folder), expected)
@@ -890,7 +887,7 @@ def test_a_killed_process_resumes_and_gives_the_same_self_influence(tmp_path):
     assert run.returncode == -9
     problem = Problem()
     influence = problem.influence(memory_budget=2**14)
-    done = list(tmp_path.glob("values-*.npy"))
+    done = list(tmp_path.glob("values-*.npz"))
     assert len(done) == 3
     whole = problem.influence(memory_budget=2**14)
     expected = whole.self_influence()
