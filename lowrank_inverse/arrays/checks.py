@@ -171,7 +171,7 @@ def check_indices(indices: Any, n: int) -> Any:
             f"`indices` must lie in 0 … {n - 1}; got values from {host.min()} to {host.max()}."
         )
     if np.unique(host).size != host.size:
-        raise ValueError("`indices` must be distinct; some are repeated. Pass each column once.")
+        raise ValueError("`indices` must be distinct; some are repeated. Pass each index once.")
     return host.astype(np.int64)
 
 

@@ -51,9 +51,10 @@ def concrete(x: Any) -> Any:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """Return `x` as a NumPy array."""
+    """Return `x` as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if is_torch_array(x):
         x = x.detach().cpu()
+        x = x.float() if str(x.dtype) == "torch.bfloat16" else x
     return x.get() if is_cupy_array(x) else np.asarray(x)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from lowrank_inverse._io import Format
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.influence.loss_checks import first_difference
 
 FILE = Format("an influence function's checkpoint")
 
@@ -24,11 +25,12 @@ class Store:
     ----------
     folder : path or None
         Made if it is not there. With None nothing is kept.
-    key : dict of str
-        What the arrays depend on. A folder written under another key is refused.
+    key : dict
+        What the arrays depend on: text, and arrays that are equal up to rounding. A folder written
+        under another key is refused.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
@@ -37,9 +39,7 @@ class Store:
         if not about.exists():
             FILE.save(about, key)
             return
-        found = FILE.load(about)
-        other = [name for name in key if found.get(name) != key[name]]
-        if other:
+        if other := differences(FILE.load(about), key):
             raise ValueError(
                 f"`checkpoint` {str(self.folder)!r} holds the results of another computation: "
                 f"{', '.join(other)} differ. Give an empty folder, or remove this one."
@@ -55,6 +55,18 @@ class Store:
         value = compute()
         FILE.save(path, to_host(value))
         return value
+
+
+def differences(found: dict[str, Any], key: dict[str, Any]) -> list[str]:
+    """Name what differs between two keys."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+            return first_difference(a, b) is None
+        return type(a) is type(b) and bool(a == b)
+
+    names = dict.fromkeys([*key, *found])
+    return [name for name in names if not same(found.get(name), key.get(name))]
 
 
 def digest(*parts: Any) -> str:

@@ -716,7 +716,7 @@ def test_data_without_examples_and_data_read_only_once_are_refused():
     bad("must be a DataLoader, a Dataset", 3)
     bad("one row for each example", (x, y[:3]))
     bad("a batch must be a pair", [(x, y, y)])
-    bad("a batch must be a pair", {"x": x, "y": y})
+    bad("given to the model as keywords, .* give `split`", {"x": x, "y": y})
 
 
 def test_a_loader_that_gives_no_order_is_refused():
@@ -802,7 +802,7 @@ def test_a_file_of_other_parameters_or_another_number_of_examples_is_refused(tmp
     problem = Problem()
     path = tmp_path / "influence.npz"
     problem.influence(solver=li.CG(damping=DAMPING)).save(path)
-    with pytest.raises(ValueError, match="`train` must have 14 examples"):
+    with pytest.raises(ValueError, match="saved with other training set and training losses"):
         InfluenceFunction.load(path, problem.model, cross_entropy, problem.query)
     with torch.no_grad():
         problem.model[0].weight[0, 0] += 1e-9
@@ -852,7 +852,7 @@ def test_a_checkpoint_of_another_computation_is_refused(tmp_path):
         ValueError, match="holds the results of another computation: settings differ"
     ):
         problem.influence(damping=0.2).scores(problem.query, checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="query differ"):
+    with pytest.raises(ValueError, match="query, query losses differ"):
         problem.influence().scores(problem.train, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="kind"):
         problem.influence().self_influence(checkpoint=tmp_path)
