@@ -19,6 +19,9 @@ class Backend(Protocol):
     has_outputs: bool
     """Whether there is a Gauss-Newton matrix."""
 
+    unit: float
+    """Machine epsilon of the coarsest numbers that the model computes with."""
+
     def losses(self, batch: Any, *, anew: bool = False) -> Array:
         """Return the loss of each example, as the user's function gives it.
 

@@ -14,6 +14,7 @@ from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_indices
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
+from lowrank_inverse.influence.loss_checks import check_gradients
 from lowrank_inverse.influence.passes import Passes
 from lowrank_inverse.influence.plan import Plan, short
 from lowrank_inverse.influence.results import InfluenceInfo, TopK, merged, open_scores, top
@@ -238,7 +239,11 @@ class InfluenceBase(Passes):
         removed = self._backend.total(self._train, weights) / self._train.num
         factor = self._factor_without(1 - weights) if leverage else None
         step = self._solve(removed[:, None], factor).value
-        parts = [backend.slopes(batch, step)[0, :] for _, batch in queries.parts()]
+        parts = []
+        for start, batch in queries.parts():
+            slopes = backend.slopes(batch, step)
+            check_gradients(slopes, queries, start)
+            parts.append(slopes[0, :])
         return array_namespace(parts[0]).concat(parts, axis=0)
 
     def inverse_product(self, G: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.influence.loss_checks import first_difference
 
+FLOAT_RTOL = 1e-3
 FILE = Format("an influence function's checkpoint")
 
 
@@ -26,8 +28,8 @@ class Store:
     folder : path or None
         Made if it is not there. With None nothing is kept.
     key : dict
-        What the arrays depend on: text, and arrays that are equal up to rounding. A folder written
-        under another key is refused.
+        What the arrays depend on: text, and numbers and losses, which are equal up to rounding. A
+        folder written under another key is refused.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, Any]) -> None:
@@ -63,6 +65,8 @@ def differences(found: dict[str, Any], key: dict[str, Any]) -> list[str]:
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             return first_difference(a, b) is None
+        if isinstance(a, float) and isinstance(b, float):
+            return math.isclose(a, b, rel_tol=FLOAT_RTOL)
         return type(a) is type(b) and bool(a == b)
 
     names = dict.fromkeys([*key, *found])

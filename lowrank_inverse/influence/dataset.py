@@ -127,6 +127,11 @@ class Examples:
                 yield start + offset, piece
             start += size
 
+    def read_first(self, limit: int) -> Any:
+        """Read at most `limit` examples of the first batch again, kept or not; None without any."""
+        batch = next((batch for batch in self._read() if self.size(batch) > 0), None)
+        return None if batch is None else self.rows(batch, 0, min(limit, self.size(batch)))
+
     def rows(self, batch: Any, start: int, stop: int) -> Any:
         """Return the examples `start` to `stop` of a batch."""
         leaves, rebuild = self._flatten(batch)

@@ -71,7 +71,7 @@ class Workings:
             if damping is None:
                 damping = 0.0 if to_host(self._ridge).min() > 0 else "auto"
         self._solver: Any = solver
-        self._measures: dict[Any, Backend] = {}
+        self._measures: dict[Any, Backend] = {}  # the latest alone
         self._train = self._read(train, "train")
         self._operator = backend.operator(self._train, curvature)
         self._check_total(self._operator.gradient, backend, self._train)
@@ -125,7 +125,7 @@ class Workings:
         if query_loss is None:
             return self._backend
         if query_loss not in self._measures:
-            self._measures[query_loss] = self._backend.measuring(query_loss)
+            self._measures = {query_loss: self._backend.measuring(query_loss)}
         return self._measures[query_loss]
 
     @property

@@ -37,7 +37,7 @@ def measure_losses(backend: Any, examples: Examples) -> None:
             )
         if start == 0:
             again = _checked(backend, batch, examples, start, anew=True)
-            if (i := first_difference(losses, again)) is not None:
+            if (i := first_difference(losses, again, backend.unit)) is not None:
                 raise ValueError(
                     f"`loss` must be the same at each evaluation; that of example {i} of `{name}` "
                     f"is {losses[i]:.6g} at first and {again[i]:.6g} then. Something in the model "
@@ -47,8 +47,7 @@ def measure_losses(backend: Any, examples: Examples) -> None:
             _check_alone(backend, examples, batch, losses)
         found.append(losses)
     examples.losses = np.concatenate(found)
-    if not examples.is_kept:
-        _check_first(backend, examples, found[0])
+    _check_first(backend, examples, found[0])
 
 
 def check_unchanged(backend: Any, examples: Examples) -> None:
@@ -57,7 +56,7 @@ def check_unchanged(backend: Any, examples: Examples) -> None:
     for start, batch in examples.parts():
         losses = _checked(backend, batch, examples, start, anew=start == 0)
         before = examples.losses[start : start + losses.size]
-        if (i := first_difference(before, losses)) is not None:
+        if (i := first_difference(before, losses, backend.unit)) is not None:
             raise RuntimeError(
                 f"The loss of example {start + i} of `{examples.name}` was {before[i]:.6g} when "
                 f"this influence function was made and is {losses[i]:.6g} now. The weights (frozen "
@@ -66,13 +65,19 @@ def check_unchanged(backend: Any, examples: Examples) -> None:
             )
 
 
-def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
+def first_difference(a: np.ndarray, b: np.ndarray, unit: float = 0.0) -> int | None:
     """Return where the losses differ by more than another order of sums; None if nowhere."""
     if a.shape != b.shape:
         return 0
-    scale = np.maximum(np.abs(a), np.abs(b)).max()
-    differs = ~(np.abs(a - b) <= np.finfo(a.dtype).eps ** 0.5 * scale)
+    differs = ~(np.abs(a - b) <= tolerance(np.maximum(np.abs(a), np.abs(b)), unit))
     return int(np.argmax(differs)) if differs.any() else None
+
+
+def tolerance(losses: np.ndarray, unit: float = 0.0) -> float:
+    """Return what rounding, to `unit` where that is coarser, may change in some losses."""
+    unit = max(unit, float(np.finfo(losses.dtype).eps))
+    # The logarithm of a probability near 1 is known to the rounding of 1, however small it is.
+    return unit**0.5 * float(np.abs(losses).max()) + 16 * unit
 
 
 def check_gradients(G: Array, examples: Examples, start: int) -> None:
@@ -89,13 +94,16 @@ def check_gradients(G: Array, examples: Examples, start: int) -> None:
 
 
 def _check_first(backend: Any, examples: Examples, losses: np.ndarray) -> None:
-    again = _checked(backend, examples.get(0), examples, 0)
-    if (i := first_difference(losses, again)) is not None:
+    first = examples.read_first(losses.size)
+    again = losses[:0] if first is None else _checked(backend, first, examples, 0)
+    i = first_difference(losses[: again.size], again, backend.unit) if again.size else 0
+    if i is not None:
+        now = f"is {again[i]:.6g}" if again.size else "is gone"
         raise RuntimeError(
             f"`{examples.name}` must give the same examples each time it is read; the loss of "
-            f"example {i} was {losses[i]:.6g} at first and is {again[i]:.6g} when it is read "
-            "again. Leave out augmentation and shuffling, or raise `memory_budget` so that the "
-            "data are kept as first read."
+            f"example {i} was {losses[i]:.6g} at first and {now} when it is read again. Leave out "
+            f"augmentation and shuffling, or give list({examples.name}): the batches as they are "
+            "read once."
         )
 
 
@@ -128,8 +136,7 @@ def _check_alone(backend: Any, examples: Examples, batch: Any, losses: np.ndarra
     if losses.size == 1:
         return
     alone = _checked(backend, examples.rows(batch, 0, 1), examples, 0)
-    scale = max(abs(alone[0]), np.abs(losses).max())
-    if abs(alone[0] - losses[0]) > np.finfo(losses.dtype).eps ** 0.5 * scale:
+    if abs(alone[0] - losses[0]) > tolerance(np.append(losses, alone), backend.unit):
         raise ValueError(
             f"`loss` must depend on each example alone; that of example 0 of `{examples.name}` is "
             f"{losses[0]:.6g} beside others and {alone[0]:.6g} by itself. Something in the model "

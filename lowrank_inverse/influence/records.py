@@ -9,6 +9,7 @@ import numpy as np
 
 from lowrank_inverse._io import Format
 from lowrank_inverse.arrays.conversion import is_array, like, to_host
+from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.influence.checkpoint import Store, differences, digest
 from lowrank_inverse.influence.damped_solver import from_record, to_record
 from lowrank_inverse.influence.dataset import Examples
@@ -36,8 +37,9 @@ class Recorded(Workings):
         Notes
         -----
         What they depend on: hashes of the weights, frozen ones and buffers too, and of the training
-        set, and the loss of each training example.
+        set, the loss of each training example, and a product with the curvature.
         """
+        self._check_unchanged()
         settings = self._settings() | {"solver": to_record(self._settings()["solver"])}
         _ = self._factor.inverse  # computes the columns
         FILE.save(path, {"settings": settings, "key": self._key(), "kept": self._kept()})
@@ -63,6 +65,7 @@ class Recorded(Workings):
 
     def __reduce__(self) -> Any:
         """Pickle what it was made of, and the columns; it is made anew on the other side."""
+        self._check_unchanged()
         arguments, options = self._arguments
         limits = {
             "batch_size": self._batch_size,
@@ -94,10 +97,13 @@ class Recorded(Workings):
 
     def _key(self) -> dict[str, Any]:
         """Return what the columns depend on, beside the settings."""
+        signs = np.random.default_rng(0).integers(0, 2, self._backend.n) * 2.0 - 1
+        probe = like(signs, self._backend.like)
         return {
             "parameters": self._backend.fingerprint(),
             "training set": self._train.digest(),
             "training losses": self._train.losses,
+            "curvature": float(column_norm(self._operator @ probe)),
         }
 
     def _store(self, folder: str | os.PathLike[str] | None, *about: Any, **data: Examples) -> Store:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_inverse.arrays.checks import describe
+from lowrank_inverse.arrays.conversion import eps
 from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.operators.function import FunctionOperator
@@ -38,7 +39,7 @@ class JaxBackend:
         self._loss, self._outputs = loss, outputs
         self._params = as_parameters(jax.tree_util.tree_map(_widened, params))
         self.n, self.like = self._params.n, self._params.vector[:0]
-        self.has_outputs = outputs is not None
+        self.has_outputs, self.unit = outputs is not None, eps(self.like)
         self._products = {
             "hessian": jax.jit(self._hessian),
             "ggn": jax.jit(self._gauss_newton),

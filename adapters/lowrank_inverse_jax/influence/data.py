@@ -79,7 +79,7 @@ def _batches(data: Any, name: str, batch_size: int) -> Iterable[Any]:
             f"`{name}` must be a pytree of arrays with one row for each example, a list of "
             f"batches or of examples, or an iterable of batches; got {describe(data)}."
         )
-    if has_items and len(data) > 0 and _is_example(data[0]):
+    if has_items and len(data) > 0 and (not isinstance(data, list) or _is_example(data[0])):
         return Stacked(data, batch_size)
     return data
 
@@ -92,7 +92,10 @@ def _plain(item: Any) -> Any:
 def _is_example(item: Any) -> bool:
     """Whether an item is no batch: it has a number where a batch has one for each example."""
     leaves = jax.tree_util.tree_leaves(_plain(item))
-    return any(np.ndim(leaf) == 0 and not isinstance(leaf, (str, bytes, bool)) for leaf in leaves)
+    arrays = [leaf for leaf in leaves if not isinstance(leaf, (str, bytes, bool))]
+    return len({np.shape(leaf)[:1] for leaf in arrays}) > 1 or any(
+        np.ndim(leaf) == 0 for leaf in arrays
+    )
 
 
 def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

@@ -65,6 +65,8 @@ class TorchBackend:
             parameters = dict(self.model.named_parameters())
             self.params = as_parameters([parameters[name] for name in self._names])
         self.n, self.like = self.params.n, self.params.flatten(self.params.tensors)[:0]
+        floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        self.unit = max(torch.finfo(dtype).eps for dtype in floats)
         self._watched = [*model.parameters(), *model.buffers()]  # the user's own
         self._versions = [tensor._version for tensor in self._watched]
 

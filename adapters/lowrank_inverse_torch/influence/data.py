@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from itertools import islice
 from typing import Any
 
@@ -63,7 +65,7 @@ def as_examples(
 ) -> Examples:
     """Return a DataLoader, a Dataset, a tuple or dict of arrays or a list of batches as examples.
 
-    A list of single examples, and what else has a length and items, is a data set.
+    A list of single examples, and what else has a length and items, is a data set too.
 
     Raises
     ------
@@ -87,8 +89,7 @@ def _batches(data: Any, name: str, batch_size: int | None) -> Iterable[Any]:
         return in_order(data, name)
     if isinstance(data, (tuple, Mapping)):
         return [data]
-    is_dataset = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
-    if is_dataset or (_has_items(data) and len(data) > 0 and _is_example(data[0])):
+    if _is_dataset(data):
         _check_length(data, name)
         return DataLoader(data, batch_size=batch_size or DEFAULT_BATCH_SIZE, collate_fn=_stacked)
     if isinstance(data, list) or (isinstance(data, Iterable) and not isinstance(data, Tensor)):
@@ -132,18 +133,24 @@ def _check_length(data: Any, name: str) -> None:
         )
 
 
-def _has_items(data: Any) -> bool:
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "dtype")
+def _is_dataset(data: Any) -> bool:
+    """Whether the items of `data` are examples, as torch has it; those of a list may be batches."""
+    if isinstance(data, list):
+        return len(data) > 0 and _is_example(data[0])
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset)
+    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return has_items and not isinstance(data, str) and not hasattr(data, "dtype")
 
 
 def _is_example(item: Any) -> bool:
     """Whether an item is no batch: it has a number where a batch has one for each example."""
-    return any(
-        leaf.ndim == 0
-        if isinstance(leaf, (Tensor, np.ndarray))
-        else isinstance(leaf, (int, float, np.generic)) and not isinstance(leaf, bool)
+    arrays = [leaf for leaf in flatten(item)[0] if isinstance(leaf, (Tensor, np.ndarray))]
+    numbers = (
+        isinstance(leaf, (int, float, np.generic)) and not isinstance(leaf, bool)
         for leaf in flatten(item)[0]
     )
+    return any(numbers) or len({leaf.shape[:1] for leaf in arrays}) > 1
 
 
 def _stacked(examples: list[Any]) -> Any:
@@ -166,23 +173,31 @@ def _stacked(examples: list[Any]) -> Any:
 def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Return the leaves of a structure, and what puts others in their places.
 
-    Mappings of every kind are structures, such as a tokenizer's batches and a model's outputs.
+    Mappings of every kind and dataclasses are structures, such as a tokenizer's batches and a
+    model's outputs, beside those that torch knows.
     """
-    leaves, structure = pytree.tree_flatten(tree)
-    is_mapping = isinstance(tree, Mapping)
-    keys: list[Any] = sorted(tree, key=str) if is_mapping else []
-    if not is_mapping and not any(isinstance(leaf, Mapping) for leaf in leaves):
-        return leaves, lambda values: pytree.tree_unflatten(values, structure)
-    parts = [flatten(part) for part in ([tree[key] for key in keys] if is_mapping else leaves)]
+    put: Any = None
+    if isinstance(tree, Mapping):
+        keys: list[Any] = sorted(tree, key=str)
+        children, put = [tree[key] for key in keys], operator.setitem
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        keys, put = [field.name for field in fields(tree)], object.__setattr__
+        children = [getattr(tree, key) for key in keys]
+    else:
+        children, structure = pytree.tree_flatten(tree)
+        if len(children) == 1 and children[0] is tree:
+            return children, lambda values: values[0]
+        keys = []
+    parts = [flatten(child) for child in children]
 
     def rebuild(values: list[Any]) -> Any:
         rest = iter(values)
         built = [build(list(islice(rest, len(part)))) for part, build in parts]
-        if not is_mapping:
+        if put is None:
             return pytree.tree_unflatten(built, structure)
-        other: Any = copy.copy(tree)
+        other = copy.copy(tree)
         for key, value in zip(keys, built, strict=True):
-            other[key] = value
+            put(other, key, value)
         return other
 
     return [leaf for part, _ in parts for leaf in part], rebuild

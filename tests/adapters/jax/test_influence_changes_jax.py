@@ -93,7 +93,7 @@ def test_a_checkpoint_and_a_file_belong_to_one_loss(tmp_path):
     def other(params: Any, batch: Any) -> Any:  # closes over another constant
         return loss({"w": 3.0 * params["w"]}, batch)
 
-    with pytest.raises(ValueError, match="another computation: training losses, query losses"):
+    with pytest.raises(ValueError, match=r"another computation: training losses, .*query losses"):
         influence(function=other).scores(query(), checkpoint=tmp_path / "partial")
     with pytest.raises(ValueError, match="was saved with other training losses"):
         InfluenceFunction.load(
@@ -149,14 +149,10 @@ def test_a_loader_of_torch_is_read_in_order():
     pairs = list(zip(x, y, strict=True))
     dicts = [{"x": a, "y": b} for a, b in pairs]
     loader = torch.utils.data.DataLoader
-    for data in (
-        loader(pairs, batch_size=7, collate_fn=collate),
-        loader(pairs, batch_size=7, collate_fn=collate, shuffle=True),
-        loader(pairs, batch_size=7, collate_fn=collate, shuffle=True, drop_last=True),
-        loader(dicts, batch_size=7, shuffle=True),  # of torch's tensors
-    ):
-        for budget in (1, 2**20):
-            assert_close(influence(data, memory_budget=budget).scores(query()), dense())
+    shuffled = loader(pairs, batch_size=7, collate_fn=collate, shuffle=True, drop_last=True)
+    of_tensors = loader(dicts, batch_size=7, shuffle=True)
+    for data, budget in ((shuffled, 1), (shuffled, 2**20), (of_tensors, 2**20)):
+        assert_close(influence(data, memory_budget=budget).scores(query()), dense())
     bootstrap = torch.utils.data.RandomSampler(pairs, replacement=True)
     with pytest.raises(ValueError, match="draws its examples by a RandomSampler"):
         influence(loader(pairs, sampler=bootstrap, collate_fn=collate))
@@ -168,7 +164,7 @@ def test_single_examples_and_mappings_are_data_too():
     numbers = [{"x": jnp.asarray(x[i]), "y": int(y[i])} for i in range(NUM)]
     whole = UserDict(x=x, y=y)
     batches = [UserDict(x=x[i : i + 5], y=y[i : i + 5]) for i in range(0, NUM, 5)]
-    for data in (rows, numbers, [UserDict(row) for row in rows], whole, batches):
+    for data in (numbers, [UserDict(row) for row in rows], whole, batches):
         ours = influence(data, batch_size=10)
         assert ours.info.num_train == NUM
         assert_close(ours.scores(UserDict(query())), dense())
@@ -216,10 +212,10 @@ def test_other_functions_of_the_queries_and_their_sum(tmp_path):
 
 def test_each_parameter_may_have_a_ridge_of_its_own(tmp_path):
     ridge = np.linspace(0.0, 0.5, 12)
-    for form in ({"w": ridge.reshape(4, 3)}, ridge):
-        for solver in (SOLVER, li.Exact(damping=DAMPING), li.NystromCG(damping=DAMPING)):
-            ours = influence(ridge=form, solver=solver)
-            assert_close(ours.scores(query()), dense(ridge + DAMPING), 1e-4)
+    tree = {"w": ridge.reshape(4, 3)}
+    for form, solver in ((ridge, li.NystromCG(damping=DAMPING)), (tree, li.Exact(damping=DAMPING))):
+        ours = influence(ridge=form, solver=solver)
+        assert_close(ours.scores(query()), dense(ridge + DAMPING), 1e-4)
     assert_close(influence(ridge={"w": 0.2}).scores(query()), dense(0.2 + DAMPING))
     with pytest.raises(ValueError, match="`ridge` must be >= 0 everywhere"):
         influence(ridge={"w": -ridge.reshape(4, 3)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -159,12 +160,65 @@ class Reshuffled:
 
 
 @pytest.mark.parametrize("data", [DataLoader(Augmented(), batch_size=16), Reshuffled()])
-def test_data_that_are_others_in_each_pass_are_refused_unless_they_are_kept(data):
+@pytest.mark.parametrize("budget", [1, 2**30])
+def test_data_that_are_others_in_each_pass_are_refused(data, budget):
     options: dict[str, Any] = {"solver": li.CG(damping=0.1, rtol=1e-10)}
     with pytest.raises(RuntimeError, match="same examples each time it is read"):
-        InfluenceFunction(network(), cross_entropy, data, memory_budget=1, **options)
-    kept = InfluenceFunction(network(), cross_entropy, data, **options)
+        InfluenceFunction(network(), cross_entropy, data, memory_budget=budget, **options)
+    kept = InfluenceFunction(network(), cross_entropy, list(data), **options)
     assert torch.equal(kept.scores(QUERY), kept.scores(QUERY))
+
+
+def test_data_that_can_be_read_once_are_refused():
+    class Once:
+        def __init__(self) -> None:
+            self.batches = [(X, Y)]
+
+        def __iter__(self) -> Any:
+            while self.batches:
+                yield self.batches.pop()
+
+    with pytest.raises(RuntimeError, match=r"is gone when it is read again.*list\(train\)"):
+        influence(network(), data=Once())
+
+
+def test_a_file_is_not_written_after_a_change(tmp_path):
+    model = network()
+    live = influence(model)
+    scale_frozen(model)
+    for write in (lambda: live.save(tmp_path / "influence.npz"), lambda: copy.deepcopy(live)):
+        with pytest.raises(RuntimeError, match="changed in place after"):
+            write()
+
+
+def test_a_file_belongs_to_one_split_of_the_loss_into_outputs_and_their_loss(tmp_path):
+    class Softmax(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x).softmax(1)
+
+    def log(output: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(output.log(), target, reduction="none")
+
+    model, path = network(), tmp_path / "influence.npz"
+    influence(model).save(path)
+    with pytest.raises(ValueError, match="was saved with other curvature than"):
+        InfluenceFunction.load(path, Softmax(model), log, (X, Y))
+
+
+def test_losses_of_a_model_that_fits_all_examples_are_not_taken_for_others():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    with torch.no_grad():
+        model.weight.mul_(0)
+        model.bias.copy_(torch.tensor([17.0, 0.0, 0.0]))
+    x, y = X.float(), torch.zeros(40, dtype=torch.int64)
+    live = InfluenceFunction(model, cross_entropy, (x, y), solver=SOLVER, batch_size=7)
+    assert live.info.loss < 1e-6
+    live.scores((x[:3], y[:3]))
 
 
 def test_data_that_change_later_are_noticed():
@@ -174,11 +228,12 @@ def test_data_that_change_later_are_noticed():
         def __iter__(self) -> Any:
             self.passes += 1
             yield X[:20], Y[:20]
-            yield X[20:] + (self.passes > 4), Y[20:]
+            yield X[20:] + (self.passes > 6), Y[20:]
 
     live = InfluenceFunction(
         network(), cross_entropy, Drifting(), memory_budget=1, solver=li.CG(damping=0.1)
     )
-    with pytest.raises(RuntimeError, match="are others each time they are read"):
+    changed = "others each time they are read|returned the loss"
+    with pytest.raises(RuntimeError, match=changed):
         for _ in range(3):
             live.scores(QUERY)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from collections import UserDict
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,16 @@ class Wrapped(nn.Module):
         return self.wrap(self.inner(x), x)
 
 
+@dataclass(frozen=True)
+class Record:
+    """As many models return it."""
+
+    logits: Tensor
+    loss: Any = None
+
+
 OUTPUTS = {
+    "dataclass": (lambda z, x: Record(z), lambda o: o.logits),
     "dict": (lambda z, x: {"inputs": x, "logits": z}, lambda o: o["logits"]),
     "tuple": (lambda z, x: (x, z), lambda o: o[1]),
     "nested": (lambda z, x: {"a": [x, (z[:, :1], z[:, 1:])]}, lambda o: torch.cat(o["a"][1], 1)),
@@ -140,9 +150,14 @@ def by_name(batch: Any) -> Any:
 
 def test_single_examples_and_arrays_of_numpy_are_data_too():
     rows = [(X[i], Y[i]) for i in range(24)]
+    columns = [(X[i], Y[i : i + 1]) for i in range(24)]
     dicts = [{"x": X[i].tolist(), "y": int(Y[i])} for i in range(24)]
     arrays = X.numpy(), Y.numpy()
     turned = np.ascontiguousarray(X.numpy()[::-1])[::-1], Y.numpy()  # negative strides
+    first = InfluenceFunction(
+        linear(), lambda z, t: cross_entropy(z, t[:, 0]), columns, solver=SOLVER
+    )
+    assert_close(first.scores((QUERY[0], QUERY[1][:, None])), expected())
     for data in (rows, arrays, turned, [arrays], list(zip(*arrays, strict=True))):
         influence = InfluenceFunction(linear(), cross_entropy, data, solver=SOLVER, batch_size=10)
         assert influence.info.num_train == 24
@@ -166,6 +181,28 @@ class Rows:
 
     def __getitem__(self, i: int) -> Any:
         return self.rows[i]
+
+
+def test_the_items_of_a_data_set_of_any_class_are_examples():
+    def sums(output: Tensor, batch: Any) -> Tensor:
+        return ((output - batch["y"]) ** 2).sum(1)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.inner = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.inner(x)
+
+    rows = Rows([{"x": X[i], "y": X[i] ** 2} for i in range(24)])  # a batch of numbers to look at
+    whole = {"x": X, "y": X**2}
+    found, wanted = (
+        InfluenceFunction(Named(), sums, data, solver=SOLVER).scores({"x": X[:3], "y": X[:3]})
+        for data in (rows, whole)
+    )
+    assert_close(found, wanted)
 
 
 def test_examples_that_cannot_be_stacked_are_named():
@@ -202,6 +239,32 @@ def test_a_part_of_a_model_in_low_precision_may_be_differentiated_by():
     )
     assert influence.info.num_params == 12
     assert torch.isfinite(influence.scores((QUERY[0].bfloat16(), Y[:5]))).all()
+
+
+def test_a_frozen_body_in_low_precision_stays_in_it(tmp_path):
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.body = nn.Linear(4, 6).bfloat16().requires_grad_(False)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).float())
+
+    train, query = (X.bfloat16(), Y), (QUERY[0].bfloat16(), Y[:5])
+    model = Adapted()
+    influence = InfluenceFunction(model, cross_entropy, train, solver=SOLVER)
+    scores = influence.scores(query, checkpoint=tmp_path)
+    features = model.body(train[0]).float(), model.body(query[0]).float()
+    head = InfluenceFunction(model.head, cross_entropy, (features[0], Y), solver=SOLVER)
+    assert_close(scores, head.scores((features[1], Y[:5])), 1e-2)  # sums in bfloat16
+    with torch.no_grad():
+        model.body.weight.mul_(2)
+    with pytest.raises(ValueError, match="another computation: parameters"):
+        InfluenceFunction(model, cross_entropy, train, solver=SOLVER).scores(
+            query, checkpoint=tmp_path
+        )
 
 
 # Attention
