@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank_inverse_torch as lit
-from benchmarks._cifar import balanced, load_cached, long_tailed
-from benchmarks._images import Images, augmented, batches
 from benchmarks._measure import Found
-from benchmarks._networks import CLASSES, wide_resnet
+from benchmarks.data.cifar import balanced, load_cached, long_tailed
+from benchmarks.data.images import Images, augmented, batches
 from benchmarks.paper._methods import IDENTITY, METHODS, solvers
 from benchmarks.paper._reference import Minres
+from benchmarks.speed.networks import CLASSES, wide_resnet
 
 BASELINE = "baseline"
 FIXED = {"fixed, rising": 2.0, "fixed, falling": -2.0}

@@ -8,7 +8,6 @@ next one begins.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import textwrap
 import time
@@ -58,12 +57,12 @@ def arguments_of(experiment: Experiment, options: Any) -> list[str]:
 
 def call(command: str, arguments: list[str]) -> None:
     """Run a command; raise RuntimeError with its reason if it does not end well."""
-    from benchmarks.__main__ import COMMANDS
+    from benchmarks.__main__ import COMMANDS, load
 
     if command not in COMMANDS:
         raise RuntimeError("there is no such command")
     try:
-        status = importlib.import_module(COMMANDS[command][0]).main(arguments)
+        status = load(command)(arguments)
     except SystemExit as stop:  # its code is a message, or the number of one printed before
         status = stop.code
     if status:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks._measure import Found
-from benchmarks._mnist import load_mnist
 from benchmarks._report import publish, table
+from benchmarks.data.mnist import load_mnist
 from benchmarks.paper import _methods as methods
 from benchmarks.paper import _runs as runs
 from benchmarks.paper._learned import EXPLAINED, columns, draw, mean_of, skipped

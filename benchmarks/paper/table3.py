@@ -14,10 +14,10 @@ import numpy as np
 
 from benchmarks._measure import Found
 from benchmarks._report import publish, table
+from benchmarks.data.omniglot import Task, draw_task, load_omniglot
 from benchmarks.paper import _methods as methods
 from benchmarks.paper import _runs as runs
 from benchmarks.paper._learned import EXPLAINED, columns, draw, skipped
-from benchmarks.paper._omniglot import Task, draw_task, load_omniglot
 from benchmarks.paper._verdicts import below, comparable, cuts, verdict
 
 INITIAL = "no meta-training"

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._cifar import IMBALANCES, cached
 from benchmarks._measure import Found
 from benchmarks._report import publish, pyplot, table
+from benchmarks.data.cifar import IMBALANCES, cached
 from benchmarks.paper._methods import (
     IDENTITY,
     METHODS,

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._cifar import cached
 from benchmarks._measure import Found
 from benchmarks._report import publish, pyplot, table
+from benchmarks.data.cifar import cached
 from benchmarks.paper._methods import NYSTROM, PAPER_NYSTROM
 from benchmarks.paper._reweighting import BASELINE, FULL, QUICK, brief
 from benchmarks.paper._runs import claim, parse, parser, run_all, spread, told

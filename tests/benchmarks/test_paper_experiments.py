@@ -21,8 +21,6 @@ import torch
 
 import lowrank_inverse as li
 from benchmarks import __main__ as command
-from benchmarks import table5 as speed
-from benchmarks._torch_speed import num_products
 from benchmarks.paper import (
     _curves,
     _methods,
@@ -33,9 +31,9 @@ from benchmarks.paper import (
     figure2,
     figure3,
     figure4,
-    table5,
 )
 from lowrank_inverse.low_rank.column_sampling import sample_columns
+from tests.benchmarks.conftest import text, written
 from tests.conftest import assert_picture
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -78,10 +76,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(_runs, "use_threads", lambda count: None)
     monkeypatch.setattr(_weight_decay, "QUICK", TINY)
     return found
-
-
-def written(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # The methods.
@@ -239,6 +233,54 @@ def test_options_and_verdicts_are_checked(capsys):
 # Figure 1.
 
 
+@pytest.fixture(scope="module")
+def figure(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("figure")
+    assert figure1.main(["--seeds", "3", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_figure_1_draws_two_matrices_of_order_40_and_rank_20():
+    for kind, A in figure1.matrices(0).items():
+        assert A.shape == (40, 40)
+        assert np.allclose(A, A.T, rtol=0, atol=1e-15), kind
+        assert np.linalg.matrix_rank(A, tol=1e-10) == 20
+        assert np.linalg.eigvalsh(A)[0] > -1e-14
+        assert not np.array_equal(A, figure1.matrices(1)[kind])
+    eigenvalues = np.linalg.eigvalsh(figure1.matrices(0)["eigenvalues 1/i²"])
+    assert np.allclose(eigenvalues[:-21:-1], 1 / np.arange(1, 21) ** 2.0)
+
+
+def test_in_figure_1_nystrom_with_the_rank_of_the_matrix_gives_its_exact_inverse(figure):
+    errors = written(figure, "figure1")["relative_errors"]
+    assert len(errors) == 2
+    for by_name in errors.values():
+        assert all(len(by_seed) == 3 for by_seed in by_name.values())
+        assert max(by_name["Nyström, k = 20"]) < 1e-12
+        for method in ("Nyström, k", "Neumann, l"):
+            means = [np.mean(by_name[f"{method} = {size}"]) for size in (5, 10, 20)]
+            assert means == sorted(means, reverse=True)
+            assert means[0] < 1
+
+
+def test_in_figure_1_the_errors_written_are_those_of_the_formulas(figure):
+    errors = written(figure, "figure1")["relative_errors"]
+    for kind, A in figure1.matrices(2).items():
+        exact = np.linalg.inv(A + 0.1 * np.eye(40))
+        step = 1 / (np.linalg.eigvalsh(A)[-1] + 0.1)  # what 8 power iterations estimate
+        contraction = np.eye(40) - step * (A + 0.1 * np.eye(40))
+        series = step * sum(np.linalg.matrix_power(contraction, j) for j in range(20))
+        wanted = np.linalg.norm(series - exact) / np.linalg.norm(exact)
+        assert errors[kind]["Neumann, l = 20"][2] == pytest.approx(wanted, rel=0.1)
+
+
+def test_figure_1_has_its_picture_and_its_table(figure):
+    assert_picture(figure / "figure1.png")
+    lines = text(figure, "figure1")
+    assert all(name in lines for name in figure1.approximations(0))
+    assert "Mean and deviation over 3 matrices" in lines
+
+
 def test_the_verdict_on_figure_1_counts_the_matrices():
     def errors(five: float) -> dict[str, list[float]]:
         names = figure1.approximations(0)
@@ -346,16 +388,16 @@ def test_figure_2_runs_from_end_to_end_and_is_not_run_twice(tmp_path, calls, cap
     assert figure2.main(arguments) == 0
     assert [settings["seed"] for settings in calls] == [0, 1]
     results = written(tmp_path, "figure2")
-    text = (tmp_path / "figure2.txt").read_text(encoding="utf-8")
+    lines = text(tmp_path, "figure2")
     assert len(results["claims"]) == 3
-    assert _runs.told(results["claims"]) in text
+    assert _runs.told(results["claims"]) in lines
     assert_picture(tmp_path / "figure2.png")
     methods = _weight_decay.METHODS
     assert len(results["curves"]) == len(methods) * len(figure2.CONTROLS)
     own = results["curves"][_weight_decay.label(_methods.CG, 5, 0.01)]
     assert [len(curve["validation"]) for curve in own] == [TINY.outer_steps + 1] * 2
     assert own[0]["validation"] != own[1]["validation"]
-    assert all(text.count(f"\n{method} ") >= 2 for method in methods[1:])
+    assert all(lines.count(f"\n{method} ") >= 2 for method in methods[1:])
     assert figure2.main(arguments) == 0
     assert len(calls) == 2
     assert written(tmp_path, "figure2")["claims"] == results["claims"]
@@ -393,74 +435,6 @@ def test_figure_3_counts_the_pairs_in_which_nystrom_is_lower():
     assert (most["verdict"], robust["verdict"]) == (_runs.NOT_SUPPORTED, _runs.SUPPORTED)
 
 
-# Table 5.
-
-
-def measurement(method: str, k: int, per_product: float, graph: float = 10.0) -> dict[str, Any]:
-    """A measurement of a method that needs its products' time and as much memory as it holds."""
-    held = {table5.TOGETHER: graph * k, table5.STORED: graph + k}.get(method, graph)
-    return {"seconds": num_products(method, k) * per_product, "mib": held}
-
-
-def test_table_5_is_measured_kept_and_judged(tmp_path, monkeypatch):
-    called = []
-
-    def apart(target: str, settings: dict[str, Any]) -> Any:
-        called.append(target)
-        if target.endswith(":prepare"):
-            graph = {"n": 100, "mib": 10.0, "product": [0.1, 0.1, 0.3]}
-            return graph | {"lowest": -0.1, "highest": 1.0}
-        if settings["method"] == table5.SPARING and settings["k"] == 20:
-            return {"left out": "too long", "n": 100}
-        return measurement(settings["method"], settings["k"], 0.1)
-
-    monkeypatch.setattr(speed, "apart", apart)
-    monkeypatch.setattr(table5, "use_threads", lambda count: None)
-    monkeypatch.setattr(speed, "has_peers", lambda: False)
-    assert table5.main(["--quick", "--output", str(tmp_path)]) == 0
-    assert len(called) == 1 + 3 * 6
-    results = written(tmp_path, "paper_table5")
-    faster, memory, sparing = results["claims"]
-    # As many products as CG's take as long as CG.
-    assert faster["verdict"] == _runs.NOT_SUPPORTED
-    assert "1 x (2.20 s against 2.20 s)" in faster["ours"]
-    assert memory["verdict"] == _runs.SUPPORTED
-    assert "all columns at a time: 20 x; one column at a time: 3 x" in memory["ours"]
-    assert sparing["verdict"] == _runs.IN_PART
-    assert "23 s, left out, by its 233 products" in sparing["ours"]
-    text = (tmp_path / "paper_table5.txt").read_text(encoding="utf-8")
-    assert "left out, too long" in text
-    assert "hypergrad Nyström" not in text
-    assert not (tmp_path / "table5.json").exists()
-    assert_picture(tmp_path / "paper_table5.png")
-    assert table5.main(["--quick", "--output", str(tmp_path)]) == 0
-    assert len(called) == 1 + 3 * 6
-
-
-def test_table_5_does_not_judge_what_failed():
-    measured = {
-        f"wrn, {method}, k = {k}": measurement(method, k, 0.1)
-        for method in table5.METHODS
-        for k in table5.RANKS
-    }
-    assert table5.judge(measured)[1]["verdict"] == _runs.SUPPORTED
-    for k in table5.RANKS:  # three times the memory at the last
-        measured[f"wrn, {table5.SPARING}, k = {k}"] |= {"mib": 30.0 if k == 20 else 10.0}
-        measured[f"wrn, {table5.SPARING}, k = {k}"] |= {"seconds": 1e3}
-    assert table5.judge(measured)[2]["verdict"] == _runs.IN_PART
-    ours, theirs = (measured[f"wrn, {form}, k = 20"] for form in (table5.STORED, table5.TOGETHER))
-    for times, verdict in (
-        ((2.0, 2.0), _runs.NOT_SUPPORTED),
-        ((0.5, 2.0), _runs.IN_PART),
-        ((0.5, 0.5), _runs.SUPPORTED),
-    ):
-        ours["seconds"], theirs["seconds"] = times
-        assert table5.judge(measured)[0]["verdict"] == verdict
-    measured["wrn, CG, k = 20"] = {"failed": "no memory"}
-    with pytest.raises(SystemExit, match="CG, k = 20 failed: no memory"):
-        table5.judge(measured)
-
-
 # All of them.
 
 
@@ -476,10 +450,10 @@ class Fakes:
         }
         monkeypatch.setattr(everything, "EXPERIMENTS", experiments)
         for name in names:
-            module = types.ModuleType(f"fake_{name}")
+            module = types.ModuleType(f"benchmarks.fake_{name}")
             module.main = lambda arguments, name=name: self.run(name, arguments)
             monkeypatch.setitem(sys.modules, module.__name__, module)
-            monkeypatch.setitem(command.COMMANDS, name, (module.__name__, "a fake"))
+            monkeypatch.setitem(command.COMMANDS, name, (f"fake_{name}", "a fake"))
 
     def run(self, name: str, arguments: list[str]) -> int:
         self.called.append((name, arguments))
@@ -513,9 +487,9 @@ def test_all_experiments_end_in_one_summary_and_are_not_run_again(tmp_path, fake
     assert list(summary) == ["One", "Two", "Three"]
     assert summary["Two"]["claims"][0]["verdict"] == "supported"
     assert all(found["seconds"] > 0 for found in summary.values())
-    text = (tmp_path / "paper.txt").read_text(encoding="utf-8")
-    assert "Verdicts: 3 supported, 0 in part, 0 not supported." in text
-    assert max(map(len, text.split("\n\nVerdicts")[0].splitlines())) < 135
+    lines = text(tmp_path, "paper")
+    assert "Verdicts: 3 supported, 0 in part, 0 not supported." in lines
+    assert max(map(len, lines.split("\n\nVerdicts")[0].splitlines())) < 135
     assert everything.main(arguments) == 0
     assert fakes.names() == []
     assert written(tmp_path, "paper")["experiments"] == summary

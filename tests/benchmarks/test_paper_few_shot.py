@@ -17,8 +17,9 @@ pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm 
 pytest.importorskip("matplotlib", reason="the extra `plot` is missing: matplotlib")
 torch = pytest.importorskip("torch", reason="the experiments need the extra `torch`")
 
-from benchmarks import _mnist
-from benchmarks.paper import _inner, _learned, _methods, _omniglot, _runs, _verdicts, table2, table3
+from benchmarks.data import mnist as _mnist
+from benchmarks.data import omniglot as _omniglot
+from benchmarks.paper import _inner, _learned, _methods, _runs, _verdicts, table2, table3
 from tests.conftest import assert_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"

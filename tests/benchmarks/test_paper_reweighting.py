@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch", reason="the experiments need the extra `tor
 pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
 pytest.importorskip("matplotlib", reason="the extra `plot` is missing: matplotlib")
 
-from benchmarks import _cifar, _images
+from benchmarks.data import cifar as _cifar
+from benchmarks.data import images as _images
 from benchmarks.paper import _reweighting, table4, table6
 from benchmarks.paper._methods import IDENTITY, METHODS, NYSTROM
 from benchmarks.paper._reference import Minres
