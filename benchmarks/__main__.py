@@ -22,14 +22,14 @@ COMMANDS = {
     "scaling": ("speed.scaling", "time and memory against n and k, and under a budget"),
     "paper": ("paper.everything", "all figures and tables of the paper, and a summary"),
     "figure1": ("paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
-    "figure2": ("paper.figure2", "Figure 2: a weight decay for each parameter"),
-    "figure3": ("paper.figure3", "Figure 3: the same, by α and ρ"),
-    "figure4": ("paper.figure4", "Figure 4: the same, by the rank k"),
-    "table2": ("paper.table2", "Table 2 of the paper: images distilled from MNIST"),
-    "table3": ("paper.table3", "Table 3 of the paper: iMAML on Omniglot"),
-    "table4": ("paper.table4", "Table 4 of the paper: data reweighting"),
+    "figure2": ("paper.weight_decay.figure2", "Figure 2: a weight decay for each parameter"),
+    "figure3": ("paper.weight_decay.choices:figure3", "Figure 3: the same, by α and ρ"),
+    "figure4": ("paper.weight_decay.choices:figure4", "Figure 4: the same, by the rank k"),
+    "table2": ("paper.few_images.table2", "Table 2 of the paper: images distilled from MNIST"),
+    "table3": ("paper.few_images.table3", "Table 3 of the paper: iMAML on Omniglot"),
+    "table4": ("paper.long_tail.table4", "Table 4 of the paper: data reweighting"),
     "paper-table5": ("speed.table5:paper", "Table 5 on its network: the paper's claims"),
-    "table6": ("paper.table6", "Table 6 of the paper: the same as 4, by ρ and k"),
+    "table6": ("paper.long_tail.table6", "Table 6 of the paper: the same as 4, by ρ and k"),
 }
 """Module, with the name of the experiment in it unless that is `main`, and what it shows."""
 

@@ -72,8 +72,7 @@ def measure(seed: int, draws: int) -> dict[str, list[tuple[float, float]]]:
 def main(run: Run) -> None:
     """Measure; print the table, write JSON."""
     count, draws = run.options.seeds, run.options.draws
-    cells = {f"seed {seed}": {"seed": seed, "draws": draws} for seed in range(count)}
-    runs = list(run.each(measure, cells, apart=False).values())
+    runs = run.repeated(measure, {"errors": {"draws": draws}}, apart=False)["errors"]
     rows = []
     for name in runs[0]:
         cosines, errors = np.array([pair for found in runs for pair in found[name]]).T

@@ -80,8 +80,7 @@ def follow(seed: int, steps: int) -> dict[str, Found]:
 def main(run: Run) -> None:
     """Follow the trajectories; print the table, write JSON."""
     steps, count = run.options.steps, run.options.seeds
-    cells = {f"seed {seed}": {"seed": seed, "steps": steps} for seed in range(count)}
-    runs = list(run.each(follow, cells, apart=False).values())
+    runs = run.repeated(follow, {"trajectory": {"steps": steps}}, apart=False)["trajectory"]
     rows, means = [], {}
     for name in runs[0]:
         later = np.array([found[name]["errors"][1:] for found in runs])

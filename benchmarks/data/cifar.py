@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from benchmarks.data.kept import kept
 
 CLASSES, SIDE, PER_CLASS = 10, 32, 5000
 PER_CLASS_VALIDATION = 100
@@ -18,8 +20,7 @@ PUBLISHED = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batc
 RECORD = 1 + 3 * SIDE * SIDE
 
 
-@dataclass(frozen=True)
-class Cifar:
+class Cifar(NamedTuple):
     """Images as bytes, (n, 32, 32, 3), with their labels, (n,).
 
     The training images are the first ``head_count(c)`` of every class c, in the published order.
@@ -126,13 +127,9 @@ def long_tailed(labels: np.ndarray, imbalance: float, largest: int = PER_CLASS) 
 
     Those of `balanced` are never among them: of 5000, class 0 has 4900 for that reason.
     """
-    return np.concatenate(
-        [
-            _first(labels, c, min(tail_count(c, imbalance, largest), kept))
-            for c in range(CLASSES)
-            for kept in [int((labels == c).sum()) - PER_CLASS_VALIDATION]
-        ]
-    )
+    left = [int((labels == c).sum()) - PER_CLASS_VALIDATION for c in range(CLASSES)]
+    counts = [min(tail_count(c, imbalance, largest), left[c]) for c in range(CLASSES)]
+    return np.concatenate([_first(labels, c, count) for c, count in enumerate(counts)])
 
 
 def balanced(labels: np.ndarray) -> np.ndarray:
@@ -153,36 +150,16 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
     return np.rint(blocks.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
 
 
-def cached(data_dir: Path, folder: Path, side: int) -> Path:
-    """Write the images in that size to `folder`, for the processes to come, and return the file.
+def load_small(data_dir: Path, cache: Path, side: int) -> Cifar:
+    """Return the images averaged to `side` pixels a side, from an npz file in `cache`.
 
     The published files are compressed, and every process would spend seconds on them.
     """
-    paths = source(data_dir)
-    origin = np.array([f"{path.name} {path.stat().st_size}" for path in paths])
-    cache = folder / f"cifar10-{side}.npz"
-    if cache.is_file():
-        with np.load(cache) as content:
-            if np.array_equal(content["origin"], origin):
-                return cache.resolve()
-    data = load_cifar(data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = cache.with_suffix(".part.npz")
-    np.savez(
-        part,
-        origin=origin,
-        images=shrink(data.images, side),
-        labels=data.labels,
-        test_images=shrink(data.test_images, side),
-        test_labels=data.test_labels,
-    )
-    part.replace(cache)  # whole or not at all
-    return cache.resolve()
 
+    def make() -> dict[str, np.ndarray]:
+        data = load_cifar(data_dir)
+        small = {name: shrink(getattr(data, name), side) for name in ("images", "test_images")}
+        return small | {"labels": data.labels, "test_labels": data.test_labels}
 
-def load_cached(cache: Path) -> Cifar:
-    """Read what `cached` wrote."""
-    with np.load(cache) as content:
-        return Cifar(
-            *(content[name] for name in ("images", "labels", "test_images", "test_labels"))
-        )
+    arrays = kept(cache / f"cifar10-{side}.npz", source(data_dir), make)
+    return Cifar(*(arrays[name] for name in Cifar._fields))

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.data.kept import kept
+
 DRAWERS = 20
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 """Of each archive as published by Lake, Salakhutdinov and Tenenbaum (MIT)."""
@@ -41,19 +43,12 @@ def load_omniglot(data_dir: Path, cache: Path, side: int) -> Omniglot:
             f"{' and '.join(path.name for path in archives)} there, as they were published. "
             f"Missing: {', '.join(missing)}."
         )
-    sizes = [path.stat().st_size for path in archives]
-    kept = cache / f"omniglot-{side}.npz"
-    if kept.is_file():
-        with np.load(kept) as arrays:
-            if arrays["sizes"].tolist() == sizes:
-                return Omniglot(arrays["background"], arrays["evaluation"])
-    found = Omniglot(*(decode(path, side) for path in archives))
-    cache.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part")
-    with part.open("wb") as file:
-        np.savez(file, sizes=np.array(sizes), **found._asdict())
-    part.replace(kept)
-    return found
+    arrays = kept(
+        cache / f"omniglot-{side}.npz",
+        archives,
+        lambda: dict(zip(Omniglot._fields, (decode(each, side) for each in archives), strict=True)),
+    )
+    return Omniglot(*(arrays[name] for name in Omniglot._fields))
 
 
 def decode(archive: Path, side: int) -> np.ndarray:

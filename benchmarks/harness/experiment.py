@@ -214,6 +214,19 @@ class Run:
             raise SystemExit(f"{self.name}: {len(failed)} of {len(cells)} runs failed. {reasons}")
         return {cell: found[cell] for cell in cells}
 
+    def repeated(
+        self, function: Callable[..., Any], cases: dict[Any, Found], **more: Any
+    ) -> dict[Any, list[Any]]:
+        """Return what `each` does for every case, a list over the seeds 0, 1, …"""
+        count = range(self.options.seeds)
+        cells = {
+            (case, f"seed {seed}"): {**settings, "seed": seed}
+            for seed in count
+            for case, settings in cases.items()
+        }
+        found = self.each(function, cells, **more)
+        return {case: [found[case, f"seed {seed}"] for seed in count] for case in cases}
+
     def file(self, function: Callable[..., Found], settings: Found) -> Found:
         """Call a function that writes the file `path`, which others read, unless that was done.
 
@@ -243,7 +256,7 @@ class Run:
         about = self.about | {
             key: f"0…{value - 1}" if key == "seeds" else value
             for key, value in vars(self.options).items()
-            if isinstance(value, int | float) and key != "anew"
+            if isinstance(value, int | float) and key not in ("anew", "workers")
         }
         if "quick" in about:
             about |= {"quick": "yes" if about["quick"] else "no"}
@@ -276,7 +289,7 @@ class Run:
 
 
 def _title(cell: Any) -> str:
-    return ", ".join(map(str, cell)) if isinstance(cell, tuple) else str(cell)
+    return ", ".join(map(_title, cell)) if isinstance(cell, tuple) else str(cell)
 
 
 def _device(name: str) -> str:

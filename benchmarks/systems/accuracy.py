@@ -64,14 +64,8 @@ def errors(name: str, damping: float, seed: int) -> dict[str, float]:
 @experiment("accuracy", __doc__, seeds(5))
 def main(run: Run) -> None:
     """Print the table and write JSON."""
-    count = range(run.options.seeds)
-    cells = {
-        (*case, seed): dict(zip(("name", "damping", "seed"), (*case, seed), strict=True))
-        for case in ROW_CASES
-        for seed in count
-    }
-    found = run.each(errors, cells, apart=False)
-    by_case = {case: [found[(*case, seed)] for seed in count] for case in ROW_CASES}
+    cases = {case: dict(zip(("name", "damping"), case, strict=True)) for case in ROW_CASES}
+    by_case = run.repeated(errors, cases, apart=False)
     rows = [
         {"relative error": form}
         | {
@@ -82,7 +76,7 @@ def main(run: Run) -> None:
     ]
     run.publish(
         table(rows),
-        f"Median over {len(count)} seeds; n = {SIZE}, k = {RANK}.",
+        f"Median over {run.options.seeds} seeds; n = {SIZE}, k = {RANK}.",
         cases=[
             {"spectrum": name, "damping": damping, "errors": by_seed}
             for (name, damping), by_seed in by_case.items()

@@ -68,13 +68,11 @@ def ratios(seed: int, dtype: str) -> dict[str, list[tuple[float, float]]]:
 @experiment("certificate", __doc__, seeds(5))
 def main(run: Run) -> None:
     """Print the table and write JSON."""
-    count = range(run.options.seeds)
-    kinds = list(product(("float32", "float64"), count))
-    cells = {kind: {"dtype": kind[0], "seed": kind[1]} for kind in kinds}
-    found = run.each(ratios, cells, apart=False)
+    dtypes = ("float32", "float64")
+    found = run.repeated(ratios, {dtype: {"dtype": dtype} for dtype in dtypes}, apart=False)
     rows, results = [], {}
-    for dtype, sampling in product(("float32", "float64"), INVERSES):
-        values = np.array([pair for seed in count for pair in found[dtype, seed][sampling]])
+    for dtype, sampling in product(dtypes, INVERSES):
+        values = np.array([pair for one in found[dtype] for pair in one[sampling]])
         name = sampling if sampling == "no inverse" else f"{sampling}, k = {RANK}"
         row = {"bound / error": f"{name}, {dtype}"}
         for column, kind in enumerate(("Euclidean", "energy")):

@@ -10,10 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import minres as scipy_minres
 from torch import Tensor
 
 import lowrank_inverse as li
+from benchmarks.systems.accuracy import equation_6
 from lowrank_inverse.low_rank.column_sampling import sample_columns
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.solvers.base import PreparedInverse, direct_solution
@@ -26,11 +30,7 @@ IDENTITY = "identity"
 METHODS = [
     *(PAPER_CG, CG, PAPER_NEUMANN, NEUMANN, PAPER_NYSTROM, NYSTROM, NYSTROM_CG, IDENTITY),
 ]
-PAPER_METHODS = {
-    "conjugate gradient": PAPER_CG,
-    "Neumann": PAPER_NEUMANN,
-    "Nyström": PAPER_NYSTROM,
-}
+PAPER_METHODS = [PAPER_CG, PAPER_NEUMANN, PAPER_NYSTROM]
 """What stands in the paper's tables, and here."""
 
 
@@ -76,11 +76,34 @@ class PaperNystrom:
         W = C[torch.as_tensor(indices, device=C.device)]
 
         def run(b: Tensor, x0: Tensor | None) -> Any:
-            inner = W + C.T @ C / damping
-            x = b / damping - C @ torch.linalg.solve(inner, C.T @ b) / damping**2
-            return direct_solution(A, damping, b, x, 0)
+            return direct_solution(A, damping, b, equation_6(C, W, damping, b), 0)
 
         return PreparedInverse(A, run, num_products=self.rank, rank=self.rank)
+
+
+@dataclass(frozen=True)
+class Minres:
+    """MINRES (Paige and Saunders, 1975) in float64: a longer solve, for Hessians of any sign."""
+
+    damping: float
+    num_steps: int
+    rtol: float = 1e-4
+
+    def prepare(self, A: Any, *, rng: Any = 0) -> PreparedInverse:
+        """Return the inverse of ``A + damping * I``."""
+
+        def run(b: Tensor, x0: Tensor | None) -> Any:
+            def product(v: np.ndarray) -> np.ndarray:
+                u = torch.as_tensor(v.reshape(-1), dtype=b.dtype, device=b.device)
+                return (A @ u).double().cpu().numpy() + self.damping * v.reshape(-1)
+
+            shifted = LinearOperator(A.shape, product, dtype=np.float64)
+            right = b.double().cpu().numpy()
+            x, _ = scipy_minres(shifted, right, rtol=self.rtol, maxiter=self.num_steps)
+            value = torch.as_tensor(x, dtype=b.dtype, device=b.device)
+            return direct_solution(A, self.damping, b, value, self.num_steps)
+
+        return PreparedInverse(A, run)
 
 
 def solvers(k: int, alpha: float = 0.01, damping: float = 0.01) -> dict[str, Any]:

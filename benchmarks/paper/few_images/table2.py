@@ -12,14 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import autograd, nn
+from torch.nn import functional as F
 
-from benchmarks._measure import Found
-from benchmarks._report import publish, table
 from benchmarks.data.mnist import load_mnist
-from benchmarks.paper import _methods as methods
-from benchmarks.paper import _runs as runs
-from benchmarks.paper._learned import EXPLAINED, columns, draw, mean_of, skipped
-from benchmarks.paper._verdicts import below, comparable, cuts, verdict
+from benchmarks.harness.claims import below, claim, comparable, verdict
+from benchmarks.harness.experiment import Run, experiment, seeds
+from benchmarks.harness.processes import Found
+from benchmarks.harness.report import cuts, spread, table
+from benchmarks.paper import methods
+from benchmarks.paper.few_images.learning import (
+    EXPLAINED,
+    OPTIONS,
+    SLOPE,
+    Log,
+    against,
+    columns,
+    descend,
+    draw,
+    initialize,
+    mean_of,
+    outputs,
+    skipped,
+)
 
 CLASSES = 10
 MEAN, DEVIATION = np.float32(0.1307), np.float32(0.3081)
@@ -63,10 +79,6 @@ QUICK = Setting(
 
 def network(setting: Setting) -> Any:
     """Return LeNet-5, or a smaller one, with leaky ReLU."""
-    from torch import nn
-
-    from benchmarks.paper._inner import SLOPE
-
     first, second, third, fourth = setting.widths
     size = second * (setting.side // 4) ** 2
     return nn.Sequential(
@@ -83,15 +95,8 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
     return (images.reshape(-1, 1, side, step, side, step).mean(axis=(3, 5)) - MEAN) / DEVIATION
 
 
-def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> Found:
+def learn(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> Found:
     """Learn the images with one method, and train on them."""
-    import torch
-    from torch import autograd
-    from torch.nn import functional as F
-
-    from benchmarks.paper._inner import against, descend, initialize, outputs
-    from lowrank_inverse_torch import hypergradient
-
     setting = Setting(**{**sizes, "widths": tuple(sizes["widths"])})
     train_x, train_y, test_x, test_y = load_mnist(Path(data_dir))
     rng = np.random.default_rng(seed)
@@ -113,8 +118,7 @@ def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> 
     optimizer = torch.optim.Adam([few], lr=setting.outer_rate)
     updates = 0 if method in (INITIAL, REAL) else setting.updates
     solver = methods.solvers(setting.k).get(method)
-    checks = {0, updates // 2, updates - 1}
-    found: Found = {"losses": [], "products": [], "negative": [], "checks": [], "skipped": 0}
+    log = Log(updates)
     for update in range(updates):
         rows = rng.choice(len(train_x), setting.outer_batch, replace=False)
         x = torch.tensor(shrink(train_x[rows], setting.side), device=device)
@@ -125,40 +129,29 @@ def run(*, method: str, seed: int, data_dir: str, device: str, **sizes: Any) -> 
 
         params = trained()
         with torch.no_grad():
-            found["losses"].append(float(outer(params)))
+            log.found["losses"].append(float(outer(params)))
         optimizer.zero_grad()
-        try:
-            out = hypergradient(
-                lambda params=params: inner(params),
-                lambda params=params, outer=outer: outer(params),
-                params,
-                few,
-                solver=solver,
-                rng=[seed, update],  # no state: on an indefinite Hessian, CG from it goes astray
-                accumulate_grad=True,
-            )
-        except torch.linalg.LinAlgError:  # of Eq. (6), where a column is zero
-            found["skipped"] += 1
-            continue
-        found["products"].append(float(out.info.num_products))
-        found["negative"].append(float(out.info.negative_curvature))
-        if update in checks:
+        out = log.hypergradient(
+            lambda params=params: inner(params),
+            lambda params=params, outer=outer: outer(params),
+            params,
+            few,
+            solver=solver,
+            rng=[seed, update],  # no state: on an indefinite Hessian, CG from it goes astray
+        )
+        if out is not None and update in log.checks:
             (truth,) = autograd.grad(outer(trained(unroll=True)), few)
-            found["checks"].append(against([few.grad], [truth]))
-        if torch.isfinite(few.grad).all():
-            optimizer.step()
-        else:
-            found["skipped"] += 1
+            log.found["checks"].append(against([few.grad], [truth]))
+        log.step(optimizer, [few])
     params = trained()
     with torch.no_grad():
         x = torch.tensor(shrink(test_x, setting.side), device=device)
         answers = torch.cat([outputs(model, params, part).argmax(dim=1) for part in x.split(1000)])
-    found["accuracy"] = float((answers.cpu().numpy() == test_y).mean())
-    return found
+    return log.found | {"accuracy": float((answers.cpu().numpy() == test_y).mean())}
 
 
 def claims(accuracy: dict[str, list[float]], indefinite: float) -> list[Found]:
-    """Judge what the paper says; "below" and "comparable" as in `_verdicts`."""
+    """Judge what the paper says; "below" and "comparable" as in `harness.claims`."""
     nystrom, neumann = accuracy[methods.PAPER_NYSTROM], accuracy[methods.PAPER_NEUMANN]
     paper_cg, identity = accuracy[methods.PAPER_CG], accuracy[methods.IDENTITY]
     cg, ours = accuracy[methods.CG], accuracy[methods.NYSTROM]
@@ -168,72 +161,58 @@ def claims(accuracy: dict[str, list[float]], indefinite: float) -> list[Found]:
         return float(np.mean(found) - np.mean(accuracy[INITIAL]))
 
     return [
-        runs.claim(
+        claim(
             "The Nyström method is comparable to the Neumann series (0.49 and 0.47).",
-            f"{runs.spread(nystrom)} and {runs.spread(neumann)}; before learning "
-            f"{runs.spread(accuracy[INITIAL])}.",
+            f"{spread(nystrom)} and {spread(neumann)}; before learning "
+            f"{spread(accuracy[INITIAL])}.",
             verdict([learned and comparable(nystrom, neumann)]),
         ),
-        runs.claim(
+        claim(
             "The Nyström method shows better performance than others (caption).",
-            f"{runs.spread(nystrom)}; Neumann {runs.spread(neumann)}, CG of the paper's code "
-            f"{runs.spread(paper_cg)}, and the identity, a control that the paper lacks, "
-            f"{runs.spread(identity)}.",
+            f"{spread(nystrom)}; Neumann {spread(neumann)}, CG of the paper's code "
+            f"{spread(paper_cg)}, and the identity, a control that the paper lacks, "
+            f"{spread(identity)}.",
             verdict([below(other, nystrom) for other in (neumann, paper_cg, identity)]),
         ),
-        runs.claim(
+        claim(
             "Conjugate gradients fail to learn the task (0.17).",
-            f"As in the paper's code {runs.spread(paper_cg)}, Nyström {runs.spread(nystrom)}; to "
+            f"As in the paper's code {spread(paper_cg)}, Nyström {spread(nystrom)}; to "
             "fail is to stay behind, and to gain less than half as much.",
             verdict([below(paper_cg, nystrom), gained(paper_cg) < gained(nystrom) / 2]),
         ),
-        runs.claim(
+        claim(
             "That failure may be due to an ill-conditioned Hessian: then correct CG fails too, "
             "and on positive curvature.",
-            f"Correct CG {runs.spread(cg)}, Nyström {runs.spread(ours)}; CG met negative "
+            f"Correct CG {spread(cg)}, Nyström {spread(ours)}; CG met negative "
             f"curvature in {indefinite:.0%} of the hypergradients.",
             verdict([below(cg, ours), indefinite < 0.5]),
         ),
     ]
 
 
-def main(arguments: list[str]) -> int:
-    """Run all methods, print the table, write JSON and the picture."""
-    default = 3 if "--quick" in arguments else 5
-    options = runs.parse(runs.parser("table2", __doc__, seeds=default), arguments)
-    setting = QUICK if options.quick else PAPER
-    load_mnist(options.data_dir)  # or say what is missing, once
-    shared = {
-        "data_dir": str(options.data_dir.resolve()),
-        "device": options.device,
-        **asdict(setting),
-    }
+@experiment("table2", __doc__, *OPTIONS, seeds(5, quick=3), packages=("torch", "numpy"))
+def main(run: Run) -> None:
+    """Run all methods; print the table, write JSON and the picture."""
+    setting = QUICK if run.options.quick else PAPER
+    folder = run.options.data_dir.resolve()
+    load_mnist(folder)  # or say what is missing, once
+    shared = {"data_dir": str(folder), "device": run.options.device, **asdict(setting)}
     names = [INITIAL, REAL, *methods.METHODS]
-    cells = {
-        f"{name}, seed {seed}": {"method": name, "seed": seed, **shared}
-        for seed in range(options.seeds)
-        for name in names
-    }
-    done, about = runs.run_all("table2", "benchmarks.paper.table2:run", cells, options)
-    found = {
-        name: [done[f"{name}, seed {seed}"] for seed in range(options.seeds)] for name in names
-    }
-    accuracy = {name: [run["accuracy"] for run in group] for name, group in found.items()}
+    found = run.repeated(learn, {name: {"method": name, **shared} for name in names})
+    accuracy = {name: [one["accuracy"] for one in group] for name, group in found.items()}
     rows = [
         {
             "method": name,
-            "test accuracy": runs.spread(accuracy[name]),
+            "test accuracy": spread(accuracy[name]),
             "paper": PAPER_FIGURES.get(name, ""),
             **columns(group),
         }
         for name, group in found.items()
     ]
-    judged = claims(accuracy, mean_of(found[methods.CG], "negative"))
-    about = {**about, "setting": "quick" if options.quick else "paper", "seeds": options.seeds}
-    parts = [table(rows), EXPLAINED, skipped(found), cuts(PAPER, setting)]
-    text = "\n\n".join([part for part in parts if part] + [runs.told(judged)])
-    results = {"settings": asdict(setting), "runs": found, "claims": judged}
-    publish(options.output, "table2", text, about, **results)
-    draw(options.output / "table2.png", {"Fifty distilled images of MNIST": found})
-    print(f"Picture: {options.output / 'table2.png'}")
-    return 0
+    run.publish(
+        *(table(rows), EXPLAINED, skipped(found), cuts(PAPER, setting)),
+        settings=asdict(setting),
+        runs=found,
+        claims=claims(accuracy, mean_of(found[methods.CG], "negative")),
+    )
+    draw(run, {"Fifty distilled images of MNIST": found})

@@ -1,26 +1,22 @@
 """The experiments on long-tailed CIFAR-10: the loader, a run, the tables from end to end."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the experiments need the extra `torch`")
-pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
-pytest.importorskip("matplotlib", reason="the extra `plot` is missing: matplotlib")
 
-from benchmarks.data import cifar as _cifar
-from benchmarks.data import images as _images
-from benchmarks.paper import _reweighting, table4, table6
-from benchmarks.paper._methods import IDENTITY, METHODS, NYSTROM
-from benchmarks.paper._reference import Minres
-from benchmarks.paper._runs import IN_PART, NOT_SUPPORTED, SUPPORTED
-from benchmarks.paper._verdicts import above, comparable, verdict
+from benchmarks.data import cifar, images
+from benchmarks.harness.claims import IN_PART, NOT_SUPPORTED, SUPPORTED
+from benchmarks.paper.long_tail import problem as tail
+from benchmarks.paper.long_tail import table4, table6
+from benchmarks.paper.methods import IDENTITY, METHODS, NYSTROM, Minres
+from tests.benchmarks.conftest import text, written
 from tests.conftest import assert_picture
 
 TINY = replace(
-    _reweighting.QUICK, network="cnn-2", largest=20, batch=8, inner_steps=6, outer_every=3,
+    tail.SMALL, network="cnn-2", largest=20, batch=8, inner_steps=6, outer_every=3,
     reference_steps=5, hidden=5,
 )  # fmt: skip
 PER_CLASS, OUTER = 12, 2
@@ -29,8 +25,8 @@ PER_CLASS, OUTER = 12, 2
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
     """A folder with few images: as npz, and the sizes that the loader asks for made small."""
-    monkeypatch.setattr(_cifar, "head_count", lambda c: PER_CLASS)
-    monkeypatch.setattr(_cifar, "PER_CLASS_VALIDATION", OUTER)
+    monkeypatch.setattr(cifar, "head_count", lambda c: PER_CLASS)
+    monkeypatch.setattr(cifar, "PER_CLASS_VALIDATION", OUTER)
     rng = np.random.default_rng(0)
     folder = tmp_path / "data" / "cifar10"
     folder.mkdir(parents=True)
@@ -48,7 +44,7 @@ def published(folder, images, labels, name):
 
 
 def test_both_forms_of_the_files_hold_the_same_images(data_dir, tmp_path):
-    cut = _cifar.load_cifar(data_dir)
+    cut = cifar.load_cifar(data_dir)
     assert cut.images.shape == (10 * PER_CLASS, 32, 32, 3)
     folder = tmp_path / "whole" / "cifar10"
     folder.mkdir(parents=True)
@@ -58,7 +54,7 @@ def test_both_forms_of_the_files_hold_the_same_images(data_dir, tmp_path):
     for number, part in enumerate(np.array_split(np.arange(len(labels)), 5), 1):
         published(folder, images[part], labels[part], f"data_batch_{number}.bin")
     published(folder, cut.test_images, cut.test_labels, "test_batch.bin")
-    whole = _cifar.load_cifar(tmp_path / "whole")
+    whole = cifar.load_cifar(tmp_path / "whole")
     for name in ("images", "labels", "test_images", "test_labels"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(cut, name))
 
@@ -86,26 +82,26 @@ def test_wrong_arrays_are_refused(data_dir, change, message):
         arrays = dict(content) | change
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(SystemExit, match=message):
-        _cifar.load_cifar(data_dir)
+        cifar.load_cifar(data_dir)
 
 
 def test_a_file_cut_short_is_refused(data_dir):
     folder = data_dir / "cifar10"
     (folder / "test.npz").unlink()
-    for name in _cifar.PUBLISHED:
+    for name in cifar.PUBLISHED:
         (folder / name).write_bytes(bytes(3072))
     with pytest.raises(SystemExit, match="records of 3073 bytes; it has 3072"):
-        _cifar.load_cifar(data_dir)
+        cifar.load_cifar(data_dir)
 
 
 def test_long_tailed_sets_fall_by_the_imbalance_and_leave_the_balanced_one_out():
-    heads = [_cifar.head_count(c) for c in range(10)]
+    heads = [cifar.head_count(c) for c in range(10)]
     assert (heads[0], heads[9], sum(heads)) == (5000, 300, 15796)
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), heads))
-    outer = _cifar.balanced(labels)
+    outer = cifar.balanced(labels)
     assert np.bincount(labels[outer]).tolist() == [100] * 10
-    for imbalance in _cifar.IMBALANCES:
-        chosen = _cifar.long_tailed(labels, imbalance)
+    for imbalance in cifar.IMBALANCES:
+        chosen = cifar.long_tailed(labels, imbalance)
         counts = np.bincount(labels[chosen])
         assert counts[0] == 4900 and counts[9] == 5000 // imbalance
         np.testing.assert_allclose(
@@ -113,41 +109,49 @@ def test_long_tailed_sets_fall_by_the_imbalance_and_leave_the_balanced_one_out()
         )
         assert len(np.unique(chosen)) == len(chosen)
         assert not np.intersect1d(chosen, outer).size
-    few = np.bincount(labels[_cifar.long_tailed(labels, 50, 1000)])
+    few = np.bincount(labels[cifar.long_tailed(labels, 50, 1000)])
     assert (few[0], few[9]) == (1000, 20)
 
 
 def test_shrinking_averages_squares():
     images = np.zeros((1, 4, 4, 3), np.uint8)
     images[0, :2, :2, 0] = [[10, 20], [30, 40]]
-    small = _cifar.shrink(images, 2)
+    small = cifar.shrink(images, 2)
     assert small.shape == (1, 2, 2, 3) and small[0, 0, 0].tolist() == [25, 0, 0]
     assert small.sum() == 25
     with pytest.raises(ValueError, match="must divide 4; got 3"):
-        _cifar.shrink(images, 3)
+        cifar.shrink(images, 3)
 
 
 def test_the_cache_is_made_anew_for_other_files(data_dir, tmp_path):
-    cache = _cifar.cached(data_dir, tmp_path / "cache", 16)
-    first = cache.stat().st_mtime_ns
-    assert _cifar.cached(data_dir, tmp_path / "cache", 16).stat().st_mtime_ns == first
-    data = _cifar.load_cached(cache)
-    np.testing.assert_array_equal(data.labels, _cifar.load_cifar(data_dir).labels)
+    def load():
+        found = cifar.load_small(data_dir, tmp_path / "cache", 16)
+        return found, (tmp_path / "cache" / "cifar10-16.npz").stat().st_mtime_ns
+
+    data, first = load()
+    np.testing.assert_array_equal(data.labels, cifar.load_cifar(data_dir).labels)
     assert data.images.shape == (120, 16, 16, 3)
+    again, second = load()
+    assert second == first
+    np.testing.assert_array_equal(again.images, data.images)
     with (data_dir / "cifar10" / "test.npz").open("ab") as file:
         file.write(b"\0")
-    assert _cifar.cached(data_dir, tmp_path / "cache", 16).stat().st_mtime_ns != first
+    assert load()[1] != first
 
 
-def problem(cache, seed=0, **changes):
-    return _reweighting.Reweighting(replace(TINY, **changes), str(cache), 50, seed, "cpu")
+@pytest.fixture
+def problem(data_dir, tmp_path):
+    """Make a problem with few images, settings changed."""
+    folders = str(data_dir), str(tmp_path)
+    return lambda seed=0, **changes: tail.Reweighting(
+        replace(TINY, **changes), folders, 50, seed, "cpu"
+    )
 
 
-def test_every_method_sees_the_same_batches_and_starts_from_equal_weights(data_dir, tmp_path):
-    cache = _cifar.cached(data_dir, tmp_path, 16)
-    left, right = problem(cache), problem(cache)
+def test_every_method_sees_the_same_batches_and_starts_from_equal_weights(problem):
+    left, right = problem(), problem()
     left.inner_step()
-    left.hypergradient(_reweighting.solvers(2)[IDENTITY], 0, left.outer_batch())
+    left.hypergradient(tail.solvers(2)[IDENTITY], 0, left.outer_batch())
     left.inner_step()
     for _ in range(2):
         right.inner_step()
@@ -155,37 +159,37 @@ def test_every_method_sees_the_same_batches_and_starts_from_equal_weights(data_d
     found = right.model.state_dict()
     for name, value in left.model.state_dict().items():
         assert torch.equal(value, found[name])  # running statistics too
-    assert left.weights() == [0.5] * len(_reweighting.LOSSES)
-    other = problem(cache, seed=1)
+    assert left.weights() == [0.5] * len(tail.LOSSES)
+    other = problem(seed=1)
     other.inner_step()
     assert not torch.equal(other.x, right.x)
 
 
-def test_an_outer_step_lowers_the_outer_loss_by_the_weights_alone(data_dir, tmp_path):
-    tested = problem(_cifar.cached(data_dir, tmp_path, 16), outer_rate=0.1)
+def test_an_outer_step_lowers_the_outer_loss_by_the_weights_alone(problem):
+    tested = problem(outer_rate=0.1)
     tested.inner_step()
     before = {name: value.clone() for name, value in tested.model.state_dict().items()}
-    tested.outer_step(tested.hypergradient(_reweighting.solvers(2)[NYSTROM], 0, tested.outer[:]))
-    assert tested.weights() != [0.5] * len(_reweighting.LOSSES)
+    tested.outer_step(tested.hypergradient(tail.solvers(2)[NYSTROM], 0, tested.outer[:]))
+    assert tested.weights() != [0.5] * len(tail.LOSSES)
     for name, value in tested.model.state_dict().items():
         assert torch.equal(value, before[name])
 
 
 def test_every_image_comes_once_before_any_comes_again():
-    stream = _images.batches(10, 3, torch.Generator().manual_seed(0))
+    stream = images.batches(10, 3, torch.Generator().manual_seed(0))
     first = torch.cat([next(stream) for _ in range(3)])
     assert len(set(first.tolist())) == 9  # what is left of a round is left out
-    assert len(next(_images.batches(2, 3, torch.Generator()))) == 2
+    assert len(next(images.batches(2, 3, torch.Generator()))) == 2
 
 
 def test_the_cosine_of_nothing_is_zero():
     u = torch.tensor([3.0, 4.0])
-    assert _reweighting.cosine(u, torch.tensor([4.0, 3.0])) == pytest.approx(0.96)
-    assert _reweighting.cosine(u, torch.zeros(2)) == 0.0
+    assert tail.cosine(u, torch.tensor([4.0, 3.0])) == pytest.approx(0.96)
+    assert tail.cosine(u, torch.zeros(2)) == 0.0
 
 
-def test_accuracy_is_that_of_the_classes(data_dir, tmp_path):
-    tested = problem(_cifar.cached(data_dir, tmp_path, 16))
+def test_accuracy_is_that_of_the_classes(problem):
+    tested = problem()
     linear = tested.model[-1]
     torch.nn.init.zeros_(linear.weight)
     with torch.no_grad():
@@ -197,7 +201,7 @@ def test_augmentation_shifts_and_mirrors():
     x = torch.arange(2 * 3 * 12 * 12, dtype=torch.float32).reshape(2, 3, 12, 12)
     seen = set()
     for seed in range(20):
-        found = _images.augmented(x, torch.Generator().manual_seed(seed))
+        found = images.augmented(x, torch.Generator().manual_seed(seed))
         assert found.shape == x.shape
         middle = found[:, :, 5:7, 5:7]
         for image, source in zip(middle, x, strict=True):
@@ -209,14 +213,14 @@ def test_augmentation_shifts_and_mirrors():
 
 @pytest.mark.parametrize("network", ["wrn-10-1", "cnn-4"])
 def test_networks_are_leaky_and_evaluate_by_running_statistics(network):
-    model, _ = _reweighting.build(replace(TINY, network=network), seed=0)
+    model, _ = tail.build(replace(TINY, network=network), seed=0)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model(x)
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(x)[:1], model(x[:1]))
     assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
-    again, _ = _reweighting.build(replace(TINY, network=network), seed=0)
+    again, _ = tail.build(replace(TINY, network=network), seed=0)
     assert torch.equal(next(again.parameters()), next(model.parameters()))
 
 
@@ -227,16 +231,6 @@ def test_minres_solves_an_indefinite_system():
     b = torch.from_numpy(rng.standard_normal(6))
     solution = Minres(0.5, 20, rtol=1e-10).prepare(A).solve(b)
     torch.testing.assert_close(solution.value, torch.linalg.solve(A + 0.5 * torch.eye(6), b))
-
-
-def test_means_are_compared_by_the_sum_of_their_deviations():
-    low, high, wide = [0.1, 0.2], [0.4, 0.5], [0.0, 0.6]
-    assert above(high, low) and not above(low, high) and not comparable(low, high)
-    assert comparable(low, wide) and not above(wide, low)
-    assert not above([0.3], [0.3]) and comparable([0.3], [0.3])
-    assert verdict([True, True]) == SUPPORTED
-    assert verdict([True, False]) == IN_PART
-    assert verdict([False, False]) == NOT_SUPPORTED
 
 
 def test_claims_follow_the_scores():
@@ -261,44 +255,26 @@ def test_claims_follow_the_scores():
     assert grid({(5, 0.1): [0.4, 0.4]}) == [IN_PART, IN_PART]
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """Make the settings tiny, and run in this process what is run apart."""
-    from benchmarks.paper import _runs
-
-    for module in (table4, table6):
-        monkeypatch.setattr(module, "QUICK", TINY)
+@pytest.mark.parametrize(("module", "count"), [(table4, 11), (table6, 10)])
+def test_a_table_from_end_to_end_and_again_without_running(
+    module, count, data_dir, tmp_path, monkeypatch, calls
+):
+    name = module.main.name
+    monkeypatch.setattr(tail, "SMALL", TINY)
     monkeypatch.setattr(table4, "IMBALANCES", (50,))
     paper = {method: {50: (0.5, 0.1)} for method in table4.PAPER}
     monkeypatch.setattr(table4, "PAPER", paper)
-    calls = []
-
-    def here(target, settings):
-        assert target == "benchmarks.paper._reweighting:run"
-        calls.append(settings["method"])
-        return json.loads(json.dumps(_reweighting.run(**json.loads(json.dumps(settings)))))
-
-    monkeypatch.setattr(_runs, "apart", here)
-    return calls
-
-
-@pytest.mark.parametrize("module", [table4, table6])
-def test_a_table_from_end_to_end_and_again_without_running(
-    module, data_dir, tmp_path, tiny, capsys
-):
-    name = module.__name__.rsplit(".", 1)[1]
     arguments = ["--quick", "--data-dir", str(data_dir), "--output", str(tmp_path / "out")]
     arguments += ["--seeds", "1", "--workers", "1"]
     assert module.main(arguments) == 0
-    assert len(tiny) == {"table4": 11, "table6": 10}[name]
-    text = (tmp_path / "out" / f"{name}.txt").read_text(encoding="utf-8")
-    assert "0.50 ± 0.10" in text or "0.75 ± 0.03" in text
-    assert "cnn-2" in text and "→" in text and "nan" not in text
-    content = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))
+    assert len(calls) == count
+    lines = text(tmp_path / "out", name)
+    assert "0.50 ± 0.10" in lines or "0.75 ± 0.03" in lines
+    assert "cnn-2" in lines and "→" in lines and "nan" not in lines
+    content = written(tmp_path / "out", name)
     assert {"paper", "ours", "verdict"} == set(content["claims"][0])
     assert_picture(tmp_path / "out" / f"{name}.png")
-    tiny.clear()
+    calls.clear()
     assert module.main(arguments) == 0
-    assert not tiny
-    assert (tmp_path / "out" / f"{name}.txt").read_text(encoding="utf-8") == text
-    capsys.readouterr()
+    assert not calls
+    assert text(tmp_path / "out", name) == lines

@@ -20,12 +20,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 import lowrank_inverse as li
 import lowrank_inverse_torch as lit
-from benchmarks._measure import Found
-from benchmarks.paper import _methods, _runs
+from benchmarks.harness.experiment import DEVICE, QUICK, WORKERS, Run, seeds
+from benchmarks.harness.processes import Found
+from benchmarks.paper import methods as known
 
 EXACT = "exact"
 KNOWN_RIDGE = "Nyström, ridge in closed form"
-METHODS = [*_methods.METHODS, KNOWN_RIDGE, EXACT]
+METHODS = [*known.METHODS, KNOWN_RIDGE, EXACT]
 OWN, AS_EXACT, AS_NYSTROM = "own length", "length of the exact one", "length of Nyström"
 """How long a step is: as it comes, or with the length that another method would give it."""
 FIRST_STEPS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -49,8 +50,9 @@ class Setting:
     control_steps: int = 15  # of the runs that are not the paper's own
 
 
-PAPER = QUICK = Setting()
-"""The paper's own setting takes a minute or two on two cores; nothing has to be cut."""
+SETTING = Setting()
+"""The paper's own takes a minute or two on two cores; there is nothing for `--quick` to cut."""
+OPTIONS = (QUICK, seeds(5), DEVICE, WORKERS)
 
 
 class Problem:
@@ -75,15 +77,12 @@ class Problem:
         self.phi = torch.ones(setting.dimension, device=device, requires_grad=True)
 
     def cross_entropy(self) -> Tensor:
-        """Return the inner loss without the weight decay."""
         return cross_entropy(self.x @ self.theta, self.y)
 
     def inner(self) -> Tensor:
-        """Return the inner loss."""
         return self.cross_entropy() + 0.5 * (self.phi * self.theta**2).sum()
 
     def outer(self) -> Tensor:
-        """Return the outer loss."""
         return cross_entropy(self.outer_x @ self.theta, self.outer_y)
 
     @torch.no_grad()
@@ -118,8 +117,8 @@ def inverse(method: str, k: int, alpha: float) -> Any:
     """Return the solver of a method, the paper's α and ρ both `alpha`."""
     if method == EXACT:
         return li.Exact()
-    name = _methods.NYSTROM if method == KNOWN_RIDGE else method
-    return _methods.solvers(k, alpha, alpha)[name]
+    name = known.NYSTROM if method == KNOWN_RIDGE else method
+    return known.solvers(k, alpha, alpha)[name]
 
 
 def hypergradient(problem: Problem, method: str, k: int, alpha: float, rng: int) -> Any:
@@ -181,7 +180,7 @@ def follow(
         if control == AS_EXACT:
             found = found * (curve.exact_norms[-1] / length)
         elif control == AS_NYSTROM:
-            other = hypergradient(problem, _methods.PAPER_NYSTROM, k, alpha, rng)
+            other = hypergradient(problem, known.PAPER_NYSTROM, k, alpha, rng)
             found = found * (other.grads.norm() / length)
         elif control != OWN and step == 0:
             curve.rate = float(control) / length
@@ -191,9 +190,8 @@ def follow(
     return curve
 
 
-def run(
+def follow_all(
     seed: int,
-    methods: list[str],
     ks: list[int],
     alphas: list[float],
     controls: list[str | float],
@@ -203,10 +201,10 @@ def run(
     """Follow every method, k, α = ρ and control on the data of one seed."""
     problem = Problem(seed, Setting(**setting), device)
     found: Found = {}
-    for method, k, alpha, control in product(methods, ks, alphas, controls):
+    for method, k, alpha, control in product(METHODS, ks, alphas, controls):
         name = label(method, k, alpha, control)
         # Those two know neither k nor α.
-        same = method in (EXACT, _methods.IDENTITY) and label(method, ks[0], alphas[0], control)
+        same = method in (EXACT, known.IDENTITY) and label(method, ks[0], alphas[0], control)
         if same in found:
             found[name] = found[same]
         else:
@@ -230,30 +228,10 @@ def label(method: str, k: int, alpha: float, control: str | float = OWN) -> str:
 
 
 def measure(
-    name: str,
-    options: Any,
-    *,
-    ks: Sequence[int] = (5,),
-    alphas: Sequence[float] = (0.01,),
-    controls: Sequence[str | float] = (OWN,),
-    methods: Sequence[str] = METHODS,
-) -> tuple[dict[str, list[Found]], Found, Setting]:
-    """Follow all of them on all seeds; return a list of curves for each run, and the machine."""
-    setting = QUICK if options.quick else PAPER
-    shared = {
-        "methods": list(methods),
-        "ks": list(ks),
-        "alphas": list(alphas),
-        "controls": list(controls),
-        "setting": asdict(setting),
-        "device": options.device,
-    }
-    cells = {f"seed {seed}": {"seed": seed, **shared} for seed in range(options.seeds)}
-    found, about = _runs.run_all(name, f"{__name__}:run", cells, options)
-    curves = {key: [found[cell][key] for cell in cells] for key in found["seed 0"]}
-    return curves, about | {"seeds": f"0…{options.seeds - 1}"}, setting
-
-
-def parse(name: str, about: str | None, arguments: list[str]) -> Any:
-    """Return the options of one of the three figures."""
-    return _runs.parse(_runs.parser(name, about, seeds=5, data=False), arguments)
+    run: Run, *, ks: list[int], alphas: list[float], controls: Sequence[str | float] = (OWN,)
+) -> dict[str, list[Found]]:
+    """Follow all of them on all seeds; return a list of curves for each label."""
+    choices = {"ks": ks, "alphas": alphas, "controls": list(controls)}
+    shared = {"setting": asdict(SETTING), "device": run.options.device}
+    found = run.repeated(follow_all, {"curves": choices | shared})["curves"]
+    return {name: [one[name] for one in found] for name in found[0]}

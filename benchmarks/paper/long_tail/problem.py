@@ -9,7 +9,7 @@ is a number: the inner gradient is that of weighted examples.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank_inverse_torch as lit
-from benchmarks._measure import Found
-from benchmarks.data.cifar import balanced, load_cached, long_tailed
+from benchmarks.data.cifar import balanced, load_small, long_tailed
 from benchmarks.data.images import Images, augmented, batches
-from benchmarks.paper._methods import IDENTITY, METHODS, solvers
-from benchmarks.paper._reference import Minres
+from benchmarks.harness.experiment import DATA, DEVICE, QUICK, WORKERS, Run, seeds
+from benchmarks.harness.processes import Found
+from benchmarks.paper.methods import IDENTITY, METHODS, Minres, solvers
 from benchmarks.speed.networks import CLASSES, wide_resnet
 
+OPTIONS = (QUICK, DATA, seeds(3), DEVICE, WORKERS)
 BASELINE = "baseline"
 FIXED = {"fixed, rising": 2.0, "fixed, falling": -2.0}
 """Weights ``sigmoid(slope * (loss - 1))`` that nobody learned: how much there is to be had."""
@@ -59,7 +60,7 @@ class Setting:
 
 FULL = Setting("wrn-28-10", 32, True, 5000, 128, 15_000, 1e-5, reference_steps=100)
 """The paper's, where it says: the size of a batch and the augmentation are ours."""
-QUICK = Setting("cnn-16", 16, False, 1000, 50, 700, 3e-3, reference_steps=300)
+SMALL = Setting("cnn-16", 16, False, 1000, 50, 700, 3e-3, reference_steps=300)
 """Images averaged to 16×16, a fifth of each class, three convolutions, a twentieth of the steps.
 
 So few outer steps at the paper's rate would leave φ where it was: the rate is larger, and the same
@@ -115,9 +116,9 @@ class Reweighting:
     """The bilevel problem: classifier, weights, and the batches they see."""
 
     def __init__(
-        self, setting: Setting, cache: str, imbalance: int, seed: int, device: str
+        self, setting: Setting, folders: list[str], imbalance: int, seed: int, device: str
     ) -> None:
-        data = load_cached(Path(cache))
+        data = load_small(*map(Path, folders), setting.side)
         self.setting, self.device = setting, device
         model, weigh = build(setting, seed)
         self.model, self.weigh = model.to(device), weigh.to(device)
@@ -155,13 +156,8 @@ class Reweighting:
         """Return the hypergradient at this point and of these batches."""
         x, y = batch
         return lit.hypergradient(
-            self.inner_loss,
-            lambda: F.cross_entropy(self.model(x), y),
-            self.model,
-            self.weigh,
-            solver=solver,
-            ridge=self.setting.weight_decay,
-            rng=seed,
+            *(self.inner_loss, lambda: F.cross_entropy(self.model(x), y), self.model, self.weigh),
+            **{"solver": solver, "ridge": self.setting.weight_decay, "rng": seed},
         )
 
     def outer_batch(self) -> tuple[Tensor, Tensor]:
@@ -202,9 +198,9 @@ def flat(found: Any) -> Tensor:
     return torch.cat([grad.reshape(-1) for grad in found.grads.values()]).double()
 
 
-def run(
+def learn(
     setting: Found,
-    cache: str,
+    folders: list[str],
     imbalance: int,
     method: str,
     seed: int,
@@ -218,7 +214,7 @@ def run(
 
     Where `compared`, the methods are held against each other where the run ended.
     """
-    problem = Reweighting(Setting(**setting), cache, imbalance, seed, device)
+    problem = Reweighting(Setting(**setting), folders, imbalance, seed, device)
     if method in FIXED:
         problem.weigh = Fixed(FIXED[method]).to(device)
     by_name = solvers(k, alpha, damping)
@@ -273,10 +269,20 @@ def cosine(u: Tensor, v: Tensor) -> float:
     return (u @ v).item() / length if length > 0 else 0.0
 
 
-def brief(runs: dict[str, Found]) -> dict[str, Found]:
+def prepared(run: Run, setting: Setting) -> Found:
+    """Return the settings that all runs share, once the images are there in small."""
+    folders = run.options.data_dir.resolve(), run.cache.resolve()
+    load_small(*folders, setting.side)
+    shared = {"setting": asdict(setting), "folders": list(map(str, folders))}
+    return shared | {"device": run.options.device}
+
+
+def brief(runs: dict[Any, list[Found]]) -> dict[str, Found]:
     """Return runs with the median of what each outer step had, for the report."""
     series = ("norms", "residuals", "inner gradients", "negative", "products")
     return {
-        cell: run | {name: float(np.median(run[name])) for name in series if run[name]}
-        for cell, run in runs.items()
+        f"{', '.join(map(str, case))}, seed {seed}": one
+        | {name: float(np.median(one[name])) for name in series if one[name]}
+        for case, group in runs.items()
+        for seed, one in enumerate(group)
     }

@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._measure import Found
-from benchmarks.paper import _methods, _runs
-from benchmarks.paper._weight_decay import EXACT, METHODS, Setting
+from benchmarks.harness.claims import IN_PART, NOT_SUPPORTED, SUPPORTED, claim
+from benchmarks.harness.experiment import Run
+from benchmarks.harness.processes import Found
+from benchmarks.harness.report import spread
+from benchmarks.paper.weight_decay import problem
 
-STYLES: dict[str, dict[str, Any]] = {
-    method: {"color": f"C{number}", "linewidth": 1.4} for number, method in enumerate(METHODS)
-}
-for _method in (_methods.PAPER_CG, _methods.PAPER_NEUMANN, _methods.PAPER_NYSTROM):
-    STYLES[_method]["linestyle"] = "--"
-STYLES[EXACT] |= {"color": "black", "linestyle": ":"}
+Curves = dict[str, list[Found]]
 
 
 def losses(curves: Sequence[Found], step: int) -> list[float]:
@@ -28,7 +25,7 @@ def losses(curves: Sequence[Found], step: int) -> list[float]:
 def entry(values: Sequence[float], form: str = ".3f") -> str:
     """Write mean ± deviation, or in how many runs it diverged."""
     bad = int(np.sum(~np.isfinite(values)))
-    return f"diverges, {bad} of {len(values)}" if bad else _runs.spread(values, form)
+    return f"diverges, {bad} of {len(values)}" if bad else spread(values, form)
 
 
 def lower(ours: Sequence[float], others: Sequence[Sequence[float]]) -> str:
@@ -38,15 +35,12 @@ def lower(ours: Sequence[float], others: Sequence[Sequence[float]]) -> str:
     where it is lower than each.
     """
     if not np.isfinite(ours).all():
-        return _runs.NOT_SUPPORTED
+        return NOT_SUPPORTED
     verdicts = []
-    for other in others:
-        if not np.isfinite(other).all():
-            verdicts.append(2)
-            continue
+    for other in (each for each in others if np.isfinite(each).all()):
         gap = np.mean(other) - np.mean(ours)
         verdicts.append(2 if gap > np.std(ours) + np.std(other) else 1 if gap > 0 else 0)
-    return [_runs.NOT_SUPPORTED, _runs.IN_PART, _runs.SUPPORTED][min(verdicts)]
+    return [NOT_SUPPORTED, IN_PART, SUPPORTED][min(verdicts, default=2)]
 
 
 def mean_curve(curves: Sequence[Found], key: str = "validation") -> np.ndarray:
@@ -86,30 +80,25 @@ def steady(
     means = [float(np.mean(v)) for v in values.values()]
     gain, between = float(np.mean(start)) - min(means), max(means) - min(means)
     share = between / gain if gain > 0 and np.isfinite(between) else np.inf
-    verdict = (
-        _runs.SUPPORTED if share <= 0.1 else _runs.IN_PART if share <= 0.25 else _runs.NOT_SUPPORTED
-    )
     ours = (
         f"validation loss from {entry(start)} to {listed(values)}: they lie within "
         f"{100 * share:.0f} % of the gain{more}"
     )
-    return _runs.claim(paper, ours, verdict)
+    verdict = SUPPORTED if share <= 0.1 else IN_PART if share <= 0.25 else NOT_SUPPORTED
+    return claim(paper, ours, verdict)
 
 
-def described(setting: Setting, seeds: int) -> str:
-    """Say what was run."""
-    return (
+def publish(run: Run, curves: Curves, claims: list[Found], *parts: str) -> None:
+    """Publish the parts of a text with what was run; the curves without their training."""
+    setting = problem.SETTING
+    described = (
         f"D = {setting.dimension}, {setting.examples} points for the inner and for the outer "
         f"problem, {setting.inner_steps} inner steps of SGD at {setting.inner_rate:g} from θ = 0,\n"
-        f"outer SGD with momentum {setting.momentum:g}; mean ± deviation over {seeds} seeds. "
-        "`--quick` cuts nothing here."
+        f"outer SGD with momentum {setting.momentum:g}; mean ± deviation over {run.options.seeds} "
+        "seeds. `--quick` cuts nothing here."
     )
-
-
-def summary(curves: dict[str, list[Found]], setting: Setting) -> Found:
-    """Return what is published beside the text: settings, and the curves without their training."""
     kept = {
         name: [{k: v for k, v in curve.items() if k != "training"} for curve in found]
         for name, found in curves.items()
     }
-    return {"setting": asdict(setting), "curves": kept}
+    run.publish(*parts, described, claims=claims, setting=asdict(setting), curves=kept)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import json
 import struct
 import zipfile
 import zlib
@@ -13,41 +12,24 @@ import zlib
 import numpy as np
 import pytest
 
-pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
-pytest.importorskip("matplotlib", reason="the extra `plot` is missing: matplotlib")
 torch = pytest.importorskip("torch", reason="the experiments need the extra `torch`")
 
-from benchmarks.data import mnist as _mnist
-from benchmarks.data import omniglot as _omniglot
-from benchmarks.paper import _inner, _learned, _methods, _runs, _verdicts, table2, table3
+from benchmarks.data import mnist, omniglot
+from benchmarks.harness import claims
+from benchmarks.harness.report import cuts
+from benchmarks.paper import methods
+from benchmarks.paper.few_images import learning, table2, table3
+from tests.benchmarks.conftest import run_here, text, written
 from tests.conftest import assert_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def written(folder, name):
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def calls_here(patch):
-    """Let cells run in this process, and count them; one of its own costs seconds each."""
-    made = []
-
-    def here(target, settings):
-        made.append(settings["method"])
-        module = {"benchmarks.paper.table2": table2, "benchmarks.paper.table3": table3}
-        name, function = target.split(":")
-        return json.loads(json.dumps(getattr(module[name], function)(**settings)))
-
-    patch.setattr(_runs, "apart", here)
-    return made
 
 
 def run_twice(module, name, folder, data):
     """Return what was computed in the first call, and in the second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "QUICK", TINY[name])
-        made = calls_here(patch)
+        made = run_here(patch)
         arguments = ["--quick", "--data-dir", str(data), "--output", str(folder), "--seeds", "2"]
         assert module.main([*arguments, "--workers", "1"]) == 0
         first = list(made)
@@ -78,7 +60,7 @@ def digits(tmp_path_factory):
     data, rng = tmp_path_factory.mktemp("digits"), np.random.default_rng(0)
     (data / "mnist").mkdir()
     sums = {}
-    for name in _mnist.FILES:
+    for name in mnist.FILES:
         count = 60 if name.startswith("train") else 30
         labels = (np.arange(count) % 10).astype(np.uint8)
         images = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
@@ -109,7 +91,7 @@ def characters(tmp_path_factory):
     data, rng = tmp_path_factory.mktemp("characters"), np.random.default_rng(0)
     (data / "omniglot").mkdir()
     drawn = {}
-    for archive in _omniglot.CHARACTERS:
+    for archive in omniglot.CHARACTERS:
         drawn[archive] = np.empty((6, 20, 105, 105))
         with zipfile.ZipFile(data / "omniglot" / f"{archive}.zip", "w") as file:
             file.writestr(f"{archive}/README", "no picture")
@@ -126,7 +108,7 @@ def characters(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def small_archives():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_omniglot, "CHARACTERS", dict.fromkeys(_omniglot.CHARACTERS, 6))
+        patch.setattr(omniglot, "CHARACTERS", dict.fromkeys(omniglot.CHARACTERS, 6))
         yield
 
 
@@ -138,7 +120,7 @@ def distilled(digits, tmp_path_factory):
     data, sums = digits
     folder = tmp_path_factory.mktemp("table2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_mnist, "FILES", sums)
+        patch.setattr(mnist, "FILES", sums)
         return folder, *run_twice(table2, "table2", folder, data)
 
 
@@ -149,15 +131,15 @@ def learned(characters, tmp_path_factory):
 
 
 def assert_reported(folder, name, baselines, num_claims):
-    results, text = written(folder, name), (folder / f"{name}.txt").read_text(encoding="utf-8")
-    for method in (*baselines, *_methods.METHODS):
-        assert any(line.startswith(method + "  ") for line in text.splitlines())
+    results, lines = written(folder, name), text(folder, name)
+    for method in (*baselines, *methods.METHODS):
+        assert any(line.startswith(method + "  ") for line in lines.splitlines())
     assert len(results["claims"]) == num_claims
     for claim in results["claims"]:
-        assert claim["paper"] in text
-        assert claim["ours"] in text
-        assert claim["verdict"] in (_runs.SUPPORTED, _runs.IN_PART, _runs.NOT_SUPPORTED)
-    assert "in full" in text
+        assert claim["paper"] in lines
+        assert claim["ours"] in lines
+        assert claim["verdict"] in (claims.SUPPORTED, claims.IN_PART, claims.NOT_SUPPORTED)
+    assert "in full" in lines
     assert_picture(folder / f"{name}.png")
     return results
 
@@ -165,7 +147,7 @@ def assert_reported(folder, name, baselines, num_claims):
 def test_table_2_runs_every_method_and_both_controls(distilled):
     baselines = [table2.INITIAL, table2.REAL]
     results = assert_reported(distilled[0], "table2", baselines, 4)
-    assert list(results["runs"]) == [*baselines, *_methods.METHODS]
+    assert list(results["runs"]) == [*baselines, *methods.METHODS]
     for name, found in results["runs"].items():
         assert len(found) == 2
         assert all(0 <= run["accuracy"] <= 1 for run in found)
@@ -180,7 +162,7 @@ def test_table_3_runs_every_method_on_the_same_tasks(learned):
     results = assert_reported(learned[0], "table3", [table3.INITIAL], 2)
     assert list(results["runs"]) == ["1-shot", "5-shot"]
     for by_method in results["runs"].values():
-        assert list(by_method) == [table3.INITIAL, *_methods.METHODS]
+        assert list(by_method) == [table3.INITIAL, *methods.METHODS]
         starts = [found[1]["losses"][0] for found in list(by_method.values())[1:]]
         assert np.ptp(starts) == 0
         assert all(0 <= run["accuracy"] <= 1 for found in by_method.values() for run in found)
@@ -191,7 +173,7 @@ def test_table_3_runs_every_method_on_the_same_tasks(learned):
 def test_what_is_done_is_not_run_again(name, settings, request):
     _, first, again = request.getfixturevalue(name)
     baselines = 2 if name == "distilled" else 1
-    assert len(first) == 2 * settings * (len(_methods.METHODS) + baselines)
+    assert len(first) == 2 * settings * (len(methods.METHODS) + baselines)
     assert again == []
 
 
@@ -206,17 +188,17 @@ def test_updates_whose_inverse_is_singular_are_counted_and_left_out(
     digits, characters, tmp_path, monkeypatch
 ):
     data, sums = digits
-    monkeypatch.setattr(_mnist, "FILES", sums)
-    monkeypatch.setattr(_methods, "solvers", lambda k: dict.fromkeys(_methods.METHODS, Singular()))
+    monkeypatch.setattr(mnist, "FILES", sums)
+    monkeypatch.setattr(methods, "solvers", lambda k: dict.fromkeys(methods.METHODS, Singular()))
     settings = {"seed": 0, "device": "cpu"}
     distil = {**settings, "data_dir": str(data), **dataclasses.asdict(TINY["table2"])}
     learn = {**settings, "data_dir": str(characters[0]), "cache": str(tmp_path), "shots": 1}
     learn |= dataclasses.asdict(TINY["table3"])
     for module, given in ((table2, distil), (table3, learn)):
-        found = module.run(method=_methods.PAPER_NYSTROM, **given)
+        found = module.learn(method=methods.PAPER_NYSTROM, **given)
         assert found["skipped"] == len(found["losses"]) == 2
-        assert found["accuracy"] == module.run(method=module.INITIAL, **given)["accuracy"]
-    named = _learned.skipped({"Eq. (6)": [found, found], "CG": [{"skipped": 0}]})
+        assert found["accuracy"] == module.learn(method=module.INITIAL, **given)["accuracy"]
+    named = learning.skipped({"Eq. (6)": [found, found], "CG": [{"skipped": 0}]})
     assert named == "Updates left out, singular or not finite: Eq. (6) 4."
 
 
@@ -249,7 +231,7 @@ def test_the_networks_for_characters_keep_no_statistics(setting):
 
 def test_characters_come_in_the_order_of_their_names_as_ink_on_nothing(characters, tmp_path):
     data, drawn = characters
-    found = _omniglot.load_omniglot(data, tmp_path, 15)  # 7 by 7 pixels are one
+    found = omniglot.load_omniglot(data, tmp_path, 15)  # 7 by 7 pixels are one
     for images, pixels in zip(found, drawn.values(), strict=True):
         expected = 1 - pixels.reshape(6, 20, 15, 7, 15, 7).mean(axis=(3, 5))
         assert images.dtype == np.uint8
@@ -261,18 +243,18 @@ def test_characters_are_decoded_once_and_again_when_an_archive_changed(
     characters, tmp_path, monkeypatch
 ):
     data, _ = characters
-    first = _omniglot.load_omniglot(data, tmp_path, 5)
+    first = omniglot.load_omniglot(data, tmp_path, 5)
     decoded = []
     monkeypatch.setattr(
-        _omniglot, "decode", lambda path, side: decoded.append(path) or np.zeros((1, 1))
+        omniglot, "decode", lambda path, side: decoded.append(path) or np.zeros((1, 1))
     )
-    again = _omniglot.load_omniglot(data, tmp_path, 5)
+    again = omniglot.load_omniglot(data, tmp_path, 5)
     assert decoded == []
     np.testing.assert_array_equal(again.evaluation, first.evaluation)
     with np.load(tmp_path / "omniglot-5.npz") as kept:
         arrays = dict(kept)
-    np.savez(tmp_path / "omniglot-5.npz", **{**arrays, "sizes": arrays["sizes"] + 1})
-    _omniglot.load_omniglot(data, tmp_path, 5)
+    np.savez(tmp_path / "omniglot-5.npz", **{**arrays, "origin": arrays["origin"][::-1]})
+    omniglot.load_omniglot(data, tmp_path, 5)
     assert len(decoded) == 2
 
 
@@ -281,13 +263,13 @@ def test_an_archive_that_lacks_images_is_refused(tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("images_background/A/character01/0001_01.png", b"")
     with pytest.raises(SystemExit, match=r"must hold 6 characters.*1 images of 1 characters"):
-        _omniglot.decode(path, 5)
+        omniglot.decode(path, 5)
 
 
 @pytest.mark.parametrize(("before", "after"), [(105, 28), (105, 14), (10, 4), (6, 3), (5, 5)])
 def test_shrinking_keeps_the_mean_and_counts_fractions_of_pixels(before, after):
     pixels = np.random.default_rng(0).random((before, before))
-    found = _omniglot.shrink(pixels, after)
+    found = omniglot.shrink(pixels, after)
     fine = np.kron(pixels, np.ones((after, after)))  # every pixel cut into after × after
     expected = fine.reshape(after, before, after, before).mean(axis=(1, 3))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -296,7 +278,7 @@ def test_shrinking_keeps_the_mean_and_counts_fractions_of_pixels(before, after):
 def test_tasks_have_distinct_images_with_the_labels_of_their_characters():
     images = np.arange(6 * 20, dtype=np.uint8).reshape(6, 20, 1, 1)
     rng = np.random.default_rng(0)
-    task = _omniglot.draw_task(images, rng, ways=5, shots=2, queries=3)
+    task = omniglot.draw_task(images, rng, ways=5, shots=2, queries=3)
     assert task.support_x.shape == (10, 1, 1, 1)
     assert task.query_x.shape == (15, 1, 1, 1)
     numbers = np.concatenate([task.support_x, task.query_x]).ravel() * 255
@@ -312,7 +294,7 @@ def test_turned_characters_are_classes_of_their_own():
     images = np.zeros((2, 20, 2, 2), np.uint8)
     images[:, :, 0, 0] = [[100], [200]]
     rng = np.random.default_rng(0)
-    task = _omniglot.draw_task(images, rng, ways=8, shots=1, queries=1, turned=True)
+    task = omniglot.draw_task(images, rng, ways=8, shots=1, queries=1, turned=True)
     assert len({x.tobytes() for x in task.support_x}) == 8
     for label in range(8):
         np.testing.assert_array_equal(task.support_x[label], task.query_x[label])
@@ -330,10 +312,10 @@ def test_descent_takes_the_steps_of_a_quadratic_and_unrolls_to_their_derivative(
         return 0.5 * (curvature * (params[0] - target) ** 2).sum()
 
     left = 1 - (1 - 0.1 * curvature) ** 5
-    (found,) = _inner.descend(loss, start, 5, 0.1)
+    (found,) = learning.descend(loss, start, 5, 0.1)
     torch.testing.assert_close(found.detach(), left * target.detach())
     assert found.is_leaf
-    (found,) = _inner.descend(loss, start, 5, 0.1, unroll=True)
+    (found,) = learning.descend(loss, start, 5, 0.1, unroll=True)
     (derivative,) = torch.autograd.grad(found.sum(), target)
     torch.testing.assert_close(derivative, left)
     torch.testing.assert_close(start[0].detach(), torch.zeros(2, dtype=torch.float64))
@@ -341,47 +323,30 @@ def test_descent_takes_the_steps_of_a_quadratic_and_unrolls_to_their_derivative(
 
 def test_gradients_are_compared_in_length_and_direction_beyond_the_range_of_float32():
     truth = [torch.tensor([3.0, 0.0]), torch.tensor(4.0)]
-    found = _inner.against([2e30 * t for t in truth], truth)
+    found = learning.against([2e30 * t for t in truth], truth)
     assert found == pytest.approx({"length": 2e30, "cosine": 1.0}, rel=1e-6)
-    assert _inner.against([-truth[0], truth[1]], truth)["cosine"] == pytest.approx(7 / 25)
-    assert _inner.against([0 * t for t in truth], truth) == {"length": 0.0, "cosine": 0.0}
+    assert learning.against([-truth[0], truth[1]], truth)["cosine"] == pytest.approx(7 / 25)
+    assert learning.against([0 * t for t in truth], truth) == {"length": 0.0, "cosine": 0.0}
 
 
 def test_weights_are_drawn_from_the_seed_alone_within_their_bound():
     layers = torch.nn.Conv2d(2, 3, 5), torch.nn.BatchNorm2d(3, track_running_stats=False)
     model = torch.nn.Sequential(*layers)
-    first = [p.detach().clone() for p in _inner.initialize(model, 3, gain=2.0)]
-    again = [p.detach().clone() for p in _inner.initialize(model, 3, gain=2.0)]
+    first = [p.detach().clone() for p in learning.initialize(model, 3, gain=2.0)]
+    again = [p.detach().clone() for p in learning.initialize(model, 3, gain=2.0)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert 0.9 < first[0].abs().max() * 50**0.5 / 2 <= 1
     assert [p.abs().max() for p in first[1:]] == [0, 1, 0]
-    assert not torch.equal(first[0], _inner.initialize(model, 4, gain=2.0)[0])
+    assert not torch.equal(first[0], learning.initialize(model, 4, gain=2.0)[0])
 
 
 # Verdicts.
 
 
-def test_methods_are_comparable_within_the_sum_of_their_deviations():
-    a, b, c = [0.48, 0.52], [0.54, 0.58], [0.55, 0.60]  # deviations .02, .02, .025
-    assert not _verdicts.comparable(a, b)
-    assert _verdicts.below(a, b)
-    assert not _verdicts.below(b, a)
-    assert _verdicts.comparable(b, c)
-    assert not _verdicts.below(b, c)
-    assert _verdicts.comparable(a, b, 0.06 + 1e-9)
-    assert not _verdicts.below(a, b, 0.06 + 1e-9)
-
-
-def test_a_claim_holds_wholly_in_part_or_not():
-    assert _verdicts.verdict([True, True]) == _runs.SUPPORTED
-    assert _verdicts.verdict([True, False]) == _runs.IN_PART
-    assert _verdicts.verdict([False]) == _runs.NOT_SUPPORTED
-
-
 def test_what_is_cut_is_said():
-    assert _verdicts.cuts(table3.PAPER, table3.PAPER) == "The setting in full."
+    assert cuts(table3.PAPER, table3.PAPER) == "The setting in full."
     fewer = dataclasses.replace(table3.PAPER, inner_steps=3)
-    assert _verdicts.cuts(table3.PAPER, fewer).splitlines()[2].split() == [
+    assert cuts(table3.PAPER, fewer).splitlines()[2].split() == [
         "inner",
         "steps",
         "3",
@@ -391,8 +356,8 @@ def test_what_is_cut_is_said():
 
 def accuracies(**changed):
     """The paper's figures, and the identity at the level of Neumann."""
-    means = {table2.INITIAL: 0.1, table2.REAL: 0.3, **dict.fromkeys(_methods.METHODS, 0.47)}
-    named = {getattr(_methods, name): value for name, value in changed.items()}
+    means = {table2.INITIAL: 0.1, table2.REAL: 0.3, **dict.fromkeys(methods.METHODS, 0.47)}
+    named = {getattr(methods, name): value for name, value in changed.items()}
     return {name: [mean - 0.01, mean + 0.01] for name, mean in {**means, **named}.items()}
 
 
@@ -401,7 +366,7 @@ def test_table_2_judges_the_figures_of_the_paper_as_the_paper_does():
         found = table2.claims(accuracies(**changed), indefinite)
         return [claim["verdict"] for claim in found]
 
-    yes, part, no = _runs.SUPPORTED, _runs.IN_PART, _runs.NOT_SUPPORTED
+    yes, part, no = claims.SUPPORTED, claims.IN_PART, claims.NOT_SUPPORTED
     assert judged(0.0, PAPER_NYSTROM=0.48, PAPER_CG=0.17, CG=0.17) == [yes, part, yes, yes]
     assert judged(1.0, PAPER_NYSTROM=0.52, PAPER_CG=0.17) == [no, yes, yes, no]
     assert judged(1.0, CG=0.17) == [yes, no, no, part]
@@ -414,16 +379,16 @@ def test_table_3_judges_the_figures_of_the_paper_as_the_paper_does():
     def judged(one, five):
         accuracy = {}
         for shots, (initial, cg, neumann, nystrom) in ((1, one), (5, five)):
-            accuracy[shots] = {name: [0.9] for name in _methods.METHODS}
+            accuracy[shots] = {name: [0.9] for name in methods.METHODS}
             accuracy[shots] |= {
                 table3.INITIAL: [initial],
-                _methods.PAPER_CG: [cg],
-                _methods.PAPER_NEUMANN: [neumann],
-                _methods.PAPER_NYSTROM: [nystrom],
+                methods.PAPER_CG: [cg],
+                methods.PAPER_NEUMANN: [neumann],
+                methods.PAPER_NYSTROM: [nystrom],
             }
         return [claim["verdict"] for claim in table3.claims(accuracy)]
 
-    yes, part, no = _runs.SUPPORTED, _runs.IN_PART, _runs.NOT_SUPPORTED
+    yes, part, no = claims.SUPPORTED, claims.IN_PART, claims.NOT_SUPPORTED
     five = (0.5, 0.98, 0.97, 0.98)
     assert judged((0.5, 0.96, 0.91, 0.955), five) == [yes, yes]
     assert judged((0.5, 0.96, 0.94, 0.91), five) == [part, part]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -14,32 +11,22 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the experiments need the extra `torch`")
-pytest.importorskip("tqdm", reason="the experiments need the extra `plot`: tqdm is missing")
-pytest.importorskip("matplotlib", reason="the extra `plot` is missing: no matplotlib")
 
 import torch
 
 import lowrank_inverse as li
 from benchmarks import __main__ as command
-from benchmarks.paper import (
-    _curves,
-    _methods,
-    _runs,
-    _weight_decay,
-    everything,
-    figure1,
-    figure2,
-    figure3,
-    figure4,
-)
+from benchmarks.harness import claims
+from benchmarks.harness.experiment import DATA, DEVICE, QUICK, WORKERS, experiment
+from benchmarks.paper import everything, figure1, methods
+from benchmarks.paper.weight_decay import choices, curves, figure2
+from benchmarks.paper.weight_decay import problem as decay
 from lowrank_inverse.low_rank.column_sampling import sample_columns
 from tests.benchmarks.conftest import text, written
 from tests.conftest import assert_picture
 
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 N = 12
-TINY = _weight_decay.Setting(
+TINY = decay.Setting(
     dimension=24, examples=60, inner_steps=20, early=2, outer_steps=3, control_steps=2
 )
 
@@ -54,28 +41,14 @@ def system() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def solve(method: str, A: Any, b: torch.Tensor, k: int, alpha: float = 0.1) -> li.Solution:
-    return _methods.solvers(k, alpha, alpha)[method].prepare(A, rng=3).solve(b)
-
-
-def here(target: str, settings: dict[str, Any]) -> Any:
-    """Call what a process of its own would call."""
-    module, name = target.split(":")
-    return getattr(importlib.import_module(module), name)(**settings)
+    return methods.solvers(k, alpha, alpha)[method].prepare(A, rng=3).solve(b)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Run the cells in this process, with tiny settings; the settings of each that was run."""
-    found: list[dict[str, Any]] = []
-
-    def apart(target: str, settings: dict[str, Any]) -> Any:
-        found.append(settings)
-        return here(target, settings)
-
-    monkeypatch.setattr(_runs, "apart", apart)
-    monkeypatch.setattr(_runs, "use_threads", lambda count: None)
-    monkeypatch.setattr(_weight_decay, "QUICK", TINY)
-    return found
+def tiny(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> list[Any]:
+    """Settings that are tiny; the settings of each call that would have its own process."""
+    monkeypatch.setattr(decay, "SETTING", TINY)
+    return calls
 
 
 # The methods.
@@ -85,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_the_first_step_of_the_papers_cg_is_steepest_descent_at_every_alpha(system, alpha):
     A, b = system
     for solver, damping in (
-        (_methods.PaperCG(1, alpha), 0.0),
+        (methods.PaperCG(1, alpha), 0.0),
         (li.CG(damping=alpha, max_steps=1), alpha),
     ):
         expected = (b @ b) / (b @ (A @ b) + damping * (b @ b)) * b
@@ -99,10 +72,10 @@ def test_the_second_step_of_the_papers_cg_goes_the_first_way_again(system):
         r = b - step * (A @ b)
         # Along b again, (1 + β) b, with the length that its own rule gives it.
         second = (r @ r) / (alpha * (b @ (A @ b))) / (1 + (r @ r) / (b @ b))
-        found = solve(_methods.PAPER_CG, A, b, 2, alpha).value
+        found = solve(methods.PAPER_CG, A, b, 2, alpha).value
         torch.testing.assert_close(found, alpha * (step + second) * b)
     exact = torch.linalg.solve(A + 0.1 * torch.eye(N, dtype=A.dtype), b)
-    cg = solve(_methods.CG, A, b, 2).value
+    cg = solve(methods.CG, A, b, 2).value
     assert abs(float(cg @ b / (cg.norm() * b.norm()))) < 0.99
     first = li.cg(A, b, damping=0.1, rtol=0.0, max_steps=1).value
     assert (cg - exact).norm() < (first - exact).norm()
@@ -111,14 +84,14 @@ def test_the_second_step_of_the_papers_cg_goes_the_first_way_again(system):
 def test_cg_is_exact_after_n_steps_and_the_papers_is_not(system):
     A, b = system
     exact = torch.linalg.solve(A + 0.1 * torch.eye(N, dtype=A.dtype), b)
-    torch.testing.assert_close(solve(_methods.CG, A, b, N).value, exact)
+    torch.testing.assert_close(solve(methods.CG, A, b, N).value, exact)
     undamped = torch.linalg.solve(A, b)
     for alpha in (0.01, 1.0):
-        found = solve(_methods.PAPER_CG, A, b, N, alpha).value
+        found = solve(methods.PAPER_CG, A, b, N, alpha).value
         assert (found - undamped).norm() > 0.1 * undamped.norm()
 
 
-@pytest.mark.parametrize("method", [_methods.PAPER_NYSTROM, _methods.NYSTROM])
+@pytest.mark.parametrize("method", [methods.PAPER_NYSTROM, methods.NYSTROM])
 def test_both_forms_of_nystrom_are_the_dense_inverse_in_float64(system, method):
     A, b = system
     K = sample_columns(A, 5, rng=3)
@@ -132,21 +105,21 @@ def test_the_papers_neumann_series_has_one_term_more_than_steps_and_no_damping(s
     A, b = system
     contraction = np.eye(N) - 0.1 * A.numpy()
     series = 0.1 * sum(np.linalg.matrix_power(contraction, j) for j in range(6))
-    found = solve(_methods.PAPER_NEUMANN, A, b, 5).value
+    found = solve(methods.PAPER_NEUMANN, A, b, 5).value
     np.testing.assert_allclose(found.numpy(), series @ b.numpy(), rtol=1e-12)
 
 
 def test_the_safe_neumann_series_and_nystrom_cg_approach_the_damped_inverse(system):
     A, b = system
     exact = torch.linalg.solve(A + 0.1 * torch.eye(N, dtype=A.dtype), b)
-    for method in (_methods.NEUMANN, _methods.NYSTROM_CG):
+    for method in (methods.NEUMANN, methods.NYSTROM_CG):
         errors = [float((solve(method, A, b, k).value - exact).norm()) for k in (2, 6, 18)]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < 0.2 * exact.norm()
-    torch.testing.assert_close(solve(_methods.IDENTITY, A, b, 5).value, b)
+    torch.testing.assert_close(solve(methods.IDENTITY, A, b, 5).value, b)
 
 
-@pytest.mark.parametrize("method", _methods.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_has_k_products_and_at_most_one_to_judge_itself(system, method):
     A, b = system
     k, count = 6, 0
@@ -157,77 +130,13 @@ def test_every_method_has_k_products_and_at_most_one_to_judge_itself(system, met
         return A @ v
 
     solve(method, li.FunctionOperator(product, N, like=b), b, k)
-    if method == _methods.IDENTITY:
+    if method == methods.IDENTITY:
         assert count <= 1
-    elif method == _methods.NEUMANN:  # finds its step by eight more
+    elif method == methods.NEUMANN:  # finds its step by eight more
         assert count <= k + 9
     else:
         assert k <= count <= k + 1
-    assert set(_methods.PAPER_METHODS.values()) <= set(_methods.METHODS)
-
-
-# Runs that are kept.
-
-
-def options_of(folder: Path, **more: Any) -> Any:
-    return types.SimpleNamespace(output=folder, device="cpu", workers=1, **more)
-
-
-def test_runs_that_are_done_are_not_run_again_and_changed_ones_are(tmp_path, monkeypatch):
-    called = []
-
-    def apart(target: str, settings: dict[str, Any]) -> Any:
-        called.append(settings["x"])
-        return {"twice": 2 * settings["x"]}
-
-    monkeypatch.setattr(_runs, "apart", apart)
-    monkeypatch.setattr(_runs, "use_threads", lambda count: None)
-    cells = {"a": {"x": 1}, "b": {"x": 2}}
-    found, about = _runs.run_all("name", "m:f", cells, options_of(tmp_path))
-    assert found == {"a": {"twice": 2}, "b": {"twice": 4}}
-    assert about["device"] == "cpu"
-    again, _ = _runs.run_all("name", "m:f", cells, options_of(tmp_path))
-    assert (again, called) == (found, [1, 2])
-    changed, _ = _runs.run_all("name", "m:f", cells | {"b": {"x": 5}}, options_of(tmp_path))
-    assert (changed["b"], called) == ({"twice": 10}, [1, 2, 5])
-
-
-def test_a_run_that_fails_or_is_interrupted_loses_none_that_is_done(tmp_path, monkeypatch):
-    called, outcome = [], {"failed": "ValueError: no"}
-
-    def apart(target: str, settings: dict[str, Any]) -> Any:
-        called.append(settings["x"])
-        if settings["x"] == 2:
-            if outcome is None:
-                raise KeyboardInterrupt
-            return outcome
-        return {"x": settings["x"]}
-
-    monkeypatch.setattr(_runs, "apart", apart)
-    monkeypatch.setattr(_runs, "use_threads", lambda count: None)
-    cells = {name: {"x": x} for x, name in enumerate("abc", 1)}
-    with pytest.raises(SystemExit, match=r"1 of 3 runs failed\. b: ValueError: no"):
-        _runs.run_all("name", "m:f", cells, options_of(tmp_path))
-    outcome, called[:] = None, []
-    with pytest.raises(KeyboardInterrupt):
-        _runs.run_all("name", "m:f", cells, options_of(tmp_path))
-    assert called == [2]
-    outcome = {"x": 2}
-    found, _ = _runs.run_all("name", "m:f", cells, options_of(tmp_path))
-    assert (sorted(found), called) == (["a", "b", "c"], [2, 2])
-
-
-def test_options_and_verdicts_are_checked(capsys):
-    parser = _runs.parser("figure2", "about", seeds=5, data=False)
-    assert _runs.parse(parser, []).seeds == 5
-    with pytest.raises(SystemExit, match="2"):
-        _runs.parse(parser, ["--workers", "0"])
-    assert "--workers must be at least 1; got 0" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="`verdict` must be one of the three"):
-        _runs.claim("it is so", "it is", "yes")
-    told = _runs.told([_runs.claim("it is so", "it is", _runs.SUPPORTED)])
-    assert told.splitlines() == ["Paper: it is so", "Here:  it is", "→ supported"]
-    assert _runs.spread([1.0, 3.0], ".1f") == "2.0 ± 1.0"
+    assert set(methods.PAPER_METHODS) <= set(methods.METHODS)
 
 
 # Figure 1.
@@ -287,18 +196,18 @@ def test_the_verdict_on_figure_1_counts_the_matrices():
         return {n: [five if n.startswith("Nyström") else 0.5] for n in names}
 
     both = figure1.judge({"a": errors(0.01), "b": errors(0.02)})
-    assert [c["verdict"] for c in both] == [_runs.SUPPORTED] * 2
+    assert [c["verdict"] for c in both] == [claims.SUPPORTED] * 2
     one = figure1.judge({"a": errors(0.01), "b": errors(0.9)})
-    assert [c["verdict"] for c in one] == [_runs.IN_PART] * 2
+    assert [c["verdict"] for c in one] == [claims.IN_PART] * 2
     none = figure1.judge({"a": errors(0.2), "b": errors(0.9)})
-    assert [c["verdict"] for c in none] == [_runs.NOT_SUPPORTED, _runs.IN_PART]
+    assert [c["verdict"] for c in none] == [claims.NOT_SUPPORTED, claims.IN_PART]
 
 
 # Figures 2, 3 and 4.
 
 
 def test_the_inner_problem_is_descended_along_its_own_gradient():
-    problem = _weight_decay.Problem(1, TINY)
+    problem = decay.Problem(1, TINY)
     with torch.no_grad():
         problem.phi.copy_(torch.linspace(0, 2, TINY.dimension))
     losses = problem.descend()
@@ -315,124 +224,120 @@ def test_the_inner_problem_is_descended_along_its_own_gradient():
 
 
 def test_the_exact_hypergradient_is_that_of_autograd_with_the_ridge_inside_or_outside():
-    problem = _weight_decay.Problem(2, TINY)
+    problem = decay.Problem(2, TINY)
     problem.descend()
     q, exact = problem.exact()
-    found = _weight_decay.hypergradient(problem, _weight_decay.EXACT, 5, 0.01, 0)
+    found = decay.hypergradient(problem, decay.EXACT, 5, 0.01, 0)
     torch.testing.assert_close(found.grads, exact.float(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.ihvp, q.float(), rtol=1e-4, atol=1e-7)
     # With all columns and hardly a damping, what is left is the ridge, which has to be φ.
-    closed = _weight_decay.hypergradient(
-        problem, _weight_decay.KNOWN_RIDGE, TINY.dimension, 1e-6, 0
-    )
+    closed = decay.hypergradient(problem, decay.KNOWN_RIDGE, TINY.dimension, 1e-6, 0)
     torch.testing.assert_close(closed.grads, exact.float(), rtol=1e-3, atol=1e-6)
 
 
 def test_a_controlled_step_has_the_length_it_is_said_to_have():
-    setting = _weight_decay.Setting(
+    setting = decay.Setting(
         dimension=8, examples=30, outer_steps=1, control_steps=1, least_decay=-10.0
     )
-    problem = _weight_decay.Problem(0, setting)
+    problem = decay.Problem(0, setting)
 
     def length(method: str, control: str | float) -> tuple[float, Any]:
-        curve = _weight_decay.follow(problem, method, 5, 0.1, control, 0)
+        curve = decay.follow(problem, method, 5, 0.1, control, 0)
         return float((problem.phi.detach() - 1).norm()), curve
 
-    identity = _methods.IDENTITY
-    moved, own = length(identity, _weight_decay.OWN)
+    identity = methods.IDENTITY
+    moved, own = length(identity, decay.OWN)
     assert moved == pytest.approx(own.norms[0], rel=1e-4)
     assert length(identity, 0.3)[0] == pytest.approx(0.3, rel=1e-4)
-    moved, exact = length(identity, _weight_decay.AS_EXACT)
+    moved, exact = length(identity, decay.AS_EXACT)
     assert moved == pytest.approx(exact.exact_norms[0], rel=1e-4)
-    _, nystrom = length(_methods.PAPER_NYSTROM, _weight_decay.OWN)
-    moved, _ = length(identity, _weight_decay.AS_NYSTROM)
+    _, nystrom = length(methods.PAPER_NYSTROM, decay.OWN)
+    moved, _ = length(identity, decay.AS_NYSTROM)
     assert moved == pytest.approx(nystrom.norms[0], rel=1e-4)
     assert nystrom.norms[0] != pytest.approx(own.norms[0], rel=0.05)
 
 
 def test_a_run_that_diverges_is_cut_short_and_said_to():
-    problem = _weight_decay.Problem(0, _weight_decay.Setting(dimension=8, examples=30))
-    curve = _weight_decay.follow(problem, _methods.IDENTITY, 5, 0.01, 1e6, 0)
+    problem = decay.Problem(0, decay.Setting(dimension=8, examples=30))
+    curve = decay.follow(problem, methods.IDENTITY, 5, 0.01, 1e6, 0)
     assert len(curve.validation) < 10
     assert np.isfinite(curve.validation).all()
-    losses = _curves.losses([vars(curve), {"validation": [0.5] * 20}], 10)
+    losses = curves.losses([vars(curve), {"validation": [0.5] * 20}], 10)
     assert losses == [np.inf, 0.5]
-    assert _curves.entry(losses) == "diverges, 1 of 2"
-    assert _curves.entry([0.5, 0.7], ".1f") == "0.6 ± 0.1"
+    assert curves.entry(losses) == "diverges, 1 of 2"
+    assert curves.entry([0.5, 0.7], ".1f") == "0.6 ± 0.1"
 
 
 def test_a_loss_is_lower_where_it_is_by_more_than_both_deviations():
-    lower = _curves.lower
-    assert lower([1.0, 1.2], [[2.0, 2.2], [np.inf, 1.0]]) == _runs.SUPPORTED
-    assert lower([1.0, 2.0], [[1.1, 2.2], [9.0, 9.0]]) == _runs.IN_PART
-    assert lower([1.0, 2.0], [[1.0, 1.0], [9.0, 9.0]]) == _runs.NOT_SUPPORTED
-    assert lower([1.0, np.inf], [[5.0, 5.0]]) == _runs.NOT_SUPPORTED
+    lower = curves.lower
+    assert lower([1.0, 1.2], [[2.0, 2.2], [np.inf, 1.0]]) == claims.SUPPORTED
+    assert lower([1.0, 2.0], [[1.1, 2.2], [9.0, 9.0]]) == claims.IN_PART
+    assert lower([1.0, 2.0], [[1.0, 1.0], [9.0, 9.0]]) == claims.NOT_SUPPORTED
+    assert lower([1.0, np.inf], [[5.0, 5.0]]) == claims.NOT_SUPPORTED
 
 
 @pytest.mark.parametrize(
     ("second", "verdict"),
     [
-        (0.32, _runs.SUPPORTED),
-        (0.38, _runs.IN_PART),
-        (0.6, _runs.NOT_SUPPORTED),
-        (np.inf, _runs.NOT_SUPPORTED),
+        (0.32, claims.SUPPORTED),
+        (0.38, claims.IN_PART),
+        (0.6, claims.NOT_SUPPORTED),
+        (np.inf, claims.NOT_SUPPORTED),
     ],
 )
 def test_a_choice_makes_no_difference_within_a_tenth_of_the_gain(second, verdict):
     values = {"k = 5": [0.3, 0.3], "k = 10": [second, second]}
-    assert _curves.steady("paper", values, [0.7, 0.7])["verdict"] == verdict
+    assert curves.steady("paper", values, [0.7, 0.7])["verdict"] == verdict
 
 
-def test_figure_2_runs_from_end_to_end_and_is_not_run_twice(tmp_path, calls, capsys):
+def test_figure_2_runs_from_end_to_end_and_is_not_run_twice(tmp_path, tiny):
     arguments = ["--quick", "--seeds", "2", "--workers", "1", "--output", str(tmp_path)]
     assert figure2.main(arguments) == 0
-    assert [settings["seed"] for settings in calls] == [0, 1]
+    assert [settings["seed"] for settings in tiny] == [0, 1]
     results = written(tmp_path, "figure2")
     lines = text(tmp_path, "figure2")
     assert len(results["claims"]) == 3
-    assert _runs.told(results["claims"]) in lines
+    assert claims.told(results["claims"]) in lines
     assert_picture(tmp_path / "figure2.png")
-    methods = _weight_decay.METHODS
-    assert len(results["curves"]) == len(methods) * len(figure2.CONTROLS)
-    own = results["curves"][_weight_decay.label(_methods.CG, 5, 0.01)]
+    assert len(results["curves"]) == len(decay.METHODS) * len(figure2.CONTROLS)
+    own = results["curves"][decay.label(methods.CG, 5, 0.01)]
     assert [len(curve["validation"]) for curve in own] == [TINY.outer_steps + 1] * 2
     assert own[0]["validation"] != own[1]["validation"]
-    assert all(lines.count(f"\n{method} ") >= 2 for method in methods[1:])
+    assert all(lines.count(f"\n{method} ") >= 2 for method in decay.METHODS[1:])
     assert figure2.main(arguments) == 0
-    assert len(calls) == 2
+    assert len(tiny) == 2
     assert written(tmp_path, "figure2")["claims"] == results["claims"]
 
 
-@pytest.mark.parametrize(("figure", "runs"), [(figure3, 3), (figure4, 3)])
-def test_figures_3_and_4_have_a_curve_for_every_choice(tmp_path, calls, figure, runs):
-    name = figure.__name__.rsplit(".", 1)[1]
-    assert figure.main(["--quick", "--seeds", "1", "--output", str(tmp_path)]) == 0
+@pytest.mark.parametrize("name", ["figure3", "figure4"])
+def test_figures_3_and_4_have_a_curve_for_every_choice(tmp_path, tiny, name):
+    assert getattr(choices, name)(["--quick", "--seeds", "1", "--output", str(tmp_path)]) == 0
     results = written(tmp_path, name)
-    assert len(results["curves"]) == runs * len(_weight_decay.METHODS)
+    assert len(results["curves"]) == 3 * len(decay.METHODS)
     exact = [curves for key, curves in results["curves"].items() if key.startswith("exact")]
     assert exact[0] == exact[1] == exact[2]
     assert all(c["verdict"] and c["ours"] for c in results["claims"])
     assert_picture(tmp_path / f"{name}.png")
-    assert len(calls) == 1
+    assert len(tiny) == 1
 
 
-def test_figure_3_counts_the_pairs_in_which_nystrom_is_lower():
-    def curves(nystrom: float) -> Any:
+def test_figure_3_counts_the_pairs_in_which_nystrom_is_lower(monkeypatch):
+    def judged(nystrom: float) -> Any:
         found = {}
-        for method in _weight_decay.METHODS:
-            for alpha in figure3.ALPHAS:
-                last = nystrom if method == _methods.PAPER_NYSTROM and alpha < 1 else 0.5
+        for method in decay.METHODS:
+            for alpha in choices.ALPHAS:
+                last = nystrom if method == methods.PAPER_NYSTROM and alpha < 1 else 0.5
                 curve = {"validation": [0.7, last], "norms": [2.0], "exact_norms": [1.0]}
-                found[_weight_decay.label(method, 5, alpha)] = [curve]
-        return found
+                found[decay.label(method, 5, alpha)] = [curve]
+        return choices.judge_dampings(found)
 
-    setting = _weight_decay.Setting(early=1)
-    most, robust = figure3.judge(curves(0.3), setting)
-    assert most["verdict"] == _runs.SUPPORTED
+    monkeypatch.setattr(decay, "SETTING", decay.Setting(early=1))
+    most, robust = judged(0.3)
+    assert most["verdict"] == claims.SUPPORTED
     assert "in 4 of 6 pairs" in most["ours"]
-    assert robust["verdict"] == _runs.NOT_SUPPORTED
-    most, robust = figure3.judge(curves(0.5), setting)
-    assert (most["verdict"], robust["verdict"]) == (_runs.NOT_SUPPORTED, _runs.SUPPORTED)
+    assert robust["verdict"] == claims.NOT_SUPPORTED
+    most, robust = judged(0.5)
+    assert (most["verdict"], robust["verdict"]) == (claims.NOT_SUPPORTED, claims.SUPPORTED)
 
 
 # All of them.
@@ -442,28 +347,24 @@ class Fakes:
     """Experiments that write what they are told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.called: list[tuple[str, list[str]]] = []
+        self.called: list[tuple[str, Any]] = []
         self.outcomes: dict[str, Any] = {}
         names = ("one", "two", "three")
-        experiments = {
-            name.title(): everything.Experiment(name, f"result_{name}") for name in names
-        }
-        monkeypatch.setattr(everything, "EXPERIMENTS", experiments)
+        monkeypatch.setattr(everything, "EXPERIMENTS", {name.title(): name for name in names})
         for name in names:
             module = types.ModuleType(f"benchmarks.fake_{name}")
-            module.main = lambda arguments, name=name: self.run(name, arguments)
+            options = (QUICK, DATA, DEVICE, WORKERS)
+            module.main = experiment(name, "a fake", *options)(self.run)
             monkeypatch.setitem(sys.modules, module.__name__, module)
             monkeypatch.setitem(command.COMMANDS, name, (f"fake_{name}", "a fake"))
 
-    def run(self, name: str, arguments: list[str]) -> int:
-        self.called.append((name, arguments))
-        outcome = self.outcomes.get(name, 0)
+    def run(self, run: Any) -> int:
+        self.called.append((run.name, run.options))
+        outcome = self.outcomes.get(run.name, 0)
         if isinstance(outcome, BaseException):
             raise outcome
-        folder = Path(arguments[arguments.index("--output") + 1])
-        claims = [_runs.claim(f"{name} holds", f"it does, {'very ' * 30}", _runs.SUPPORTED)]
-        content = {"claims": [] if outcome == "no claims" else claims}
-        (folder / f"result_{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        one = claims.claim(f"{run.name} holds", f"it does, {'very ' * 30}", claims.SUPPORTED)
+        run.publish("text", claims=[] if outcome == "no claims" else [one])
         return outcome if isinstance(outcome, int) else 0
 
     def names(self) -> list[str]:
@@ -480,8 +381,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
 def test_all_experiments_end_in_one_summary_and_are_not_run_again(tmp_path, fakes, capsys):
     arguments = ["--quick", "--data-dir", "there", "--output", str(tmp_path)]
     assert command.main(["paper", *arguments]) == 0
-    expected = ["--quick", "--data-dir", "there", "--device", "cpu", "--workers", "2"]
-    assert fakes.called[0] == ("one", [*expected, "--output", str(tmp_path)])
+    given = fakes.called[0][1]
+    assert (given.quick, given.data_dir, given.workers) == (True, Path("there"), 2)
     assert fakes.names() == ["one", "two", "three"]
     summary = written(tmp_path, "paper")["experiments"]
     assert list(summary) == ["One", "Two", "Three"]
@@ -493,11 +394,11 @@ def test_all_experiments_end_in_one_summary_and_are_not_run_again(tmp_path, fake
     assert everything.main(arguments) == 0
     assert fakes.names() == []
     assert written(tmp_path, "paper")["experiments"] == summary
-    (tmp_path / "result_two.json").unlink()
+    (tmp_path / "two.json").unlink()
     assert everything.main(arguments) == 0
     assert fakes.names() == ["two"]
-    assert everything.main(["--only", "Three", "--output", str(tmp_path)]) == 0
-    assert fakes.names() == ["three"]  # the full setting is another one
+    assert everything.main(["--output", str(tmp_path)]) == 0
+    assert fakes.names() == ["one", "two", "three"]  # the full setting is another one
 
 
 @pytest.mark.parametrize(
@@ -525,10 +426,10 @@ def test_one_that_fails_is_named_and_the_next_one_begins(tmp_path, fakes, capsys
 
 
 def test_an_older_result_is_not_taken_for_that_of_a_run_that_failed(tmp_path, fakes):
-    (tmp_path / "result_two.json").write_text('{"claims": []}', encoding="utf-8")
+    (tmp_path / "two.json").write_text('{"claims": []}', encoding="utf-8")
     fakes.outcomes["two"] = ValueError("no")
     assert everything.main(["--output", str(tmp_path)]) == 1
-    assert not (tmp_path / "result_two.json").exists()
+    assert not (tmp_path / "two.json").exists()
 
 
 def test_an_interruption_says_what_is_left_and_is_taken_up_there(tmp_path, fakes, capsys):
@@ -546,14 +447,17 @@ def test_the_experiments_of_the_paper_are_commands_and_take_their_options(tmp_pa
     options = types.SimpleNamespace(
         quick=True, data_dir=Path("d"), device="cpu", workers=2, output=tmp_path
     )
-    for name, experiment in everything.EXPERIMENTS.items():
-        if experiment.command in command.COMMANDS:
-            arguments = everything.arguments_of(experiment, options)
-            assert ("--data-dir" in arguments) == name.startswith(
-                ("Table 2", "Table 3", "Table 4", "Table 6")
-            )
-    assert {"figure1", "figure2", "figure3", "figure4", "paper-table5", "paper"} <= set(
-        command.COMMANDS
-    )
-    with pytest.raises(RuntimeError, match="there is no such command"):
-        everything.call("table0", [])
+    for title, name in everything.EXPERIMENTS.items():
+        arguments = everything.arguments_of(name, options)
+        assert ("--data-dir" in arguments) == (
+            title in ("Table 2", "Table 3", "Table 4", "Table 6")
+        )
+        assert ("--quick" in arguments) == (title != "Figure 1")
+        assert ("--workers" in arguments) == (title not in ("Figure 1", "Table 5"))
+    assert everything.arguments_of("figure1", options) == ["--output", str(tmp_path)]
+
+
+def test_one_experiment_of_the_paper_can_be_asked_for(tmp_path, capsys):
+    assert everything.main(["--only", "Figure 1", "--output", str(tmp_path)]) == 0
+    assert list(written(tmp_path, "paper")["experiments"]) == ["Figure 1"]
+    assert_picture(tmp_path / "figure1.png")
