@@ -71,7 +71,6 @@ def clean(method: str, backend: str, steps: int, seed: int) -> Found:
     packages=("torch", "jax", "numpy"),
 )
 def main(run: Run) -> None:
-    """Run all methods; print the table, write JSON and the picture."""
     options = run.options
     if options.backend != "torch":
         run.name += f"-{options.backend}"

@@ -70,7 +70,6 @@ def measure(seed: int, draws: int) -> dict[str, list[tuple[float, float]]]:
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
-    """Measure; print the table, write JSON."""
     count, draws = run.options.seeds, run.options.draws
     runs = run.repeated(measure, {"errors": {"draws": draws}}, apart=False)["errors"]
     rows = []

@@ -78,7 +78,6 @@ def follow(seed: int, steps: int) -> dict[str, Found]:
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
-    """Follow the trajectories; print the table, write JSON."""
     steps, count = run.options.steps, run.options.seeds
     runs = run.repeated(follow, {"trajectory": {"steps": steps}}, apart=False)["trajectory"]
     rows, means = [], {}

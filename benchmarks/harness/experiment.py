@@ -80,6 +80,7 @@ THREADS = Option("threads", 1, "of the processor", least=1)
 REPEATS = Option("repeats", 5, "of each call", least=1)
 OUTPUT = Option("output", Path("results"), "folder for results")
 ANEW = Option("anew", False, "measure again what an earlier call has measured")
+TIMED = (REPEATS, THREADS, SEED)
 PEER_PYTHON = Option("peer_python", [], "interpreters of environments with other libraries")
 
 

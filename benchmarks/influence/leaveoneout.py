@@ -169,7 +169,6 @@ def measure(l2: float, removals: int, seed: int) -> Found:
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
-    """Train without each image, compare; print the table, write JSON and the picture."""
     l2, seed = run.options.l2, run.options.seed
     removals = min(run.options.removals, NUM_TRAIN)
     settings = {"l2": l2, "removals": removals, "seed": seed}

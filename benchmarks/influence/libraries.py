@@ -69,7 +69,6 @@ def write_problem(path: str, width: int, seed: int) -> Found:
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
-    """Run all methods; print the table, write JSON."""
     width, seed, names = run.options.width, run.options.seed, run.options.methods
     problem = run.file(write_problem, {"width": width, "seed": seed})
     candidates = [sys.executable, *run.options.peer_python]

@@ -14,15 +14,7 @@ from typing import Any
 
 from benchmarks import __main__ as command
 from benchmarks.harness import claims
-from benchmarks.harness.experiment import (
-    DATA,
-    DEVICE,
-    QUICK,
-    WORKERS,
-    Option,
-    Run,
-    experiment,
-)
+from benchmarks.harness.experiment import DATA, DEVICE, QUICK, WORKERS, Option, Run, experiment
 from benchmarks.harness.processes import Found
 from benchmarks.harness.records import Records
 from benchmarks.harness.report import table
@@ -145,7 +137,6 @@ def summarize(run: Run, results: dict[str, Found]) -> None:
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> int:
-    """Run them all, print and write the summary; 1 if any failed, 130 if interrupted."""
     names = [name for name in EXPERIMENTS if not run.options.only or name in run.options.only]
     times = Records(run.options.output / "paper.runs.json", run.about)
     results: dict[str, Found] = {}

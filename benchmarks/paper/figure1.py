@@ -108,7 +108,6 @@ def judge(found: Errors) -> list[Found]:
 
 @experiment("figure1", __doc__, seeds(20))
 def main(run: Run) -> None:
-    """Print the table, write JSON and the picture."""
     runs = run.repeated(errors, {"matrices": {}}, apart=False)["matrices"]
     found = {kind: {n: [one[kind][n] for one in runs] for n in runs[0][kind]} for kind in runs[0]}
     rows = [

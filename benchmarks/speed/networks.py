@@ -102,14 +102,7 @@ class Reweighting:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, ...],
-        batch: int,
-        *,
-        seed: int = 0,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, model: nn.Module, shape: tuple[int, ...], batch: int, *, seed: int, device: str
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -117,7 +110,7 @@ class Reweighting:
                 if p.ndim > 1:  # as torch does by default, but from our own generator
                     bound = p[0].numel() ** -0.5
                     p.uniform_(-bound, bound, generator=generator)
-        self.model = model.to(device, dtype)
+        self.model = model.to(device)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.params = tuple(self.model.parameters())
         self.n = sum(p.numel() for p in self.params)
@@ -125,11 +118,13 @@ class Reweighting:
         def data() -> tuple[Tensor, Tensor]:
             x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
             y = torch.randint(CLASSES, (batch,), generator=generator)
-            return x.to(device, dtype), y.to(device)
+            return x.to(device, torch.float32), y.to(device)
 
         self.x, self.y = data()
         self.outer_x, self.outer_y = data()
-        self.w = torch.randn(batch, generator=generator, dtype=torch.float64).to(device, dtype)
+        self.w = torch.randn(batch, generator=generator, dtype=torch.float64).to(
+            device, torch.float32
+        )
         self.w.requires_grad_()
 
     def weighted(self, outputs: Tensor, w: Tensor) -> Tensor:

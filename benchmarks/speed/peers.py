@@ -20,16 +20,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.harness.experiment import (
-    PEER_PYTHON,
-    QUICK,
-    REPEATS,
-    SEED,
-    THREADS,
-    Option,
-    Run,
-    experiment,
-)
+from benchmarks.harness.experiment import PEER_PYTHON, QUICK, TIMED, Option, Run, experiment
 from benchmarks.harness.processes import Found, interpreter
 from benchmarks.harness.report import table
 from benchmarks.speed import measure as in_torch
@@ -60,13 +51,11 @@ TRAINING = 100
     Option("rank", 20, "columns, steps and terms", least=1),
     Option("batch", 128, "examples", least=1),
     Option("methods", list(METHODS), "what is compared", choices=list(METHODS)),
-    *(PEER_PYTHON, REPEATS),
     Option("limit", 60.0, "seconds that a call may take"),
-    *(QUICK, THREADS, SEED),
+    *(PEER_PYTHON, QUICK, *TIMED),
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
-    """Measure; print the table, write JSON and the picture."""
     options = run.options
     candidates = [sys.executable, *options.peer_python]
     places = {

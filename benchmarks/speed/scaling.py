@@ -13,15 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness.experiment import (
-    DEVICE,
-    REPEATS,
-    SEED,
-    THREADS,
-    Option,
-    Run,
-    experiment,
-)
+from benchmarks.harness.experiment import DEVICE, SEED, THREADS, Option, Run, experiment
 from benchmarks.harness.processes import Found
 from benchmarks.harness.report import table
 from benchmarks.harness.timing import MIB, Peak, seconds
@@ -88,11 +80,11 @@ def measure(n: int, k: int, memory: str | float, seed: int, device: str, repeats
     Option("rank", 20, "at which n varies", least=1),
     Option("size", 10**6, "at which k varies", least=1),
     Option("budgets", NUMBERS, "in vectors of n numbers, of the largest n", least=1),
-    *(DEVICE, REPEATS._replace(default=3), THREADS, SEED),
+    Option("repeats", 3, "of each call", least=1),
+    *(DEVICE, THREADS, SEED),
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
-    """Measure; print the tables, write JSON and the picture."""
     options, largest = run.options, max(run.options.sizes)
     if options.device != "cpu":
         run.name += f"-{options.device}"

@@ -13,16 +13,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 
-from benchmarks.harness.experiment import (
-    DEVICE,
-    QUICK,
-    REPEATS,
-    SEED,
-    THREADS,
-    Option,
-    Run,
-    experiment,
-)
+from benchmarks.harness.experiment import DEVICE, QUICK, SEED, TIMED, Option, Run, experiment
 from benchmarks.harness.processes import Found
 from benchmarks.harness.report import table
 from benchmarks.harness.timing import MIB
@@ -81,11 +72,10 @@ def measured(
     Option("models", list(MODELS), "networks", choices=list(MODELS)),
     Option("ranks", [5, 10, 20, 40], "columns, steps and terms", least=1),
     Option("methods", METHODS, "what is compared", choices=METHODS),
-    *(DEVICE, BATCH, REPEATS, LIMIT, QUICK, THREADS, SEED),
+    *(DEVICE, BATCH, LIMIT, QUICK, *TIMED),
     packages=("torch", "hypergrad", "numpy"),
 )
 def main(run: Run) -> None:
-    """Measure; print the table, write JSON and the picture."""
     options = run.options
     if options.device != "cpu":
         run.name += f"-{options.device}"
@@ -103,12 +93,11 @@ def main(run: Run) -> None:
 
 @experiment(
     *("paper-table5", __doc__, DEVICE, BATCH, SEED, QUICK),
-    REPEATS._replace(default=10, quick=2),
+    Option("repeats", 10, "of each call", least=1, quick=2),
     LIMIT._replace(default=600.0, quick=90.0),
     packages=("torch", "hypergrad", "numpy"),
 )
 def paper(run: Run) -> None:
-    """Measure what the paper has; print the table and the claims, write JSON and the picture."""
     model, ranks, methods = table5_claims.MODEL, table5_claims.RANKS, table5_claims.METHODS
     found = measured(run, [model], methods, ranks, small=False)
     batch = run.options.batch or BATCHES[run.options.device][model]

@@ -63,7 +63,6 @@ def errors(name: str, damping: float, seed: int) -> dict[str, float]:
 
 @experiment("accuracy", __doc__, seeds(5))
 def main(run: Run) -> None:
-    """Print the table and write JSON."""
     cases = {case: dict(zip(("name", "damping"), case, strict=True)) for case in ROW_CASES}
     by_case = run.repeated(errors, cases, apart=False)
     rows = [

@@ -67,7 +67,6 @@ def ratios(seed: int, dtype: str) -> dict[str, list[tuple[float, float]]]:
 
 @experiment("certificate", __doc__, seeds(5))
 def main(run: Run) -> None:
-    """Print the table and write JSON."""
     dtypes = ("float32", "float64")
     found = run.repeated(ratios, {dtype: {"dtype": dtype} for dtype in dtypes}, apart=False)
     rows, results = [], {}

@@ -113,7 +113,6 @@ def measure(
     packages=("jax", "lineax", "numpy"),
 )
 def main(run: Run) -> None:
-    """Print the table and write JSON."""
     options = run.options
     n, width = options.sizes
     titles = {"matrix": f"matrix, n = {n}"}

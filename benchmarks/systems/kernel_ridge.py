@@ -128,7 +128,6 @@ def row(set: str, method: str, result: Found) -> dict[str, str]:
     packages=("numpy", "scipy", "scikit-learn"),
 )
 def main(run: Run) -> None:
-    """Print the tables and write JSON."""
     options = run.options
     names = options.sets or (["friedman"] if options.data_dir is None else list(SETS))
     if "mnist" in names and options.data_dir is None:

@@ -176,7 +176,6 @@ def shown_time(result: Found) -> str:
     packages=("numpy", "scipy", "torch", "jax", "lineax", "linear_operator", "rlaopt"),
 )
 def main(run: Run) -> None:
-    """Print both tables and write JSON."""
     options = run.options
     seed, rtol = options.seed, options.rtol
     present = {name: peer for name, peer in PEERS.items() if is_there(peer[0])}

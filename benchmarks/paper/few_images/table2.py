@@ -22,20 +22,8 @@ from benchmarks.harness.experiment import Run, experiment, seeds
 from benchmarks.harness.processes import Found
 from benchmarks.harness.report import cuts, spread, table
 from benchmarks.paper import methods
-from benchmarks.paper.few_images.learning import (
-    EXPLAINED,
-    OPTIONS,
-    SLOPE,
-    Log,
-    against,
-    columns,
-    descend,
-    draw,
-    initialize,
-    mean_of,
-    outputs,
-    skipped,
-)
+from benchmarks.paper.few_images import learning
+from benchmarks.paper.few_images.learning import SLOPE, Log, against, descend, initialize, outputs
 
 CLASSES = 10
 MEAN, DEVIATION = np.float32(0.1307), np.float32(0.3081)
@@ -190,9 +178,8 @@ def claims(accuracy: dict[str, list[float]], indefinite: float) -> list[Found]:
     ]
 
 
-@experiment("table2", __doc__, *OPTIONS, seeds(5, quick=3), packages=("torch", "numpy"))
+@experiment("table2", __doc__, *learning.OPTIONS, seeds(5, quick=3), packages=("torch", "numpy"))
 def main(run: Run) -> None:
-    """Run all methods; print the table, write JSON and the picture."""
     setting = QUICK if run.options.quick else PAPER
     folder = run.options.data_dir.resolve()
     load_mnist(folder)  # or say what is missing, once
@@ -205,14 +192,14 @@ def main(run: Run) -> None:
             "method": name,
             "test accuracy": spread(accuracy[name]),
             "paper": PAPER_FIGURES.get(name, ""),
-            **columns(group),
+            **learning.columns(group),
         }
         for name, group in found.items()
     ]
     run.publish(
-        *(table(rows), EXPLAINED, skipped(found), cuts(PAPER, setting)),
+        *(table(rows), learning.EXPLAINED, learning.skipped(found), cuts(PAPER, setting)),
         settings=asdict(setting),
         runs=found,
-        claims=claims(accuracy, mean_of(found[methods.CG], "negative")),
+        claims=claims(accuracy, learning.mean_of(found[methods.CG], "negative")),
     )
-    draw(run, {"Fifty distilled images of MNIST": found})
+    learning.draw(run, {"Fifty distilled images of MNIST": found})

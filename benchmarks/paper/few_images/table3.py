@@ -21,19 +21,8 @@ from benchmarks.harness.experiment import Run, experiment, seeds
 from benchmarks.harness.processes import Found
 from benchmarks.harness.report import cuts, spread, table
 from benchmarks.paper import methods
-from benchmarks.paper.few_images.learning import (
-    EXPLAINED,
-    OPTIONS,
-    SLOPE,
-    Log,
-    against,
-    columns,
-    descend,
-    draw,
-    initialize,
-    outputs,
-    skipped,
-)
+from benchmarks.paper.few_images import learning
+from benchmarks.paper.few_images.learning import SLOPE, Log, against, descend, initialize, outputs
 
 INITIAL = "no meta-training"
 SHOTS = (1, 5)
@@ -210,9 +199,8 @@ def claims(accuracy: dict[int, dict[str, list[float]]]) -> list[Found]:
     ]
 
 
-@experiment("table3", __doc__, *OPTIONS, seeds(3), packages=("torch", "numpy"))
+@experiment("table3", __doc__, *learning.OPTIONS, seeds(3), packages=("torch", "numpy"))
 def main(run: Run) -> None:
-    """Run all methods; print the table, write JSON and the picture."""
     setting = QUICK if run.options.quick else PAPER
     folder, cache = run.options.data_dir.resolve(), run.cache.resolve()
     load_omniglot(folder, cache, setting.side)  # decodes once, for all the runs
@@ -238,14 +226,14 @@ def main(run: Run) -> None:
             "paper": PAPER_FIGURES.get(name, ("", ""))[0],
             "5-shot": spread(accuracy[5][name]),
             "paper ": PAPER_FIGURES.get(name, ("", ""))[1],
-            **columns(group),
+            **learning.columns(group),
         }
         for name, group in both.items()
     ]
     run.publish(
-        *(table(rows), EXPLAINED, skipped(both), cuts(PAPER, setting)),
+        *(table(rows), learning.EXPLAINED, learning.skipped(both), cuts(PAPER, setting)),
         settings=asdict(setting),
         runs={f"{shots}-shot": found[shots] for shots in SHOTS},
         claims=claims(accuracy),
     )
-    draw(run, {f"Omniglot, {setting.ways} ways, {n}-shot": found[n] for n in SHOTS})
+    learning.draw(run, {f"Omniglot, {setting.ways} ways, {n}-shot": found[n] for n in SHOTS})

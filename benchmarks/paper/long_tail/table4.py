@@ -43,7 +43,6 @@ Runs = dict[tuple[int, str], list[Found]]
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
-    """Run what is not there yet; print the table, write JSON and the picture."""
     wide = replace(FULL, network=f"wrn-28-{run.options.widen}")
     setting = problem.SMALL if run.options.quick else wide
     shared = problem.prepared(run, setting) | {"k": K, "alpha": ALPHA, "damping": RHO}

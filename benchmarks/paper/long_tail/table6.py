@@ -38,7 +38,6 @@ Grid = dict[tuple[int, float], list[float]]
 
 @experiment("table6", __doc__, *problem.OPTIONS, packages=("torch", "numpy"))
 def main(run: Run) -> None:
-    """Run what is not there yet; print the table, write JSON and the picture."""
     quick = run.options.quick
     setting = problem.SMALL if quick else WIDE
     forms = [NYSTROM] if quick else [PAPER_NYSTROM, NYSTROM]

@@ -34,7 +34,6 @@ NYSTROM = methods.PAPER_NYSTROM
 
 @experiment("figure3", __doc__, *problem.OPTIONS, packages=("torch", "numpy"))
 def figure3(run: Run) -> None:
-    """Follow all methods by α = ρ; print the table and the claims, write JSON and the picture."""
     curves = problem.measure(run, ks=[K], alphas=ALPHAS)
     names = {f"α = ρ = {alpha:g}": (K, alpha) for alpha in ALPHAS}
     others = [f"|h| / exact ({alpha:g})" for alpha in ALPHAS]
@@ -54,7 +53,6 @@ def figure3(run: Run) -> None:
 
 @experiment("figure4", __doc__, *problem.OPTIONS, packages=("torch", "numpy"))
 def figure4(run: Run) -> None:
-    """Follow all methods by k; print the table and the claims, write JSON and the picture."""
     curves = problem.measure(run, ks=KS, alphas=[RHO])
     names = {f"k = {k}": (k, RHO) for k in KS}
     publish(

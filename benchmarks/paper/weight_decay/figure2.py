@@ -134,7 +134,6 @@ def judge(curves: Curves) -> list[Found]:
 
 @experiment("figure2", __doc__, *problem.OPTIONS, packages=("torch", "numpy"))
 def main(run: Run) -> None:
-    """Follow all methods; print the tables and the claims, write JSON and the picture."""
     curves = problem.measure(run, ks=[K], alphas=[ALPHA], controls=CONTROLS)
     setting, start = problem.SETTING, losses(get(curves, methods.IDENTITY), 0)
     publish(
