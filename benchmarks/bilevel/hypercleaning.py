@@ -28,8 +28,10 @@ SOLVERS: dict[str, Any] = {
     "identity": li.Identity(),
     "Neumann": li.Neumann(num_terms=NUM_PRODUCTS),
     "CG": li.CG(max_steps=NUM_PRODUCTS),
-    "Nyström": li.Nystrom(rank=NUM_PRODUCTS, damping=1e-2),
-    "Nyström-CG": li.NystromCG(rank=NUM_PRODUCTS // 2, max_steps=NUM_PRODUCTS // 2),
+    "Nyström": li.Nystrom(rank=NUM_PRODUCTS, damping=1e-2, sampling="uniform"),
+    "Nyström-CG": li.NystromCG(
+        rank=NUM_PRODUCTS // 2, sampling="uniform", max_steps=NUM_PRODUCTS // 2
+    ),
     "exact": li.Exact(),
 }
 BACKEND = Option("backend", "torch", "the framework", choices=["torch", "jax"])

@@ -167,6 +167,11 @@ def kronfluence_ekfac(problem: Problem) -> Outcome:
 REFERENCE = partial(ours, curvature="hessian", make=lambda li: li.NystromCG(rank=100, rtol=1e-10))
 
 
+def uniform(li: Any, rank: int) -> Any:
+    """Return the Nyström method with columns drawn uniformly."""
+    return li.Nystrom(rank=rank, damping=1e-2, sampling="uniform")
+
+
 def own(make: Callable[[Any], Any], curvature: str = "hessian") -> Callable[[Problem], Outcome]:
     """Return one of this package's methods."""
     return partial(ours, curvature=curvature, make=make)
@@ -176,8 +181,8 @@ METHODS: dict[str, Callable[[Problem], Outcome]] = {
     "lowrank-inverse default": own(lambda li: None),
     "lowrank-inverse rtol 1e-4": own(lambda li: li.NystromCG(rank=50, rtol=1e-4)),
     "lowrank-inverse CG": own(lambda li: li.CG(rtol=1e-4)),
-    "lowrank-inverse Nyström 50": own(lambda li: li.Nystrom(rank=50, damping=1e-2)),
-    "lowrank-inverse Nyström 200": own(lambda li: li.Nystrom(rank=200, damping=1e-2)),
+    "lowrank-inverse Nyström 50": own(lambda li: uniform(li, 50)),
+    "lowrank-inverse Nyström 200": own(lambda li: uniform(li, 200)),
     "lowrank-inverse Gauss-Newton": own(lambda li: None, "ggn"),
     "lowrank-inverse gradient product": own(lambda li: li.Identity()),
     "pyDVL block CG": partial(pydvl, kind="Cg", solve_simultaneously=True),

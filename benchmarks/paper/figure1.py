@@ -39,8 +39,10 @@ def approximations(seed: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Ways to write out an inverse."""
     identity = np.eye(SIZE)
 
+    drawn = {"sampling": "uniform", "rng": seed}
+
     def nystrom(rank: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda A: li.nystrom(A, rank, rng=seed).inverse(DAMPING) @ identity
+        return lambda A: li.nystrom(A, rank, **drawn).inverse(DAMPING) @ identity
 
     def neumann(terms: int) -> Callable[[np.ndarray], np.ndarray]:
         return lambda A: li.neumann(A, identity, damping=DAMPING, num_terms=terms).value

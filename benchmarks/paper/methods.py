@@ -46,7 +46,7 @@ class PaperCG:
     num_steps: int
     alpha: float = 1.0
 
-    def prepare(self, A: Any, *, rng: Any = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: Any = 0, b: Any = None) -> PreparedInverse:
         """Return the inverse of `A`."""
 
         def run(b: Tensor, x0: Tensor | None) -> Any:
@@ -68,7 +68,7 @@ class PaperNystrom:
     rank: int
     damping: float
 
-    def prepare(self, A: Any, *, rng: Any = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: Any = 0, b: Any = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
         A, damping = split_shift(A, self.damping)  # a ridge joins the damping
         indices = sample_columns(A, self.rank, rng=rng)
@@ -89,7 +89,7 @@ class Minres:
     num_steps: int
     rtol: float = 1e-4
 
-    def prepare(self, A: Any, *, rng: Any = 0) -> PreparedInverse:
+    def prepare(self, A: Any, *, rng: Any = 0, b: Any = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
 
         def run(b: Tensor, x0: Tensor | None) -> Any:
@@ -126,7 +126,9 @@ def solvers(k: int, alpha: float = 0.01, damping: float = 0.01) -> dict[str, Any
         PAPER_NEUMANN: li.Neumann(num_terms=k + 1, step_size=alpha),
         NEUMANN: li.Neumann(damping=damping, num_terms=k),
         PAPER_NYSTROM: PaperNystrom(k, damping),
-        NYSTROM: li.Nystrom(rank=k, damping=damping),
-        NYSTROM_CG: li.NystromCG(rank=k // 2, damping=damping, rtol=0.0, max_steps=k - k // 2),
+        NYSTROM: li.Nystrom(rank=k, damping=damping, sampling="uniform"),
+        NYSTROM_CG: li.NystromCG(
+            rank=k // 2, damping=damping, sampling="uniform", rtol=0.0, max_steps=k - k // 2
+        ),
         IDENTITY: li.Identity(),
     }

@@ -56,7 +56,8 @@ def function(
     import lowrank_inverse_jax as lij
 
     cg = li.CG(damping=damping, rtol=0.0, max_steps=k)
-    solver = cg if method.startswith("CG") else li.Nystrom(rank=k, damping=damping)
+    nystrom = li.Nystrom(rank=k, damping=damping, sampling="uniform")
+    solver = cg if method.startswith("CG") else nystrom
     return lambda params, w: lij.hypergradient(inner, outer, params, w, solver=solver, rng=0)
 
 

@@ -43,9 +43,12 @@ def measure(n: int, k: int, memory: str | float, seed: int, device: str, repeats
 
     budget = not isinstance(memory, str)
 
+    def solver(memory: Any) -> Any:
+        return li.Nystrom(rank=k, damping=DAMPING, sampling="uniform", memory=memory)
+
     def run(p: Reweighting, memory: Any = memory) -> Any:
-        solver = li.Nystrom(rank=k, damping=DAMPING, memory=memory)
-        return lit.hypergradient(p.inner, p.outer, p.model, p.w, solver=solver, rng=0)
+        arguments = p.inner, p.outer, p.model, p.w
+        return lit.hypergradient(*arguments, solver=solver(memory), rng=0)
 
     run(problem(10**4, seed, device), 1e9 if budget else memory)  # loads code
     p = problem(n, seed, device)
@@ -62,7 +65,7 @@ def measure(n: int, k: int, memory: str | float, seed: int, device: str, repeats
     times = [seconds(lambda: run(p), device) for _ in range(repeats)]
     if budget:
         H = lit.HessianOperator(p.inner, p.model)
-        plan = li.Nystrom(rank=k, damping=DAMPING, memory=memory).prepare(H, rng=0).memory
+        plan = solver(memory).prepare(H, rng=0).memory
         found |= {"chose": plan.memory, "chunk": plan.chunk_size, "planned": plan.num_bytes / MIB}
     return found | {
         "first": first,

@@ -28,7 +28,8 @@ def ours(problem: Reweighting, damping: float, step: float, k: int) -> Calls:
         return lambda: lit.hypergradient(*arguments, **settings)
 
     def nystrom(storage: str = "stored", chunk: int | None = None) -> Any:
-        return li.Nystrom(rank=k, damping=damping, memory=storage, chunk_size=chunk)
+        uniform = {"sampling": "uniform", "memory": storage, "chunk_size": chunk}
+        return li.Nystrom(rank=k, damping=damping, **uniform)
 
     return {
         "Nyström, stored": run(nystrom()),

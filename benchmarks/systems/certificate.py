@@ -29,10 +29,10 @@ INVERSES = ("no inverse", "uniform", "rpcholesky", "greedy", "gaussian")
 def answers(A: np.ndarray, b: np.ndarray, damping: float, seed: int) -> list[np.ndarray]:
     """Approximate solutions to certify."""
     solvers = (
-        li.Nystrom(rank=20, damping=damping),
+        li.Nystrom(rank=20, damping=damping, sampling="uniform"),
         li.CG(damping=damping, max_steps=3),
         li.CG(damping=damping, max_steps=15),
-        li.NystromCG(rank=20, damping=damping, max_steps=2),
+        li.NystromCG(rank=20, damping=damping, sampling="uniform", max_steps=2),
         li.Neumann(damping=damping),
         li.Identity(scale=1e-30),
     )
