@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
-from lowrank_inverse.arrays.checks import check_count, check_scalar
+from lowrank_inverse.arrays.checks import check_count, check_rng, check_scalar
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.estimators.trace import auto_damping
@@ -105,7 +105,7 @@ class Workings:
         if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
             self._seed = int(rng)
         else:
-            self._seed = int(np.random.default_rng(rng).integers(2**32))
+            self._seed = int(check_rng(rng).integers(2**32))
         if solver is None:
             solver = NystromCG(rank=min(DEFAULT_RANK, backend.n))
             damping = damping if damping is not None else (0.0 if ridge else "auto")
