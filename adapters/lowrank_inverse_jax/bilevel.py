@@ -287,6 +287,7 @@ def _without_path(
     if len(missing) == len(arrays):
         raise ValueError(
             "`hparams` must reach one of the losses; neither depends on any of "
-            f"{', '.join(map(repr, missing))}. Use the argument `hparams` inside the losses."
+            f"{', '.join(map(repr, missing))}. Use the argument `hparams` inside the losses. "
+            "A learning rate or an initial value moves no minimum, and has no hypergradient."
         )
     return missing
