@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, autograd, nn
 
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
-from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
+from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient, implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.state import HypergradientState
@@ -171,26 +171,37 @@ def hypergradient(
         )
     if accumulate_grad:
         _accumulate(hparams.tensors, result.grads)
-    theta = params.flatten(params.tensors)
-    inner_grad = H.gradient if coefficients is None else H.gradient + coefficients * theta
-    info = hypergradient_info(result, outer_grad, inner_grad, without_path, theta)
     return Hypergradient(
         grads=_restore(hparams, result.grads),
         direct=_restore(hparams, direct),
         implicit=_restore(hparams, result.implicit),
         ihvp=params.restore(result.solution.value),
         state=result.state,
-        info=replace(
-            info,
-            relative_residual=info.relative_residual.item(),
-            inner_grad_norm=info.inner_grad_norm.item(),
-            negative_curvature=bool(info.negative_curvature),
-            num_steps=int(info.num_steps),
-            reason=Reason(int(info.reason)),
-            inner_step=info.inner_step.item(),
-            error_bound=info.error_bound.item(),
-        ),
+        info=record(result, outer_grad, H, coefficients, without_path),
         solution=result.solution,
+    )
+
+
+def record(
+    result: ImplicitGradient,
+    outer_grad: Tensor,
+    H: HessianOperator,
+    ridge: Tensor | None,
+    without_path: tuple[str, ...] = (),
+) -> HypergradientInfo:
+    """Collect the record of a hypergradient as Python numbers."""
+    theta = H.params.flatten(H.params.tensors)
+    inner_grad = H.gradient if ridge is None else H.gradient + ridge * theta
+    info = hypergradient_info(result, outer_grad, inner_grad, without_path, theta)
+    return replace(
+        info,
+        relative_residual=info.relative_residual.item(),
+        inner_grad_norm=info.inner_grad_norm.item(),
+        negative_curvature=bool(info.negative_curvature),
+        num_steps=int(info.num_steps),
+        reason=Reason(int(info.reason)),
+        inner_step=info.inner_step.item(),
+        error_bound=info.error_bound.item(),
     )
 
 

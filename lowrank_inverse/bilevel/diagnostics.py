@@ -12,6 +12,10 @@ from lowrank_inverse.results.solution import Reason
 INNER_STEP = 0.1
 """Estimated distance to the inner minimum, over the norm of the parameters, to speak of."""
 
+UNCONVERGED = 0.1
+"""Relative residual to speak of where the solver was to converge and did not."""
+CUT_SHORT = (Reason.MAX_STEPS, Reason.STAGNATED, Reason.DIVERGED, Reason.INDEFINITE_PRECONDITIONER)
+
 
 class HypergradientWarning(UserWarning):
     """A hypergradient that is not to be trusted."""
@@ -24,7 +28,7 @@ class Finding(NamedTuple):
     ----------
     name : str
         ``"negative_curvature"``, ``"not_stationary"``, ``"worse_than_identity"``,
-        ``"nonfinite"`` or ``"no_path"``.
+        ``"unconverged"``, ``"nonfinite"`` or ``"no_path"``.
     message, remedy : str
     """
 
@@ -104,6 +108,16 @@ def findings(info: Any) -> tuple[Finding, ...]:
                 "multiple of the outer gradient.",
                 "Raise `max_steps` or the rank, pass `state=out.state` from step to step, take "
                 "NystromCG in the place of Nystrom, or raise the damping.",
+            )
+        )
+    elif residual > UNCONVERGED and reason in CUT_SHORT:
+        found.append(
+            Finding(
+                "unconverged",
+                f"The solver ended at {Reason(int(reason)).name.lower()}, with a residual of "
+                f"{residual:.1g} times the outer gradient.",
+                "Raise `max_steps` or the rank, pass `state=out.state` from step to step, or raise "
+                "the damping.",
             )
         )
     if info.hparams_without_path:

@@ -174,9 +174,8 @@ class CurvatureOperator(Operator, Generic[G]):
                 "The parameters were changed in place after this operator was made, which holds "
                 "the curvature at the earlier ones. Make the operator anew after each step."
             )
-        with untouched(
-            [*tensors, *by], self._modules
-        ):  # a checkpointed module runs again in backward
+        # A checkpointed module runs again in backward.
+        with untouched([*tensors, *by], self._modules):
             if self._kept is not None:
                 use(self._kept)
             else:
