@@ -157,8 +157,8 @@ def check_rng(rng: Any) -> np.random.Generator:
     except (TypeError, ValueError) as error:
         raise TypeError(
             "`rng` must be a whole number >= 0, a numpy.random.Generator, or None for fresh "
-            f"entropy; got {describe(rng)}: {error}. Give the seed itself; jax takes a PRNG key "
-            "as `key`."
+            f"entropy; got {rng if isinstance(rng, int) else describe(rng)}. Give the seed itself; "
+            "jax takes a PRNG key as `key`."
         ) from error
 
 

@@ -118,7 +118,7 @@ class NystromApproximation(ProductOnly):
         self.core_eigenvalues = whitening.core_eigenvalues
         self._basis: tuple[Array, Array] | None = None
         if is_narrow(C):
-            self._basis = left_singular(C @ self.whitening)
+            self._basis = left_singular(astype(C, wide.dtype) @ self.whitening)
             self.eigenvalues = self._basis[1] ** 2
         else:
             self.eigenvalues, rotation = spectrum(whitened_gram(C, self.whitening))
@@ -181,7 +181,7 @@ class NystromApproximation(ProductOnly):
         """
         if self._basis is not None:
             U, s = self._basis
-            projected = _rows_times(s, U.T @ block)
+            projected = _rows_times(s, U.T @ astype(block, U.dtype))
         else:
             projected = self._map.T @ tall_dot(self._taken(self.vectors, self.columns), block)
         if self.vectors is None:
@@ -192,7 +192,7 @@ class NystromApproximation(ProductOnly):
         """Return ``(F Z) @ coefficients``, shape (n,) or (n, m), in the dtype of the columns."""
         if self._basis is not None:
             U, s = self._basis
-            return U @ _rows_times(s, coefficients)
+            return astype(U @ _rows_times(s, coefficients), self.dtype)
         base = self._taken(self.vectors, self.columns)
         return tall_times(base, self._map @ coefficients, self.dtype)
 
