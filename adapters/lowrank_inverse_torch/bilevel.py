@@ -54,7 +54,8 @@ class Hypergradient(NamedTuple):
 
     def explain(self) -> str:
         """Say in a few lines how it went, what is wrong, and what to do about it."""
-        return self.info.explain()
+        hint = "lowrank_inverse_torch.check_hessian(inner_loss, params)"
+        return f"{self.info.explain()}\nwhether the Hessian is that of the loss: {hint}"
 
 
 def hypergradient(
@@ -200,8 +201,8 @@ def record(
         negative_curvature=bool(info.negative_curvature),
         num_steps=int(info.num_steps),
         reason=Reason(int(info.reason)),
-        inner_step=info.inner_step.item(),
-        error_bound=info.error_bound.item(),
+        inner_step=float(info.inner_step),
+        error_bound=float(info.error_bound),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.arrays.linalg import column_norm, dot
 from lowrank_inverse.bilevel import diagnostics
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient
@@ -97,15 +99,14 @@ def hypergradient_info(
         negative = negative | inverse.negative_curvature
     norm, inner, length = map(column_norm, (outer_grad, inner_grad, solution.value))
     xp = array_namespace(norm)
-    nan = xp.full_like(norm, float("nan"))
     scale = xp.where(length > 0, length, xp.ones_like(length))
-    step = nan
+    step: Any = math.nan
     if params is not None:
         # The curvature along q is <q, M q> / <q, q>, and M q = b but for the residual.
         along = dot(solution.value / scale, outer_grad) * column_norm(params)
         known = (along > 0) & (length > 0)
-        step = xp.where(known, inner * length / xp.where(known, along, xp.ones_like(along)), nan)
-        step = xp.where(inner > 0, step, xp.zeros_like(inner))
+        step = inner * length / xp.where(known, along, xp.ones_like(along))
+        step = _where_known(known | (inner == 0), xp.where(inner > 0, step, xp.zeros_like(inner)))
     shift = xp.zeros_like(norm) + result.shift
     bounded = (shift > 0) & (length > 0) & ~(negative | (norm < 0))
     safe = xp.where(bounded, shift, xp.ones_like(shift))
@@ -120,6 +121,14 @@ def hypergradient_info(
         reason=solution.reason,
         recycled=result.recycled,
         inner_step=step,
-        error_bound=xp.where(bounded, solution.residual_norm / safe / scale, nan),
+        error_bound=_where_known(bounded, solution.residual_norm / safe / scale),
         memory=inverse.memory,
     )
+
+
+def _where_known(known: Array, value: Array) -> Any:
+    """Return `value`, NaN where it is not known; jax_debug_nans would stop at one made in vain."""
+    if not is_traced(known):
+        return value if bool(known) else math.nan
+    xp = array_namespace(value)
+    return xp.where(known, value, xp.full_like(value, math.nan))
