@@ -9,6 +9,7 @@ except ImportError as error:
 
 from lowrank_inverse.solvers.state import HypergradientState as _HypergradientState
 from lowrank_inverse_torch.bilevel import Hypergradient, hypergradient
+from lowrank_inverse_torch.curvature.check import check_hessian
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -28,6 +29,7 @@ __all__ = [
     "Hypergradient",
     "InfluenceFunction",
     "as_solve",
+    "check_hessian",
     "hessian_columns",
     "hvp",
     "hypergradient",
