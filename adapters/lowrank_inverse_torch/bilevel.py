@@ -203,6 +203,8 @@ def record(
         reason=Reason(int(info.reason)),
         inner_step=float(info.inner_step),
         error_bound=float(info.error_bound),
+        num_zeros=int(info.num_zeros),
+        support_grad_norm=info.support_grad_norm.item(),
     )
 
 

@@ -12,6 +12,10 @@ from lowrank_inverse.results.solution import Reason
 INNER_STEP = 0.1
 """Estimated distance to the inner minimum, over the norm of the parameters, to speak of."""
 
+SMALLEST_STEP = 1e-4
+"""The same, below which it is rounding or a tolerance, wherever it stands."""
+ON_SUPPORT = 0.1
+"""Share of the inner gradient by parameters that are not 0, to speak of a non-smooth loss."""
 UNCONVERGED = 0.1
 """Relative residual to speak of where the solver was to converge and did not."""
 CUT_SHORT = (Reason.MAX_STEPS, Reason.STAGNATED, Reason.DIVERGED, Reason.INDEFINITE_PRECONDITIONER)
@@ -27,8 +31,8 @@ class Finding(NamedTuple):
     Attributes
     ----------
     name : str
-        ``"negative_curvature"``, ``"not_stationary"``, ``"worse_than_identity"``,
-        ``"unconverged"``, ``"nonfinite"`` or ``"no_path"``.
+        ``"negative_curvature"``, ``"not_smooth"``, ``"not_stationary"``,
+        ``"worse_than_identity"``, ``"unconverged"``, ``"nonfinite"`` or ``"no_path"``.
     message, remedy : str
     """
 
@@ -84,7 +88,21 @@ def findings(info: Any) -> tuple[Finding, ...]:
                 "damping of the solver above the size of the negative curvature.",
             )
         )
-    if step > INNER_STEP:
+    norm, on_support = _number(info, "inner_grad_norm"), _number(info, "support_grad_norm")
+    if step > SMALLEST_STEP and on_support < ON_SUPPORT * norm:
+        found.append(
+            Finding(
+                "not_smooth",
+                f"The inner gradient, of norm {norm:.1e}, stands almost alone at the "
+                f"{_number(info, 'num_zeros'):.0f} parameters that are exactly 0 (by the others "
+                f"it is {on_support:.1e}): as at a minimum of a loss with an L1 term, where the "
+                "formula holds for the parameters that are not 0 alone.",
+                "Differentiate by those: make them a tensor of their own, give it as `params`, "
+                "and put it in its places, among zeros, inside the losses. Zeros that are initial "
+                "values: train the inner problem further.",
+            )
+        )
+    elif step > INNER_STEP:
         found.append(
             Finding(
                 "not_stationary",

@@ -9,7 +9,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import is_traced
+from lowrank_inverse.arrays.conversion import astype, is_traced
 from lowrank_inverse.arrays.linalg import column_norm, dot
 from lowrank_inverse.bilevel import diagnostics
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient
@@ -51,6 +51,9 @@ class HypergradientInfo:
         At least the error of the inverse product over its norm, for a Hessian that is positive
         semidefinite: the residual norm over that of the product and over the smallest of ridge
         plus damping. NaN without ridge and damping, and where negative curvature was met.
+    num_zeros, support_grad_norm : int, float
+        Parameters that are exactly 0, and the norm of the inner gradient by the others: at the
+        minimum of a loss with an L1 term only this one vanishes.
     memory : MemoryPlan or None
         How the columns of a Nystrom solver were held; see
         :func:`lowrank_inverse.solvers.column_memory.plan_memory`.
@@ -67,6 +70,8 @@ class HypergradientInfo:
     recycled: Any = None
     inner_step: Any = None
     error_bound: Any = None
+    num_zeros: Any = None
+    support_grad_norm: Any = None
     memory: MemoryPlan | None = None
 
     def findings(self) -> tuple[diagnostics.Finding, ...]:
@@ -101,7 +106,10 @@ def hypergradient_info(
     xp = array_namespace(norm)
     scale = xp.where(length > 0, length, xp.ones_like(length))
     step: Any = math.nan
+    num_zeros = on_support = None
     if params is not None:
+        num_zeros = xp.sum(astype(params == 0, xp.int32), dtype=xp.int32)
+        on_support = column_norm(xp.where(params == 0, xp.zeros_like(params), inner_grad))
         # The curvature along q is <q, M q> / <q, q>, and M q = b but for the residual.
         along = dot(solution.value / scale, outer_grad) * column_norm(params)
         known = (along > 0) & (length > 0)
@@ -122,6 +130,8 @@ def hypergradient_info(
         recycled=result.recycled,
         inner_step=step,
         error_bound=_where_known(bounded, solution.residual_norm / safe / scale),
+        num_zeros=num_zeros,
+        support_grad_norm=on_support,
         memory=inverse.memory,
     )
 

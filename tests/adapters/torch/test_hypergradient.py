@@ -1772,3 +1772,42 @@ def test_ranks_that_see_a_part_of_the_data_each_are_warned_of(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.warns(HypergradientWarning, match="Each of the 2 ranks .* as a list of closures"):
         Problem(linear).hypergradient()
+
+
+def test_at_the_minimum_of_a_lasso_the_support_is_named_and_the_formula_holds_there():
+    rng = np.random.default_rng(0)
+    X = torch.from_numpy(rng.standard_normal((40, 10)))
+    truth = torch.cat([torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64), torch.zeros(7)])
+    y = X @ truth + 0.1 * torch.from_numpy(rng.standard_normal(40))
+    A, L = X.mT @ X / 40, float(torch.linalg.eigvalsh(X.mT @ X / 40)[-1])
+
+    def solved(penalty: float) -> Tensor:
+        w = torch.zeros(10, dtype=torch.float64)
+        for _ in range(2000):
+            w = w - (A @ w - X.mT @ y / 40) / L
+            w = w.sign() * torch.relu(w.abs() - penalty / L)
+        return w
+
+    h = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    whole = solved(0.1).requires_grad_()
+    support = whole.detach() != 0
+    free = whole.detach()[support].requires_grad_()
+
+    def inner(w: Tensor) -> Tensor:
+        return 0.5 * ((X @ w - y) ** 2).mean() + h * w.abs().sum()
+
+    def outer(w: Tensor) -> Tensor:
+        return ((w - truth) ** 2).sum()
+
+    def placed() -> Tensor:
+        return torch.zeros(10, dtype=torch.float64).masked_scatter(support, free)
+
+    out = hypergradient(lambda: inner(whole), lambda: outer(whole), whole, h, solver=li.CG())
+    assert [one.name for one in out.info.findings()] == ["not_smooth"]
+    assert f"at the {int((~support).sum())} parameters that are exactly 0" in out.explain()
+    out = hypergradient(
+        lambda: inner(placed()), lambda: outer(placed()), free, h, solver=li.Exact()
+    )
+    assert out.info.findings() == ()
+    difference = (outer(solved(0.1 + 1e-6)) - outer(solved(0.1 - 1e-6))).item() / 2e-6
+    assert out.grads.item() == pytest.approx(difference, rel=1e-5)
