@@ -64,8 +64,7 @@ class Hypergradient(NamedTuple):
 
     def explain(self) -> str:
         """Say in a few lines how it went, what is wrong, and what to do about it."""
-        hint = "lowrank_inverse_jax.check_hessian(inner_loss, params)"
-        return f"{self.info.explain()}\nwhether the Hessian is that of the loss: {hint}"
+        return self.info.explain()
 
 
 def hypergradient(

@@ -19,6 +19,8 @@ ON_SUPPORT = 0.1
 UNCONVERGED = 0.1
 """Relative residual to speak of where the solver was to converge and did not."""
 CUT_SHORT = (Reason.MAX_STEPS, Reason.STAGNATED, Reason.DIVERGED, Reason.INDEFINITE_PRECONDITIONER)
+SUSPICIOUS = ("negative_curvature", "worse_than_identity", "unconverged")
+"""Findings that a wrong Hessian may be behind."""
 
 
 class HypergradientWarning(UserWarning):
@@ -175,6 +177,8 @@ def explain(info: Any) -> str:
     if not found:
         return "\n".join([*lines, "nothing to warn of"])
     lines += [f"{one.name}: {one.message}\n    {one.remedy}" for one in found]
+    if any(one.name in SUSPICIOUS for one in found):
+        lines.append("check_hessian(inner_loss, params) tells whether the Hessian is the right one")
     return "\n".join(lines)
 
 

@@ -139,10 +139,18 @@ def test_a_tensor_in_the_place_of_a_closure_and_parameters_that_are_no_leaves_ar
         check_hessian(lambda: (v**2).sum(), v)
 
 
-def test_explain_tells_of_the_check():
-    w, h = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    out = hypergradient(lambda: ((w - h) ** 2).sum(), lambda: w.sum(), w, h, solver=li.CG())
-    assert out.explain().endswith("lowrank_inverse_torch.check_hessian(inner_loss, params)")
+def test_explain_tells_of_the_check_where_a_solve_looks_wrong():
+    d = torch.logspace(-4, 0, 30, dtype=F64)
+    w, h = (torch.ones(30, dtype=F64, requires_grad=True) for _ in range(2))
+
+    def explained(solver: Any) -> str:
+        out = hypergradient(
+            lambda: (0.5 * d * (w - h) ** 2).sum(), lambda: w.sum(), w, h, solver=solver
+        )
+        return out.explain()
+
+    assert "check_hessian" not in explained(li.Exact())
+    assert "check_hessian(inner_loss, params)" in explained(li.CG(max_steps=1))
 
 
 def test_a_direction_is_as_large_as_each_part_of_the_parameters():
