@@ -202,6 +202,7 @@ def record(
         reason=Reason(int(info.reason)),
         inner_step=float(info.inner_step),
         error_bound=float(info.error_bound),
+        asymmetry=None if info.asymmetry is None else float(info.asymmetry),
         num_zeros=int(info.num_zeros),
         support_grad_norm=info.support_grad_norm.item(),
     )

@@ -12,6 +12,8 @@ from lowrank_inverse.results.solution import Reason
 INNER_STEP = 0.1
 """Estimated distance to the inner minimum, over the norm of the parameters, to speak of."""
 
+ASYMMETRY = 0.05
+"""Of the entries of a Hessian, relative to the largest, to speak of in every precision."""
 SMALLEST_STEP = 1e-4
 """The same, below which it is rounding or a tolerance, wherever it stands."""
 ON_SUPPORT = 0.1
@@ -19,7 +21,7 @@ ON_SUPPORT = 0.1
 UNCONVERGED = 0.1
 """Relative residual to speak of where the solver was to converge and did not."""
 CUT_SHORT = (Reason.MAX_STEPS, Reason.STAGNATED, Reason.DIVERGED, Reason.INDEFINITE_PRECONDITIONER)
-SUSPICIOUS = ("negative_curvature", "worse_than_identity", "unconverged")
+SUSPICIOUS = ("asymmetric", "negative_curvature", "worse_than_identity", "unconverged")
 """Findings that a wrong Hessian may be behind."""
 
 
@@ -33,7 +35,7 @@ class Finding(NamedTuple):
     Attributes
     ----------
     name : str
-        ``"negative_curvature"``, ``"not_smooth"``, ``"not_stationary"``,
+        ``"negative_curvature"``, ``"asymmetric"``, ``"not_smooth"``, ``"not_stationary"``,
         ``"worse_than_identity"``, ``"unconverged"``, ``"nonfinite"`` or ``"no_path"``.
     message, remedy : str
     """
@@ -88,6 +90,17 @@ def findings(info: Any) -> tuple[Finding, ...]:
                 "minimum of the inner problem, and no error bound holds.",
                 "Train the inner problem further, give its weight decay as `ridge`, or raise the "
                 "damping of the solver above the size of the negative curvature.",
+            )
+        )
+    asymmetry = _number(info, "asymmetry")
+    if asymmetry > ASYMMETRY:
+        found.append(
+            Finding(
+                "asymmetric",
+                f"Entries of the Hessian differ from those across the diagonal by {asymmetry:.0%} "
+                "of the largest: it is not the second derivative of a loss.",
+                "Look for custom derivatives that save detached numbers; `check_hessian` names "
+                "the parameter.",
             )
         )
     norm, on_support = _number(info, "inner_grad_norm"), _number(info, "support_grad_norm")

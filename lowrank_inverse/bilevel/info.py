@@ -51,6 +51,9 @@ class HypergradientInfo:
         At least the error of the inverse product over its norm, for a Hessian that is positive
         semidefinite: the residual norm over that of the product and over the smallest of ridge
         plus damping. NaN without ridge and damping, and where negative curvature was met.
+    asymmetry : float or None
+        Of the entries of the Hessian that the solver looked at, relative to the largest; 0 but for
+        rounding, unless the second derivative is not that of the loss.
     num_zeros, support_grad_norm : int, float
         Parameters that are exactly 0, and the norm of the inner gradient by the others: at the
         minimum of a loss with an L1 term only this one vanishes.
@@ -70,6 +73,7 @@ class HypergradientInfo:
     recycled: Any = None
     inner_step: Any = None
     error_bound: Any = None
+    asymmetry: Any = None
     num_zeros: Any = None
     support_grad_norm: Any = None
     memory: MemoryPlan | None = None
@@ -130,6 +134,7 @@ def hypergradient_info(
         recycled=result.recycled,
         inner_step=step,
         error_bound=_where_known(bounded, solution.residual_norm / safe / scale),
+        asymmetry=inverse.asymmetry,
         num_zeros=num_zeros,
         support_grad_norm=on_support,
         memory=inverse.memory,

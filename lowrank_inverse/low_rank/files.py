@@ -27,7 +27,7 @@ SUFFIXES = (".npz", ".safetensors")
 HEADER = "lowrank_inverse"
 DERIVED = ("dtype", "like")
 """Attributes that follow from the columns."""
-OPTIONAL = {"_map"}
+OPTIONAL = {"_map", "asymmetry"}
 """Attributes that not every form of a factor has."""
 
 

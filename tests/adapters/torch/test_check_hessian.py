@@ -167,3 +167,39 @@ def test_the_error_is_relative_to_the_larger_of_product_and_difference():
     check = compare(np.array([1.0, 0.0]), (g, g, g), 1e-3, ["a", "b"], [1, 1], 2.0**-52)
     assert check.relative_error == 1
     assert check.blocks == {"a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize(
+    "solver", [li.Exact(damping=1.0), li.Nystrom(rank=8, damping=1.0), li.NystromCG(rank=8)]
+)
+def test_a_solver_that_sees_entries_finds_them_asymmetric(solver):
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, dtype=F64)
+    h = torch.ones(6, dtype=F64, requires_grad=True)
+    w = torch.randn(4, 2, dtype=F64, requires_grad=True)
+
+    class Scaled(torch.autograd.Function):
+        """Each column over its norm, which the derivative takes for a constant."""
+
+        @staticmethod
+        def forward(ctx: Any, w: Tensor) -> Tensor:
+            ctx.norm = w.detach().norm(dim=0)
+            ctx.save_for_backward(w)
+            return w / ctx.norm
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            (w,) = ctx.saved_tensors
+            return (g - w * (w * g).sum(0) / ctx.norm**2) / ctx.norm
+
+    def run(scaled: Any) -> Any:
+        return hypergradient(
+            lambda: (h * torch.tanh(x @ scaled(w)).sum(1) ** 2).mean() + (w**2).sum(),
+            lambda: w.sum(), w, h, solver=solver,
+        ).info  # fmt: skip
+
+    names = [one.name for one in run(Scaled.apply).findings()]
+    assert "asymmetric" in names
+    right = run(lambda w: w / w.norm(dim=0))
+    assert right.asymmetry < 1e-12
+    assert "asymmetric" not in [one.name for one in right.findings()]
