@@ -53,6 +53,12 @@ class Parameters:
                     f"`{name}` must be real; {place!r} is {array.dtype}. Hold its real and "
                     "imaginary parts as two arrays."
                 )
+            if hasattr(jax, "typeof") and any(jax.typeof(array).sharding.spec):
+                raise TypeError(
+                    f"`{name}` must not have explicit axes of a mesh; {place!r} is sharded by "
+                    f"{jax.typeof(array).sharding.spec}. Make the mesh with "
+                    "jax.sharding.AxisType.Auto."
+                )
             if array.dtype != arrays[0].dtype:
                 raise TypeError(
                     f"`{name}` must have one dtype; {self.names[0]!r} is {arrays[0].dtype} and "

@@ -296,6 +296,14 @@ for solver in (li.CG(damping=0.3, rtol=1e-6), li.Nystrom(rank=4, damping=0.3),
     wanted = run(x, w)
     for a, b in ((jax.device_put(x, where), w), (x, jax.device_put(w, where))):
         np.testing.assert_allclose(run(a, b), wanted, rtol=1e-4)
+if auto is not None:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(auto.Explicit,))
+    try:
+        run(x, jax.device_put(w, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))))
+    except TypeError as error:
+        assert "`params` must not have explicit axes of a mesh" in str(error), error
+    else:
+        raise AssertionError
 """
     flags = "--xla_force_host_platform_device_count=2"
     subprocess.run(
