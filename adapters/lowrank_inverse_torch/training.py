@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lowrank_inverse._typing import RNG
 from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
 from lowrank_inverse.bilevel.info import HypergradientInfo
-from lowrank_inverse.bilevel.state import HypergradientState
+from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse_torch.adjoint import apply, is_transformed
 from lowrank_inverse_torch.curvature.gradient_graph import graph_nodes
 from lowrank_inverse_torch.model_guard import (
