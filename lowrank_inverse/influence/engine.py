@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
-from lowrank_inverse.arrays.checks import check_count, check_finite, check_scalar
+from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng, check_scalar
 from lowrank_inverse.arrays.conversion import is_array, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.estimators.trace import auto_damping
@@ -64,7 +64,7 @@ class Workings:
         if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
             self._seed = int(rng)
         else:
-            self._seed = int(np.random.default_rng(rng).integers(2**32))
+            self._seed = int(check_rng(rng).integers(2**32))
         self._is_default = solver is None
         if solver is None:
             solver = default_solver(backend.n, self._itemsize, self._memory_budget)

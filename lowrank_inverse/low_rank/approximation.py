@@ -19,7 +19,7 @@ from lowrank_inverse.arrays.conversion import (
     take,
     wide_dtype,
 )
-from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
+from lowrank_inverse.arrays.linalg import relative_asymmetry, symmetric_part, tall_dot, tall_times
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
     left_singular,
@@ -56,6 +56,8 @@ class NystromApproximation(ProductOnly):
     num_dropped, num_negative : int
         Columns without a use (zero, repeated or below the tolerance), and among them the
         directions of clearly negative curvature. 0-d arrays while jax traces.
+    asymmetry : float or None
+        Largest entry of ``W - W.T``, as it was before its symmetric part was taken, over that of W.
     core_eigenvalues : array, shape (k,)
         Of W, smallest first; where pivoted Cholesky met a negative residual diagonal entry, of W
         bordered by its row. One below -damping proves ``H + damping * I`` indefinite.
@@ -89,6 +91,8 @@ class NystromApproximation(ProductOnly):
        Differentiation. AISTATS 2023.
     """
 
+    asymmetry: Any = None  # of one read from an older file
+
     def __init__(
         self,
         C: Array,
@@ -107,6 +111,7 @@ class NystromApproximation(ProductOnly):
         self.like = C[:0, 0]
         self.shape, self.dtype = (n, n), self.like.dtype
         core = take(C, indices) if core is None else core
+        self.asymmetry = concrete(relative_asymmetry(core))
         self.core = symmetric_part(core)
         wide = astype(self.core, wide_dtype(core))
         # Entries of a sketch are sums over n rows, whose rounding grows with the root of n.
@@ -118,7 +123,7 @@ class NystromApproximation(ProductOnly):
         self.core_eigenvalues = whitening.core_eigenvalues
         self._basis: tuple[Array, Array] | None = None
         if is_narrow(C):
-            self._basis = left_singular(C @ self.whitening)
+            self._basis = left_singular(astype(C, wide.dtype) @ self.whitening)
             self.eigenvalues = self._basis[1] ** 2
         else:
             self.eigenvalues, rotation = spectrum(whitened_gram(C, self.whitening))
@@ -181,7 +186,7 @@ class NystromApproximation(ProductOnly):
         """
         if self._basis is not None:
             U, s = self._basis
-            projected = _rows_times(s, U.T @ block)
+            projected = _rows_times(s, U.T @ astype(block, U.dtype))
         else:
             projected = self._map.T @ tall_dot(self._taken(self.vectors, self.columns), block)
         if self.vectors is None:
@@ -192,7 +197,7 @@ class NystromApproximation(ProductOnly):
         """Return ``(F Z) @ coefficients``, shape (n,) or (n, m), in the dtype of the columns."""
         if self._basis is not None:
             U, s = self._basis
-            return U @ _rows_times(s, coefficients)
+            return astype(U @ _rows_times(s, coefficients), self.dtype)
         base = self._taken(self.vectors, self.columns)
         return tall_times(base, self._map @ coefficients, self.dtype)
 

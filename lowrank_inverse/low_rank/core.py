@@ -53,7 +53,7 @@ def whiten(
     keep = w > rtol * largest
     scale = xp.where(keep, 1 / xp.sqrt(xp.where(keep, w, xp.ones_like(w))), xp.zeros_like(w))
     return Whitening(
-        V * scale,
+        V * scale[None, :],
         concrete(xp.sum(astype(~keep, xp.int32), dtype=xp.int32)),
         concrete(xp.sum(astype(negative, xp.int32), dtype=xp.int32)),
         w,

@@ -19,7 +19,7 @@ from lowrank_inverse.low_rank.nystrom_columns import nystrom
 FILE = Format("lowrank_inverse.save")
 DERIVED = {"dtype", "like"}
 """Attributes that follow from the columns."""
-OPTIONAL = {"_map"}
+OPTIONAL = {"_map", "asymmetry"}
 """Attributes that not every form of an approximation has."""
 
 

@@ -11,6 +11,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
+from lowrank_inverse.estimators.asymmetry import warn_of_asymmetry
 from lowrank_inverse.estimators.norm import certificate_cost
 from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.composition import shifted, split_shift
@@ -201,7 +202,12 @@ def as_solve(
         Seed of the columns sampled.
     sign : {1, -1}, optional
         That of the matrix: -1 for a negative definite one, and the damping of the solver then is
-        that of the matrix with its sign changed. None: the sign of ``b.T A b``, for one product.
+        that of the matrix with its sign changed. None: the sign of ``b.T A b``.
+
+    Warns
+    -----
+    RuntimeWarning
+        Two products show that the matrix is not symmetric. Not while jax traces.
 
     Examples
     --------
@@ -216,8 +222,10 @@ def as_solve(
 
     def solve_function(matvec: Callable[[Array], Array], b: Array) -> Array:
         xp, factor = array_namespace(b), sign
+        product = matvec(b)
+        warn_of_asymmetry(matvec, b, product)
         if factor is None:
-            curvature = b @ matvec(b)
+            curvature = b @ product
             factor = xp.where(curvature < 0, -xp.ones_like(curvature), xp.ones_like(curvature))
         A = FunctionOperator(lambda v: factor * matvec(v), b.shape[0], like=b)
         return settings.prepare(A, rng=rng, b=factor * b).solve(factor * b).value

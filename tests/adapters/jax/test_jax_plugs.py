@@ -372,3 +372,10 @@ def test_gradients_of_an_optimistix_root_go_through(lineax):
         return value(solution.value)
 
     assert relative(jax.jit(jax.grad(run))(point()), gradient()) < 1e-9
+
+
+def test_a_matrix_that_is_not_symmetric_is_warned_of_unless_jax_traces():
+    A, b = jnp.array([[2.0, 1.0], [-1.0, 2.0]]), jnp.ones(2)
+    with pytest.warns(RuntimeWarning, match="`matvec` is not symmetric"):
+        as_solve(li.CG())(lambda v: A @ v, b)
+    jax.jit(lambda b: as_solve(li.CG())(lambda v: A @ v, b))(b)

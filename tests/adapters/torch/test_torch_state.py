@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 
 import numpy as np
@@ -187,3 +188,20 @@ def test_hyperparameters_without_a_path_are_named():
     )  # fmt: skip
     assert names(out) == {"no_path"}
     assert "'idle'" in out.explain()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "add_safe_globals"), reason="torch.load trusts every file"
+)
+def test_a_checkpoint_with_a_state_is_read_by_torch_load():
+    w = torch.ones(3, requires_grad=True)
+    h = torch.ones(3, requires_grad=True)
+    state = hypergradient(
+        lambda: ((w - h) ** 2).sum(), lambda: (w**2).sum(), w, h, solver=li.NystromCG(rank=2)
+    ).state
+    file = io.BytesIO()
+    torch.save({"epoch": 3, "state": state}, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)["state"]
+    assert isinstance(read, li.HypergradientState)
+    assert all(torch.equal(a, b) for a, b in zip(read, state, strict=True))
