@@ -28,8 +28,9 @@ SOLVERS: dict[str, Any] = {
     "identity": li.Identity(),
     "Neumann": li.Neumann(num_terms=NUM_PRODUCTS),
     "CG": li.CG(max_steps=NUM_PRODUCTS),
-    "Nyström": li.Nystrom(rank=NUM_PRODUCTS, damping=1e-2, sampling="uniform"),
-    "Nyström-CG": li.NystromCG(
+    "Nyström, Krylov": li.Nystrom(rank=NUM_PRODUCTS),
+    "Nyström, uniform": li.Nystrom(rank=NUM_PRODUCTS, damping=1e-2, sampling="uniform"),
+    "Nyström-CG, uniform": li.NystromCG(
         rank=NUM_PRODUCTS // 2, sampling="uniform", max_steps=NUM_PRODUCTS // 2
     ),
     "exact": li.Exact(),

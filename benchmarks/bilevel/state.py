@@ -25,33 +25,43 @@ from benchmarks.harness.experiment import Option, Run, experiment, seeds
 from benchmarks.harness.processes import Found
 from benchmarks.harness.report import table
 
-NUM_PRODUCTS = 12
-RECYCLED = 20
-HALF = NUM_PRODUCTS // 2
-TIGHT = {"rtol": 1e-12}
-METHODS: dict[str, tuple[Any, bool]] = {
-    "CG, cold": (li.CG(max_steps=NUM_PRODUCTS - 1, **TIGHT), False),
-    "Nyström-CG, cold": (
-        li.NystromCG(rank=HALF, sampling="uniform", max_steps=HALF - 1, **TIGHT),
-        False,
-    ),
-    "CG, warm start": (li.CG(max_steps=NUM_PRODUCTS - 2, recycle=0, **TIGHT), True),
-    "CG, pairs recycled": (li.CG(max_steps=NUM_PRODUCTS - 2, recycle=RECYCLED, **TIGHT), True),
-}
-"""Each with whether it is given its state. A product confirms an answer, a start costs one."""
+NUM_PRODUCTS = 11
+RECYCLED = (20, 60)
 
 
-def follow(seed: int, steps: int) -> dict[str, Found]:
+def methods(num_products: int) -> dict[str, tuple[Any, bool]]:
+    """Return each with whether it is given its state.
+
+    A product confirms an answer, and a start costs one.
+    """
+    half = num_products // 2
+
+    def cg(steps: int, recycle: int = 0) -> Any:
+        return li.CG(max_steps=steps, recycle=recycle, rtol=1e-12)
+
+    columns = li.NystromCG(rank=half, sampling="uniform", max_steps=half, rtol=1e-12)
+    found = {
+        "CG, cold": (cg(num_products - 1), False),
+        "Nyström-CG, cold": (columns, False),
+        "CG, warm start": (cg(num_products - 2), True),
+    }
+    for recycle in RECYCLED:
+        found[f"CG, {recycle} pairs recycled"] = (cg(num_products - 2, recycle), True)
+    return found
+
+
+def follow(seed: int, steps: int, products: int) -> dict[str, Found]:
     """Follow one trajectory; return errors, products and recycled pairs of every method."""
     cleaning = load_backend("torch", load_problem(seed))
-    runs: dict[str, Found] = {n: {"errors": [], "products": [], "recycled": []} for n in METHODS}
-    states: dict[str, Any] = dict.fromkeys(METHODS)
+    solvers = methods(products)
+    runs: dict[str, Found] = {n: {"errors": [], "products": [], "recycled": []} for n in solvers}
+    states: dict[str, Any] = dict.fromkeys(solvers)
     adam, w = Adam(NUM_TRAIN), np.zeros(NUM_TRAIN)
     theta = fit(cleaning, w)
     for step in range(steps):
         exact = cleaning.differentiate(theta, w, li.Exact(), seed)
         wanted = exact.ihvp.numpy()
-        for name, (solver, keeps) in METHODS.items():
+        for name, (solver, keeps) in solvers.items():
             out = cleaning.differentiate(theta, w, solver, seed + step, states[name])
             states[name] = out.state if keeps else None
             error = np.linalg.norm(out.ihvp.numpy() - wanted) / np.linalg.norm(wanted)
@@ -65,11 +75,13 @@ def follow(seed: int, steps: int) -> dict[str, Found]:
 
 @experiment(
     *("state", __doc__, Option("steps", 40, "outer steps", least=2), seeds(5)),
+    Option("products", NUM_PRODUCTS, "in each outer step", least=4),
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:
     steps, count = run.options.steps, run.options.seeds
-    runs = run.repeated(follow, {"trajectory": {"steps": steps}}, apart=False)["trajectory"]
+    settings = {"steps": steps, "products": run.options.products}
+    runs = run.repeated(follow, {"trajectory": settings}, apart=False)["trajectory"]
     rows, means = [], {}
     for name in runs[0]:
         later = np.array([found[name]["errors"][1:] for found in runs])
