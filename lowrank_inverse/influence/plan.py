@@ -14,7 +14,8 @@ TYPICAL_STEPS = 20
 """Of preconditioned conjugate gradients for a right-hand side; the damping decides."""
 DENSE_MOST = 2000
 """Parameters up to which the eigenvectors of the dense matrix take seconds."""
-DENSE_COPIES = 4
+COPIES = {Exact: 4, NystromCG: 2}
+"""Blocks of the size of the columns that a solver holds: the preconditioner has its own basis."""
 BLOCKS = 16
 """Vectors of n numbers a right-hand side: conjugate gradients, and the products inside."""
 
@@ -72,13 +73,13 @@ def default_solver(n: int, itemsize: int, budget: int) -> Any:
 
     Where they allow few, CG: too few columns save no more steps than they cost.
     """
-    rank = min(DEFAULT_RANK, budget // (2 * n * itemsize))
+    rank = min(DEFAULT_RANK, budget // (2 * COPIES[NystromCG] * n * itemsize))
     return NystromCG(rank=min(rank, n)) if rank >= LEAST_RANK else CG()
 
 
 def dense_pays(solver: Any, n: int, num_solves: int, itemsize: int, budget: int) -> bool:
     """Whether all n columns cost less than conjugate gradients, and fit."""
-    fits = n <= DENSE_MOST and DENSE_COPIES * n * n * itemsize <= budget
+    fits = n <= DENSE_MOST and COPIES[Exact] * n * n * itemsize <= budget
     return fits and n < num_columns(solver, n) + num_solves * TYPICAL_STEPS
 
 
@@ -104,7 +105,7 @@ def make_plan(
         steps = 0 if isinstance(solver, Exact) else 1
     groups = -(-num_solves // width)
     held = columns if getattr(solver, "memory", "stored") == "stored" else 0
-    copies = DENSE_COPIES if isinstance(solver, Exact) else 1
+    copies = COPIES.get(type(solver), 1)
     return Plan(
         solver=short(solver),
         num_params=n,

@@ -21,10 +21,10 @@ def test_the_columns_of_the_default_solver_fit_into_half_of_the_budget():
         for budget in (MIB, 64 * MIB, 1024 * MIB):
             solver = default_solver(n, 4, budget)
             if isinstance(solver, li.NystromCG):
-                assert 2 * solver.rank * n * 4 <= budget
-                assert solver.rank == min(n, 50, budget // (8 * n))
+                assert 2 * 2 * solver.rank * n * 4 <= budget
+                assert solver.rank == min(n, 50, budget // (16 * n))
             else:
-                assert solver == li.CG() and budget < 5 * 8 * n
+                assert solver == li.CG() and budget < 5 * 16 * n
     assert default_solver(3, 8, 1024 * MIB).rank == 3
 
 
@@ -41,7 +41,7 @@ def test_all_columns_pay_for_many_right_hand_sides_of_a_small_model():
         (li.Exact(), 30, 4, 4 * 30),
         (li.Nystrom(rank=7, damping=0.1), 7 + 10, 7, 7),
         (li.Nystrom(rank=7, damping=0.1, memory="streamed"), 7 + 10, 7, 0),
-        (li.NystromCG(rank=7, max_steps=4), 7 + 60, 22, 7),
+        (li.NystromCG(rank=7, max_steps=4), 7 + 60, 22, 2 * 7),
         (li.CG(), 220, 69, 0),
     ],
     ids=lambda x: type(x).__name__,

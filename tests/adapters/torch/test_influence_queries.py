@@ -183,8 +183,8 @@ def test_the_default_is_dense_for_many_right_hand_sides_of_a_small_model(capsys)
 
 def test_the_columns_of_the_default_keep_to_the_memory_budget():
     options: dict[str, Any] = {"solver": None, "ridge": 0.1}
-    tight = influence(memory_budget=10 * 2 * 8 * 15, **options)
+    tight = influence(memory_budget=10 * 4 * 8 * 15, **options)
     assert tight.plan(QUERY).solver == "NystromCG(rank=10)"
-    assert tight.plan(QUERY).num_bytes["columns"] == 10 * 8 * 15
+    assert tight.plan(QUERY).num_bytes["columns"] == 2 * 10 * 8 * 15
     none = influence(memory_budget=8 * 15, **options)
     assert none.plan(QUERY).solver == "CG()"
