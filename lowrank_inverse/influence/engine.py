@@ -19,9 +19,10 @@ from lowrank_inverse.influence.backend import Backend
 from lowrank_inverse.influence.damped_solver import Factor, KeptColumns, checked_damping
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_gradients, check_unchanged, measure_losses
-from lowrank_inverse.influence.plan import BLOCKS, Plan, default_solver, dense_pays, make_plan
+from lowrank_inverse.influence.plan import BLOCKS, Plan, dense_pays, make_plan
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.direct import Exact
+from lowrank_inverse.solvers.iterative import CG
 from lowrank_inverse.solvers.low_rank import NystromCG
 
 CURVATURES = {
@@ -67,7 +68,7 @@ class Workings:
             self._seed = int(check_rng(rng).integers(2**32))
         self._is_default = solver is None
         if solver is None:
-            solver = default_solver(backend.n, self._itemsize, self._memory_budget)
+            solver = CG()
             if damping is None:
                 damping = 0.0 if to_host(self._ridge).min() > 0 else "auto"
         self._solver: Any = solver

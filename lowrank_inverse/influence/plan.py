@@ -6,12 +6,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from lowrank_inverse.solvers.direct import Exact
-from lowrank_inverse.solvers.iterative import CG
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 
-DEFAULT_RANK, LEAST_RANK = 50, 5
 TYPICAL_STEPS = 20
-"""Of preconditioned conjugate gradients for a right-hand side; the damping decides."""
+"""Of conjugate gradients for a right-hand side; the damping and the width of a block decide."""
 DENSE_MOST = 2000
 """Parameters up to which the eigenvectors of the dense matrix take seconds."""
 COPIES = {Exact: 4, NystromCG: 2}
@@ -66,15 +64,6 @@ def short(solver: Any) -> str:
         if field.name == "rank" or getattr(solver, field.name) != field.default
     ]
     return f"{type(solver).__name__}({', '.join(parts)})"
-
-
-def default_solver(n: int, itemsize: int, budget: int) -> Any:
-    """Return NystromCG with as many columns, up to 50, as half of `budget` bytes allow.
-
-    Where they allow few, CG: too few columns save no more steps than they cost.
-    """
-    rank = min(DEFAULT_RANK, budget // (2 * COPIES[NystromCG] * n * itemsize))
-    return NystromCG(rank=min(rank, n)) if rank >= LEAST_RANK else CG()
 
 
 def dense_pays(solver: Any, n: int, num_solves: int, itemsize: int, budget: int) -> bool:

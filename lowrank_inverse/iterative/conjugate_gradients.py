@@ -130,8 +130,8 @@ def cg(
     if keep:
         keep = min(check_count("keep", keep), max_steps * block_width(b))
     block_size = check_count("block_size", block_size)
-    blockwise = b.ndim == 2 and block_size > 1
-    if keep and b.ndim == 2 and not blockwise:
+    blockwise = block_width(b) > 1 and block_size > 1
+    if keep and block_width(b) > 1 and not blockwise:
         raise ValueError(f"`keep` needs `b` of shape (n,) or a block; got {describe(b)}.")
     if blockwise and b.shape[1] > block_size:
         options = {

@@ -41,9 +41,9 @@ class InfluenceFunction(InfluenceBase):
         near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
         Default: "ggn", which needs `outputs`.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
-        With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, with fewer columns
-        where `memory_budget` wants it, and ``Exact()`` for so many queries that all columns of a
-        model of up to 2000 parameters cost less; damping 0 where there is a `ridge` everywhere and
+        With the damping of the mean curvature. Default: ``CG()``, one Krylov space for a block of
+        queries, and ``Exact()`` for so many queries that all columns of a model of up to 2000
+        parameters cost less; damping 0 where there is a `ridge` everywhere and
         "auto" elsewhere. NystromCG takes the columns for the Hessian from the Gauss-Newton
         matrix, if there are `outputs`.
     ridge : float, array of shape (n,), or pytree like `params`

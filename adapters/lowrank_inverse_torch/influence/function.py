@@ -46,9 +46,9 @@ class InfluenceFunction(InfluenceBase):
         Gauss-Newton, never negative for a loss that is convex in the outputs; the Hessian, exact
         near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
-        With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, with fewer columns
-        where `memory_budget` wants it, and ``Exact()`` for so many queries that all columns of a
-        model of up to 2000 parameters cost less; damping 0 where there is a `ridge` everywhere and
+        With the damping of the mean curvature. Default: ``CG()``, one Krylov space for a block of
+        queries, and ``Exact()`` for so many queries that all columns of a model of up to 2000
+        parameters cost less; damping 0 where there is a `ridge` everywhere and
         "auto" elsewhere. NystromCG takes the columns for the Hessian from the Gauss-Newton
         matrix.
     ridge : float, array of shape (n,), or dict by name of parameter
