@@ -140,7 +140,7 @@ def solve(
         solution = solution._replace(method=f"{name}: {why}" if why else name)
     if throw:
         raise_on_failure(solution, settings)
-    elif why:
+    elif why and not is_traced(solution.converged) and not solution.converged.all():
         warn_of_nothing(solution, settings, b)
     return solution
 

@@ -219,7 +219,7 @@ def test_no_more_columns_are_taken_than_pay_for_themselves_in_steps():
             solution = li.solve(A, y, solver=auto, rng=0)
             assert solution.converged
             assert solution.num_products <= plain.num_products + 32, (sampling, damping)
-    stopped = auto.approximate(A, rng=0).stopped
+    stopped = auto.prepare(A, rng=0).approximation.stopped
     assert stopped in ("steps", "effective_dimension")
 
 
