@@ -139,7 +139,7 @@ def power_of_two(x: Array) -> Array:
 def column_norm(x: Array) -> Array:
     """Euclidean norm of each column, safe from overflow and underflow."""
     scale = column_scale(x)
-    x = x / scale
+    x = x / scale[None, ...]
     return scale * array_namespace(x).sqrt(dot(x, x))
 
 

@@ -58,7 +58,7 @@ class KrylovSpace:
         start = start if start.ndim == 2 else start[:, None]
         xp = array_namespace(start)
         norm = column_norm(start)  # a scale of its own for each right-hand side
-        start = start / xp.where(norm > 0, norm, xp.ones_like(norm))
+        start = start / xp.where(norm > 0, norm, xp.ones_like(norm))[None, ...]
         one = xp.ones_like(norm[0])
         empty = start.T[:0, :]
         self._basis = _Basis(empty, empty, _orthonormal(start, empty, one), 0, 0 * one)
@@ -142,7 +142,7 @@ def _orthonormal(X: Array, S: Array, largest: Array) -> Array:
             Q = Q @ U
         kept = lengths > negligible
         if X.shape[1] == 1:
-            Q = Q / xp.where(kept, lengths, xp.ones_like(lengths))
+            Q = Q / xp.where(kept, lengths, xp.ones_like(lengths))[None, :]
         X = xp.where(kept, Q, xp.zeros_like(Q))
         negligible = 0 * negligible + 0.5  # of unit vectors no more than rounding may be lost
     return X

@@ -54,7 +54,7 @@ def joined_pairs(old: Pairs | None, new: Pairs, size: int) -> Pairs:
         lengths = xp.sum(astype(old.products, G.dtype) ** 2, axis=0)
         kept = astype(xp.sum(change**2, axis=1) <= DRIFT**2 * lengths, G.dtype)
         cross, W_cross = kept[:, None] * cross, kept[:, None] * W_cross
-        both = kept[:, None] * kept
+        both = kept[:, None] * kept[None, :]
         G = _square(both * G_old, cross, G)
         W = _square(both * symmetric_part(W_old), W_cross, W)
     T = _whitening(G, tol)
@@ -85,7 +85,8 @@ def _whitening(G: Array, tol: float) -> Array:
     xp = array_namespace(G)
     g, V = xp.linalg.eigh(G)
     kept = g > tol * g[-1]
-    return V * xp.where(kept, 1 / xp.sqrt(xp.where(kept, g, xp.ones_like(g))), 0 * g)
+    root = xp.sqrt(xp.where(kept, g, xp.ones_like(g)))
+    return V * xp.where(kept, 1 / root, 0 * g)[None, :]
 
 
 def _square(A: Array, B: Array, C: Array) -> Array:

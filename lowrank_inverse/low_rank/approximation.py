@@ -144,7 +144,7 @@ class NystromApproximation(ProductOnly):
             U, s = self._basis
             self._basis = taken(S @ V, U), taken(root, s)
         else:
-            self._map = taken(V * root, self._map)
+            self._map = taken(V * root[None, :], self._map)
 
     def _taken(self, kept: Any, dropped: Any) -> Any:
         """Return `kept` if negative eigenvalues are kept, else `dropped`."""

@@ -7,7 +7,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
-from lowrank_inverse.arrays.conversion import eps, is_traced, scalar_like
+from lowrank_inverse.arrays.conversion import astype, eps, is_traced, scalar_like
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.operators.product import ProductOnly
 
@@ -64,4 +64,5 @@ class NystromPreconditioner(ProductOnly):
 
     def _multiply(self, block: Array) -> Array:
         weights = self._weights if block.ndim == 1 else self._weights[:, None]
-        return block + self._vectors @ (weights * (self._vectors.T @ block))
+        wide = astype(block, self._vectors.dtype)  # wider than half precision without float64
+        return astype(wide + self._vectors @ (weights * (self._vectors.T @ wide)), block.dtype)
