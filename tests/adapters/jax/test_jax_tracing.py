@@ -16,16 +16,9 @@ import jax.numpy as jnp
 from lowrank_inverse.bilevel.info import HypergradientInfo
 from lowrank_inverse_jax import HessianOperator, hypergradient
 from lowrank_inverse_jax.bilevel import Hypergradient
-from tests.adapters.jax.jax_oracle import (
-    Counted,
-    N,
-    Problem,
-    Tree,
-    compilations,
-    inner,
-    outer,
-    relative,
-)
+from tests.adapters.jax.jax_oracle import Counted, Problem, compilations, relative
+from tests.adapters.shared.frameworks import Tree
+from tests.adapters.shared.problem import N, inner, outer
 from tests.conftest import x64
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -112,22 +105,6 @@ def test_results_and_records_are_pytrees_that_pass_through_jit():
     doubled = jax.tree_util.tree_map(lambda leaf: 2 * leaf, out.info)
     assert float(doubled.inner_grad_norm) == 2 * float(out.info.inner_grad_norm)
     assert int(doubled.rank) == 2 * int(out.info.rank)
-
-
-def test_the_state_may_be_carried_by_a_scan_over_outer_steps():
-    problem = Problem()
-    first = problem.hypergradient(solver=li.CG())
-
-    def step(carry: Any, _: Any) -> Any:
-        hparams, state = carry
-        out = problem.hypergradient(hparams=hparams, solver=li.CG(), state=state)
-        hparams = jax.tree_util.tree_map(lambda h, g: h - 1e-4 * g, hparams, out.grads)
-        return (hparams, out.state), out.solution.num_steps
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4))
-    _, steps = run((problem.hparams, first.state))
-    assert int(steps[0]) == 0
-    assert int(jnp.max(steps)) < int(first.solution.num_steps)
 
 
 def test_the_damping_may_be_traced():
