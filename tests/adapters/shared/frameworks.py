@@ -200,6 +200,9 @@ class Torch(Framework):
         """Differentiate a scalar function by all its arguments."""
         return self.framework.func.grad(function, argnums=tuple(range(len(args))))(*args)
 
+    def vmap(self, function: Callable[..., Any]) -> Any:
+        return self.framework.func.vmap(function)
+
 
 class Jax(Framework):
     """Pure functions, compiled unless called eager."""
@@ -262,6 +265,9 @@ class Jax(Framework):
     def gradients(self, function: Callable[..., Any], *args: Any) -> Any:
         grad = self.framework.grad(function, argnums=tuple(range(len(args))))
         return self.framework.jit(grad)(*args)
+
+    def vmap(self, function: Callable[..., Any]) -> Any:
+        return self.framework.vmap(function)
 
 
 FRAMEWORKS = {"torch": Torch, "jax": Jax}
