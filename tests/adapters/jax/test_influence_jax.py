@@ -54,6 +54,7 @@ def test_gauss_newton_needs_outputs():
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "loss": ({}, {"function": 3}, "`loss` must be a function"),
     "outputs": ({}, {"outputs": 3}, "`outputs` must be a function"),
     "labels": (
         {"y": np.full(14, 3)},

@@ -69,6 +69,7 @@ class Framework:
     """An adapter with the arrays of its framework."""
 
     name: str
+    device: Any = None
 
     def __init__(self) -> None:
         self.framework = pytest.importorskip(self.name)
@@ -83,6 +84,7 @@ class Framework:
         return mapped(lambda x: self.array(x, dtype), tree)
 
     def dtype_of(self, x: Any) -> str:
+        """Return the name of a dtype."""
         return str(x.dtype).removeprefix("torch.")
 
     def narrow(self) -> Any:
@@ -123,10 +125,20 @@ class Torch(Framework):
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
         x = np.asarray(x)
-        return self.framework.tensor(x.astype(dtype or x.dtype) if x.dtype.kind == "f" else x)
+        x = x.astype(dtype or x.dtype) if x.dtype.kind == "f" else x
+        return self.framework.tensor(x, device=self.device)
 
     def variables(self, tree: Tree, dtype: str | None = None) -> Tree:
         return mapped(lambda x: self.array(x, dtype).requires_grad_(), tree)
+
+    def to_accelerator(self) -> None:
+        """Put arrays on an accelerator from now on, or skip the test."""
+        if not self.framework.cuda.is_available():
+            pytest.skip("no CUDA device")
+        self.device = "cuda"
+
+    def is_on_accelerator(self, x: Any) -> bool:
+        return bool(x.is_cuda)
 
     def run(self, function: Callable[..., Any], *args: Any, eager: bool = False) -> Any:
         """Call a function as users do."""
@@ -211,8 +223,17 @@ class Jax(Framework):
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
         x = np.asarray(x)
-        numpy = self.framework.numpy
-        return numpy.asarray(x.astype(dtype or x.dtype) if x.dtype.kind == "f" else x)
+        x = x.astype(dtype or x.dtype) if x.dtype.kind == "f" else x
+        return self.framework.device_put(self.framework.numpy.asarray(x), self.device)
+
+    def to_accelerator(self) -> None:
+        try:
+            self.device = self.framework.devices("gpu")[0]
+        except RuntimeError:
+            pytest.skip("jax has no GPU")
+
+    def is_on_accelerator(self, x: Any) -> bool:
+        return next(iter(x.devices())).platform == "gpu"
 
     def narrow(self) -> Any:
         return x64(False)

@@ -360,6 +360,7 @@ def test_losses_models_and_data_of_another_kind_are_refused():
     x, y = Problem().train
     bad(r"got shape \(14, 3\)", loss=lambda z, y: z)
     bad("must return an array; got", loss=lambda z, y: 1.0)
+    bad("`loss` must be a function", loss=3)
     bad("must be real and floating-point", loss=lambda z, y: y)
     bad("`model` must be a torch.nn.Module", model=lambda x: x)
     bad("`params` must be parameters of `model`", params=[torch.ones(2, requires_grad=True)])
