@@ -296,6 +296,7 @@ FRAMEWORKS = {"torch": Torch, "jax": Jax}
 
 def each(argument: str, table: dict[str, Any], *, quick: Any = None) -> Any:
     """Run a table of cases in both frameworks; slow are those of jax that are not `quick`."""
+    quick = table if quick is None else quick
     return pytest.mark.parametrize(
         ("framework", argument),
         [
@@ -303,7 +304,7 @@ def each(argument: str, table: dict[str, Any], *, quick: Any = None) -> Any:
                 name,
                 case,
                 id=f"{name}-{label}",
-                marks=[pytest.mark.slow] if name == "jax" and label not in (quick or table) else [],
+                marks=[pytest.mark.slow] if name == "jax" and label not in quick else [],
             )
             for label, case in table.items()
             for name in FRAMEWORKS

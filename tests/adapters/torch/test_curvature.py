@@ -22,65 +22,20 @@ from lowrank_inverse_torch.curvature.operators import (
     hvp,
 )
 from lowrank_inverse_torch.parameters import as_parameters
+from tests.adapters.torch.models import (
+    Tied,
+    Unused,
+    Written,
+    assert_unchanged,
+    batchnorm,
+    dead_relu,
+    frozen,
+    mlp,
+    same,
+    snapshot,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-class Tied(nn.Module):
-    """An autoencoder whose two layers share one weight, as the same parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.decode.weight = self.encode.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decode(torch.tanh(self.encode(x)))
-
-
-class Unused(nn.Module):
-    """A layer and a parameter that the outputs do not depend on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.idle, self.layer = nn.Parameter(torch.ones(2)), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class Written(nn.Module):
-    """Buffers of all kinds: assigned anew in forward, written to, shared, and absent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("also", self.norm.running_mean)
-        self.register_buffer("none", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.layer(x)
-        self.mean = 0.9 * self.mean + 0.1 * z.detach().mean(0)
-        return (self.norm(z) * (1 + self.also)).tanh()  # just written under its other name
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
-
-
-def frozen() -> nn.Module:
-    model = mlp()
-    model[0].bias.requires_grad_(False)
-    model[2].weight.requires_grad_(False)
-    return model
-
-
-def dead_relu() -> nn.Module:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
-    with torch.no_grad():
-        model[0].bias[1:3] = -100.0
-    return model
 
 
 def conv() -> nn.Module:
@@ -111,10 +66,8 @@ CASES = {
     "mlp": Case(mlp),
     "tied": Case(Tied),
     "frozen": Case(frozen),
-    "batchnorm": Case(lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())),
-    "batchnorm_eval": Case(
-        lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()), training=False
-    ),
+    "batchnorm": Case(batchnorm),
+    "batchnorm_eval": Case(batchnorm, training=False),
     "dropout": Case(lambda: nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.4), nn.Linear(6, 3))),
     "dead_relu": Case(dead_relu),
     "unused": Case(Unused),
@@ -167,35 +120,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = Non
     assert actual.dtype == expected.dtype
     scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
     assert (actual - expected).abs().max().item() <= tolerance * scale
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that must come back: identities, values, versions and states."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return {
-        "modes": [module.training for module in model.modules()],
-        "ids": [id(t) for t in tensors],
-        "keys": [list(module._buffers) for module in model.modules()],
-        "values": [t.detach().clone() for t in tensors],
-        "versions": [t._version for t in tensors],
-        "grads": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in tensors],
-        "rng": torch.get_rng_state(),
-        "grad_mode": torch.is_grad_enabled(),
-    }
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return bool(torch.equal(a, b))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    after = snapshot(model)
-    for key, value in before.items():
-        assert same(value, after[key]), key
 
 
 # The Hessian
