@@ -167,14 +167,6 @@ def test_every_backend_takes_the_same_steps(backend):
     assert relative_error(solution.value, expected.value) < 1e-4
 
 
-def test_a_damping_is_a_shift_of_the_operator(backend):
-    A = conditioned(1e3)
-    expected = backend.run(run_cg, backend.seen(A) + 0.25 * np.eye(N), rhs())
-    found = backend.run(run_damped, A, rhs(), 0.25)
-    assert abs(int(found.num_steps) - int(expected.num_steps)) <= 1
-    assert relative_error(found.value, expected.value) < 1e-4
-
-
 # Traps: false success
 
 
@@ -359,18 +351,6 @@ def test_a_right_hand_side_near_either_end_of_the_range_is_solved(backend, share
     assert solution.num_steps > 1
     expected = solve(A, b)
     assert relative_error(np.asarray(solution.value, dtype=LONG) / LONG(size), expected) < 1e-4
-
-
-@pytest.mark.parametrize("condition", [1e2, 1e4])
-@pytest.mark.parametrize("c", [2.0**66, 2.0**-66])
-def test_an_ill_conditioned_system_may_be_scaled_too(condition, c):
-    for dtype in ("float32", "float64"):
-        A = conditioned(condition).astype(dtype)
-        b = (A.astype(np.float64) @ rhs()).astype(dtype)
-        expected, found = li.cg(A, b), li.cg(A * A.dtype.type(c), b)
-        assert found.num_steps == expected.num_steps
-        assert found.reason == expected.reason
-        np.testing.assert_array_equal(found.value, expected.value / A.dtype.type(c))
 
 
 @pytest.mark.parametrize("c", [1.0, 3.0, 1e20, 1e-20])

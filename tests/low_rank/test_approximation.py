@@ -252,8 +252,7 @@ def test_pivots_are_dropped_up_to_the_tolerance_that_applies(arguments, kept):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kept"),
-    [({}, 3), ({"indefinite_pivot_rtol": 0.1}, 3), ({"pivot_rtol": 1e-4}, 2)],
+    ("arguments", "kept"), [({}, 3), ({"indefinite_pivot_rtol": 0.1}, 3), ({"pivot_rtol": 1e-4}, 2)]
 )
 def test_without_negative_curvature_machine_epsilon_is_the_tolerance(arguments, kept):
     A = np.diag([1.0, 1e-3, 1e-14, 1e-17])

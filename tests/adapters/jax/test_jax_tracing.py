@@ -19,7 +19,6 @@ from lowrank_inverse_jax.bilevel import Hypergradient
 from tests.adapters.jax.jax_oracle import Counted, Problem, compilations, relative
 from tests.adapters.shared.frameworks import Tree
 from tests.adapters.shared.problem import N, inner, outer
-from tests.conftest import x64
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -51,17 +50,6 @@ def jitted(problem: Problem, **options: Any) -> Any:
 
 
 # jit.
-
-
-@each_solver
-def test_under_jit_in_float32_it_agrees_with_the_dense_formula_to_rounding(solver, damping):
-    with x64(False):
-        problem = Problem("float32")
-        out = jitted(problem, solver=solver, rng=0)(problem.params, problem.hparams)
-        leaves = jax.tree_util.tree_leaves([out.grads, out.ihvp])
-        assert all(leaf.dtype == jnp.float32 for leaf in leaves)
-    oracle = problem.dense()
-    assert relative(out.grads, oracle.at(oracle.ihvp(damping))) < 2e-5
 
 
 @each_solver
@@ -135,9 +123,7 @@ def test_a_ridge_may_be_traced_and_goes_unchecked():
 def test_a_loss_that_is_not_finite_goes_unchecked_under_jit_and_is_reported():
     problem = Problem()
     run = jitted(
-        problem,
-        outer_loss=lambda p, h, x, y: jnp.sqrt(-1 - outer(p, h, x, y)),
-        solver=li.CG(),
+        problem, outer_loss=lambda p, h, x, y: jnp.sqrt(-1 - outer(p, h, x, y)), solver=li.CG()
     )
     out = run(problem.params, problem.hparams)
     assert out.solution.message == "nonfinite"

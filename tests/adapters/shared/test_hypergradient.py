@@ -376,10 +376,7 @@ def test_hparams_without_path_are_named_and_have_zeros(framework):
     out = problem.hypergradient(
         hparams={**problem.hparams, **idle}, solver=li.CG(rtol=1e-12), eager=True
     )
-    names = {
-        "torch": ("more.0", "unused"),
-        "jax": ("['more'][0]", "['unused']"),
-    }
+    names = {"torch": ("more.0", "unused"), "jax": ("['more'][0]", "['unused']")}
     assert out.info.hparams_without_path == names[framework.name]
     for part in (out.grads, out.direct, out.implicit):
         assert not flat([part["unused"], part["more"]]).any()

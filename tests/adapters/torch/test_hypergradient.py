@@ -226,36 +226,27 @@ def test_dead_relus_and_their_zero_columns_are_no_trouble():
 def test_hparams_may_be_a_module_such_as_a_weight_network():
     problem = Problem()
     weigh = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-    names = {name: p for name, p in weigh.named_parameters()}
-
-    def inner(forward: Any, params: Tree, hparams: Tree) -> Tensor:
-        losses = F.cross_entropy(forward(problem.x), problem.y, reduction="none")
-        weights = functional_call(weigh, hparams, (losses.detach()[:, None],))
-        squares = sum((value**2).sum() for value in params.values())
-        return (torch.sigmoid(weights[:, 0]) * losses).mean() + 0.3 * squares
-
-    def outer(forward: Any, params: Tree, hparams: Tree) -> Tensor:
-        return F.cross_entropy(forward(problem.clean_x), problem.clean_y)
-
+    names = dict(weigh.named_parameters())
     with torch.no_grad():
         fixed = F.cross_entropy(problem.model(problem.x), problem.y, reduction="none")
 
-    def functional_inner(params: Tree, hparams: Tree) -> Tensor:
-        losses = F.cross_entropy(
-            functional_call(problem.model, params, (problem.x,)), problem.y, reduction="none"
-        )
-        weights = functional_call(weigh, hparams, (fixed[:, None],))
+    def called(params: Tree) -> Callable[[Tensor], Tensor]:
+        return lambda x: functional_call(problem.model, params, (x,))
+
+    def inner(params: Tree, hparams: Tree, seen: Tensor | None = None) -> Tensor:
+        losses = F.cross_entropy(called(params)(problem.x), problem.y, reduction="none")
+        seen = losses.detach() if seen is None else seen
+        weights = functional_call(weigh, hparams, (seen[:, None],))
         squares = sum((value**2).sum() for value in params.values())
         return (torch.sigmoid(weights[:, 0]) * losses).mean() + 0.3 * squares
 
-    def functional_outer(params: Tree, hparams: Tree) -> Tensor:
-        z = functional_call(problem.model, params, (problem.clean_x,))
-        return F.cross_entropy(z, problem.clean_y)
+    def outer(params: Tree, hparams: Tree) -> Tensor:
+        return F.cross_entropy(called(params)(problem.clean_x), problem.clean_y)
 
-    oracle = dense(functional_inner, functional_outer, problem.trainable(), names)
+    oracle = dense(lambda p, h: inner(p, h, fixed), outer, problem.trainable(), names)
     out = problem.hypergradient(
-        inner_loss=lambda: inner(problem.model, problem.trainable(), names),
-        outer_loss=lambda: outer(problem.model, problem.trainable(), names),
+        inner_loss=lambda: inner(problem.trainable(), names),
+        outer_loss=lambda: outer(problem.trainable(), names),
         hparams=weigh,
         accumulate_grad=True,
     )
