@@ -18,7 +18,14 @@ from tests.problems import WIDTH, CountingOperator, N, conditioned, matrix, rhs
 
 A64 = matrix("polynomial")
 INDICES = [5, 0, 11]
-SPARSE = [sp.csr_array, sp.csc_array, sp.coo_array, sp.csr_matrix, sp.csc_matrix, sp.dia_matrix]
+SPARSE = [
+    sp.csr_array,
+    sp.csc_array,
+    sp.coo_array,
+    sp.csr_matrix,
+    sp.csc_matrix,
+    sp.dia_matrix,
+]
 
 
 class Bare:

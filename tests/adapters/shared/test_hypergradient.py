@@ -417,7 +417,7 @@ RIDGES = {
     "float": Ridge(lambda h, s: 0.4, 0.4),
     "zero": Ridge(lambda h, s: 0.0, 0.0),
     "int": Ridge(lambda h, s: 1, 1.0),
-    "numpy scalar": Ridge(lambda h, s: np.float64(0.4), 0.4),
+    "numpy scalar": Ridge(lambda h, s: np.float32(0.375), 0.375),
     "array of no dimension": Ridge(lambda h, s: 0 * s[0] + 0.4, 0.4),
     "flat": Ridge(lambda h, s: s, spread()),
     "structure": Ridge(lambda h, s: rebuilt(s, numbers()["params"]), spread()),

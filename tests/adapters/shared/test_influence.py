@@ -115,9 +115,12 @@ def assert_close(actual: Any, wanted: np.ndarray, dtype: str = "float64") -> Non
 # Scores.
 
 
-@each_curvature
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
-def test_scores_equal_the_dense_answer(framework, curvature, dtype):
+KINDS = {f"{c}, {dtype}": (c, dtype) for c in CURVATURES for dtype in TOLERANCE}
+
+
+@each("kind", KINDS, quick=("ggn, float64",))
+def test_scores_equal_the_dense_answer(framework, kind):
+    curvature, dtype = kind
     with framework.narrow() if dtype == "float32" else framework.wide():
         problem = Problem(framework, dtype)
         influence = problem.influence(curvature=curvature)

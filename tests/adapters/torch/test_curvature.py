@@ -590,6 +590,19 @@ def test_a_vector_that_does_not_fit_is_refused(v, kind, message):
             product()
 
 
+@pytest.mark.parametrize(
+    ("indices", "kind", "message"),
+    [
+        (torch.tensor([1, 2, 1]), ValueError, "`indices` must be distinct"),
+        (torch.tensor([True, False, False]), TypeError, "sequence of integers; got dtype bool"),
+        (torch.tensor(1), TypeError, r"one-dimensional sequence of integers; .* shape \(\)"),
+    ],
+)
+def test_tensors_that_name_no_columns_are_refused(indices, kind, message):
+    with pytest.raises(kind, match=message):
+        hessian_columns(lambda: (W**3).sum(), W, indices)
+
+
 def test_vjp_takes_one_vector_only():
     H = HessianOperator(lambda: (W**3).sum(), W)
     with pytest.raises(ValueError, match=r"`v` must have shape \(3,\), one row"):

@@ -147,25 +147,16 @@ def test_live_parameters_may_come_in_any_structure_and_the_ihvp_comes_back_in_it
     first, second = problem.model[0], problem.model[2]
     wanted = problem.hypergradient()
     assert list(wanted.ihvp) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    forms = {
-        "list": list(problem.model.parameters()),
-        "iterator": problem.model.parameters(),
-        "dict": dict(problem.model.named_parameters()),
-        "modules": [first, second],
-        "nested": {"a": (first.weight, [first.bias]), "b": second},
-    }
-    found = {name: problem.hypergradient(params=form) for name, form in forms.items()}
-    for out in found.values():
+    by_iterator = problem.hypergradient(params=problem.model.parameters())
+    nested = {"a": (first.weight, [first.bias]), "b": second}
+    by_structure = problem.hypergradient(params=nested)
+    for out in (by_iterator, by_structure):
         assert relative(out.grads, wanted.grads) < 1e-14
         assert relative(out.ihvp, wanted.ihvp) < 1e-14
-    assert isinstance(found["list"].ihvp, list)
-    assert isinstance(found["iterator"].ihvp, list)
-    assert list(found["dict"].ihvp) == list(wanted.ihvp)
-    assert list(found["modules"].ihvp[1]) == ["weight", "bias"]
-    nested = found["nested"].ihvp
-    assert isinstance(nested["a"], tuple)
-    assert nested["a"][0].shape == first.weight.shape
-    assert nested["a"][1][0].shape == first.bias.shape
+    assert isinstance(by_iterator.ihvp, list)
+    assert isinstance(by_structure.ihvp["a"], tuple)
+    assert by_structure.ihvp["a"][1][0].shape == first.bias.shape
+    assert list(by_structure.ihvp["b"]) == ["weight", "bias"]
 
 
 def test_parameters_that_are_no_leaves_are_differentiated_by():
@@ -423,9 +414,11 @@ def test_accumulate_grad_adds_to_what_is_there():
     problem = Problem()
     weights, log_decay = problem.hparams.values()
     weights.grad = torch.ones_like(weights)
+    idle = problem.hparams["idle"] = torch.ones(2, dtype=torch.float64, requires_grad=True)
     out = problem.hypergradient(accumulate_grad=True)
     assert torch.equal(weights.grad, 1 + out.grads["weights"])
     assert torch.equal(log_decay.grad, out.grads["log_decay"])
+    assert idle.grad is None  # no loss depends on it
     problem.hypergradient(accumulate_grad=True)
     torch.testing.assert_close(weights.grad, 1 + 2 * out.grads["weights"])
     assert all(p.grad is None for p in problem.model.parameters())
@@ -494,6 +487,15 @@ def test_a_ridge_of_tied_and_frozen_parameters_follows_their_structure():
     assert relative(outside.grads, inside.grads) < 1e-8
     flat = problem.hypergradient(ridge=rate.expand(9 + 3), hparams=hparams)
     assert relative(flat.grads, inside.grads) < 1e-8
+
+
+def test_a_part_of_the_ridge_that_is_none_is_zero():
+    problem, weight = Problem(linear), spread(NUM_CLASSES, NUM_FEATURES)
+    zeros = torch.zeros(NUM_CLASSES, dtype=torch.float64)
+    found, wanted = (
+        problem.hypergradient(ridge={"weight": weight, "bias": bias}) for bias in (None, zeros)
+    )
+    assert relative(found.grads, wanted.grads) < 1e-14
 
 
 def test_a_ridge_graph_may_be_used_again_by_the_caller():
