@@ -23,9 +23,17 @@ ELSEWHERE = np.linspace(0.3, -0.6, N)
 
 
 def fit(x: Any, h: Any, w: Any, A: Any, y: Any) -> Any:
-    """Weighted least squares with a decay for each coefficient."""
+    """Weighted least squares with a decay for each coefficient, and a term that is no square."""
     xp = array_namespace(x)
-    return 0.5 * xp.sum(w * (A @ x - y) ** 2) + 0.5 * xp.sum(xp.exp(h) * x**2)
+    squares = 0.5 * xp.sum(w * (A @ x - y) ** 2) + 0.5 * xp.sum(xp.exp(h) * x**2)
+    return squares + xp.sum(x**4) / 12
+
+
+def newton_step(x: Any, h: Any, w: Any, A: Any, y: Any) -> Any:
+    xp = array_namespace(x)
+    slope = A.T @ (w * (A @ x - y)) + xp.exp(h) * x + x**3 / 3
+    curvature = (A.T * w) @ A + xp.eye(N, dtype=A.dtype) * (xp.exp(h) + x**2)
+    return x - xp.linalg.solve(curvature, slope)
 
 
 def cubes(x: Any) -> Any:
@@ -47,10 +55,11 @@ class Problem(NamedTuple):
         return fit(x, h, w, self.A, self.y)
 
     def train(self, init: Any, h: Any, w: Any) -> Any:
-        """Solve in closed form."""
-        xp = array_namespace(self.A)
-        decay = xp.eye(N, dtype=self.A.dtype) * xp.exp(h)
-        return xp.linalg.solve((self.A.T * w) @ self.A + decay, self.A.T @ (w * self.y))
+        """Minimise to the last digit."""
+        x = 0 * self.A[0]
+        for _ in range(8):
+            x = newton_step(x, h, w, self.A, self.y)
+        return x
 
     def minimizer(self, train: Any = None, inner: Any = None, **options: Any) -> Any:
         options = {"solver": EXACT, **options}
@@ -65,12 +74,15 @@ class Problem(NamedTuple):
 
 
 def minimiser(h: np.ndarray = LOG_DECAY, w: np.ndarray = WEIGHTS) -> np.ndarray:
-    return np.linalg.solve((A.T * w) @ A + np.diag(np.exp(h)), A.T @ (w * Y))
+    x = np.zeros(N)
+    for _ in range(10):
+        x = newton_step(x, h, w, A, Y)
+    return x
 
 
 def theorem(x: np.ndarray, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Return the derivatives of the sum of cubes at `x` by the formula, dense."""
-    H = (A.T * WEIGHTS) @ A + np.diag(np.exp(LOG_DECAY) + damping)
+    H = (A.T * WEIGHTS) @ A + np.diag(np.exp(LOG_DECAY) + x**2 + damping)
     q = np.linalg.solve(H, 3 * x**2)
     return -np.exp(LOG_DECAY) * x * q, -(A @ x - Y) * (A @ q)
 
@@ -231,18 +243,11 @@ def test_what_is_no_solver_is_refused_at_once(framework, solver):
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "a vector": (lambda x, h, w: x * h, ValueError, r"`inner_loss` must .*scalar; got shape \(4,"),
     "no function": (3.0, TypeError, "`inner_loss` must be a function"),
-    "without params": (
-        lambda x, h, w: cubes(h),
-        ValueError,
-        "`inner_loss` must depend on `params`",
-    ),
 }
 
 
 @pytest.mark.parametrize(("loss", "kind", "message"), BAD.values(), ids=BAD)
 def test_an_inner_loss_that_cannot_be_differentiated_is_refused(framework, loss, kind, message):
-    if loss is BAD["without params"][0] and framework.name == "jax":
-        pytest.skip("a Hessian of zero like another")
     problem = Problem.of(framework)
     with pytest.raises(kind, match=message):
         problem.gradients(problem.minimizer(inner=loss))

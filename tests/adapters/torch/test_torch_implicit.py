@@ -267,6 +267,13 @@ def test_bad_kinds_are_refused_by_name(run, message):
         run()
 
 
+def test_a_loss_without_the_parameters_is_refused_by_name():
+    h = torch.ones(2, dtype=F64, requires_grad=True)
+    train = implicit_minimizer(lambda p, h: (h**2).sum(), solver=EXACT)(lambda i, h: 2 * h)
+    with pytest.raises(ValueError, match="`inner_loss` must depend on `params`"):
+        train(None, h).sum().backward()
+
+
 def test_a_module_named_is_left_as_it_was():
     model = nn.Sequential(nn.Linear(DIM, 2), nn.BatchNorm1d(2)).double()
     before = {name: b.clone() for name, b in model.named_buffers()}
