@@ -62,8 +62,8 @@ WAYS = {
     "exact, damped": Way(li.Exact(damping=0.1)),
     "cg": Way(li.CG(rtol=1e-13)),
     "cg, damped": Way(li.CG(rtol=1e-13, damping=0.1)),
-    "nystrom-cg": Way(li.NystromCG(rank=5, rtol=1e-13)),
-    "nystrom-cg, damped": Way(li.NystromCG(rank=5, rtol=1e-13, damping=0.1)),
+    "nystrom-cg": Way(li.NystromCG(sampling="uniform", rank=5, rtol=1e-13)),
+    "nystrom-cg, damped": Way(li.NystromCG(sampling="uniform", rank=5, rtol=1e-13, damping=0.1)),
     "nystrom of rank n": Way(li.Nystrom(rank=N, damping=0.1)),
     "nystrom of rank n, chunked": Way(
         li.Nystrom(rank=N, damping=0.1, memory="chunked", chunk_size=5)
@@ -128,14 +128,23 @@ def spread() -> np.ndarray:
 CORE = {
     "cg, few steps": (li.CG(max_steps=4), None),
     "cg, one ridge": (li.CG(rtol=1e-6), 0.4),
-    "nystrom": (li.Nystrom(rank=7, damping=0.05), None),
-    "nystrom, chunked": (li.Nystrom(rank=7, damping=0.05, memory="chunked", chunk_size=3), None),
-    "nystrom, streamed": (li.Nystrom(rank=7, damping=0.05, memory="streamed", chunk_size=3), None),
-    "nystrom, refined": (li.Nystrom(rank=7, damping=0.05, refine=3), None),
-    "nystrom, one ridge": (li.Nystrom(rank=7, damping=0.05), 0.4),
-    "nystrom, a ridge for each": (li.Nystrom(rank=7, damping=0.05), spread()),
-    "nystrom-cg, few steps": (li.NystromCG(rank=7, damping=0.05, max_steps=2), None),
-    "nystrom-cg, a ridge for each": (li.NystromCG(rank=7, rtol=1e-6), spread()),
+    "nystrom": (li.Nystrom(sampling="uniform", rank=7, damping=0.05), None),
+    "nystrom, chunked": (
+        li.Nystrom(sampling="uniform", rank=7, damping=0.05, memory="chunked", chunk_size=3),
+        None,
+    ),
+    "nystrom, streamed": (
+        li.Nystrom(sampling="uniform", rank=7, damping=0.05, memory="streamed", chunk_size=3),
+        None,
+    ),
+    "nystrom, refined": (li.Nystrom(sampling="uniform", rank=7, damping=0.05, refine=3), None),
+    "nystrom, one ridge": (li.Nystrom(sampling="uniform", rank=7, damping=0.05), 0.4),
+    "nystrom, a ridge for each": (li.Nystrom(sampling="uniform", rank=7, damping=0.05), spread()),
+    "nystrom-cg, few steps": (
+        li.NystromCG(sampling="uniform", rank=7, damping=0.05, max_steps=2),
+        None,
+    ),
+    "nystrom-cg, a ridge for each": (li.NystromCG(sampling="uniform", rank=7, rtol=1e-6), spread()),
     "neumann, step size found": (li.Neumann(num_terms=7), None),
     "neumann, one ridge": (li.Neumann(num_terms=7, step_size=0.5), 0.4),
     "exact, a ridge for each": (li.Exact(damping=0.05), spread()),
@@ -190,7 +199,9 @@ def mean_errors(framework: Any, solvers: list[Any]) -> list[float]:
 
 @slow_in_jax
 def test_nystrom_comes_closer_to_the_exact_hypergradient_as_its_rank_grows(framework):
-    errors = mean_errors(framework, [li.Nystrom(rank=k, damping=0.01) for k in (1, 5, N)])
+    errors = mean_errors(
+        framework, [li.Nystrom(sampling="uniform", rank=k, damping=0.01) for k in (1, 5, N)]
+    )
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.1
     assert errors[-1] < 0.01
@@ -199,7 +210,8 @@ def test_nystrom_comes_closer_to_the_exact_hypergradient_as_its_rank_grows(frame
 @slow_in_jax
 def test_refining_steps_bring_nystrom_closer(framework):
     errors = mean_errors(
-        framework, [li.Nystrom(rank=5, damping=0.01, refine=steps) for steps in (0, 2, 8)]
+        framework,
+        [li.Nystrom(sampling="uniform", rank=5, damping=0.01, refine=steps) for steps in (0, 2, 8)],
     )
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-2 * errors[0]
@@ -232,7 +244,7 @@ CLOSED = {
     "exact, decay in the loss": (li.Exact(), True),
     "cg, decay in the loss": (li.CG(rtol=1e-12), True),
     "cg, decay as ridge": (li.CG(rtol=1e-12), False),
-    "nystrom-cg, decay as ridge": (li.NystromCG(rank=2, rtol=1e-12), False),
+    "nystrom-cg, decay as ridge": (li.NystromCG(sampling="uniform", rank=2, rtol=1e-12), False),
 }
 
 
@@ -448,7 +460,10 @@ RIDGED = {
 )
 def test_a_ridge_equals_a_further_term_of_the_inner_loss_in_the_dense_formula(framework, case):
     ridge, way = case
-    if way.solver == li.NystromCG(rank=5, rtol=1e-13) and ridge is RIDGES["zero"]:
+    if (
+        way.solver == li.NystromCG(sampling="uniform", rank=5, rtol=1e-13)
+        and ridge is RIDGES["zero"]
+    ):
         way = WAYS["nystrom-cg, damped"]
     problem, theta, dense = Problem(framework), flat(numbers()["params"]), oracle()
     decay = np.exp(numbers()["hparams"]["log_decay"]) if ridge.depends else 1.0
@@ -484,7 +499,7 @@ def test_a_ridge_for_a_single_matrix_may_be_flat_or_of_its_shape(framework):
 @pytest.mark.parametrize("for_each", [False, True], ids=["one number", "one for each"])
 def test_a_ridge_treated_exactly_is_far_better_than_one_that_is_sampled(framework, for_each):
     problem, exact = Problem(framework), oracle().at(oracle().ihvp(1e-6))
-    solver, ones = li.Nystrom(rank=8, damping=1e-6), framework.array(np.ones(N))
+    solver, ones = li.Nystrom(sampling="uniform", rank=8, damping=1e-6), framework.array(np.ones(N))
     known = problem.hypergradient(
         inner=problem.data_term,
         ridge=lambda h: decay_of(h) * (ones if for_each else 1.0),
@@ -508,9 +523,9 @@ def test_hparams_may_act_through_the_ridge_alone(framework):
 
 COUNTED = {
     "cg": li.CG(max_steps=4),
-    "nystrom": li.Nystrom(rank=5, damping=1e-2, refine=2),
-    "nystrom, streamed": li.Nystrom(rank=5, damping=1e-2, memory="streamed"),
-    "nystrom-cg": li.NystromCG(rank=5, max_steps=2),
+    "nystrom": li.Nystrom(sampling="uniform", rank=5, damping=1e-2, refine=2),
+    "nystrom, streamed": li.Nystrom(sampling="uniform", rank=5, damping=1e-2, memory="streamed"),
+    "nystrom-cg": li.NystromCG(sampling="uniform", rank=5, max_steps=2),
     "neumann": li.Neumann(num_terms=3),
     "exact": li.Exact(),
     "identity": li.Identity(),
@@ -559,12 +574,12 @@ def saddle(framework: Any, solver: Any, lowest: float = -1.0, **options: Any) ->
 CURVED = {
     "exact": li.Exact(),
     "cg": li.CG(),
-    "nystrom-cg": li.NystromCG(rank=2),
+    "nystrom-cg": li.NystromCG(sampling="uniform", rank=2),
     "nystrom-cg, column of it": li.NystromCG(indices=(2,)),
     "nystrom-cg, other column": li.NystromCG(indices=(0,)),
-    "nystrom": li.Nystrom(rank=3, damping=0.1),
+    "nystrom": li.Nystrom(sampling="uniform", rank=3, damping=0.1),
     "nystrom, other column": li.Nystrom(damping=0.1, indices=(0,)),
-    "nystrom, streamed": li.Nystrom(rank=3, damping=0.1, memory="streamed"),
+    "nystrom, streamed": li.Nystrom(sampling="uniform", rank=3, damping=0.1, memory="streamed"),
     "neumann": li.Neumann(),
     "identity": li.Identity(),
     "callable": lambda matvec, b: b,
@@ -588,10 +603,10 @@ def test_the_exact_inverse_of_an_indefinite_hessian_is_exact_all_the_same(framew
 
 
 RANKED = {
-    "nystrom": (li.Nystrom(rank=3, damping=1e-2), 2),
-    "streamed": (li.Nystrom(rank=3, damping=1e-2, memory="streamed"), 2),
+    "nystrom": (li.Nystrom(sampling="uniform", rank=3, damping=1e-2), 2),
+    "streamed": (li.Nystrom(sampling="uniform", rank=3, damping=1e-2, memory="streamed"), 2),
     "exact": (li.Exact(), 2),
-    "nystrom-cg": (li.NystromCG(rank=3, damping=0.1), 2),
+    "nystrom-cg": (li.NystromCG(sampling="uniform", rank=3, damping=0.1), 2),
     "cg": (li.CG(damping=0.1), None),
 }
 
@@ -606,7 +621,7 @@ def test_rank_is_the_number_of_columns_that_were_of_use(framework, case):
 @each(
     "solver",
     {
-        name: COUNTED.get(name, li.Nystrom(rank=5, damping=0.1))
+        name: COUNTED.get(name, li.Nystrom(sampling="uniform", rank=5, damping=0.1))
         for name in ("exact", "cg", "nystrom", "nystrom-cg", "neumann")
     },
     quick=("cg", "nystrom"),
@@ -630,7 +645,9 @@ def test_an_outer_gradient_of_zero_leaves_the_direct_part(framework, solver):
 
 
 @pytest.mark.parametrize("ridge", [None, 0.5, spread()], ids=["no ridge", "one number", "for each"])
-@each("solver", {"cg": li.CG(), "nystrom-cg": li.NystromCG(rank=5)}, quick=("cg",))
+@each(
+    "solver", {"cg": li.CG(), "nystrom-cg": li.NystromCG(sampling="uniform", rank=5)}, quick=("cg",)
+)
 def test_a_warm_start_from_the_solution_takes_no_steps(framework, solver, ridge):
     problem = Problem(framework)
     options = {"solver": solver, "eager": True}
@@ -674,7 +691,7 @@ def test_the_seed_draws_the_columns_that_numpy_draws(framework):
     problem = Problem(framework)
 
     def grads(rng: Any = 0, **settings: Any) -> np.ndarray:
-        solver = li.Nystrom(damping=1e-2, **settings)
+        solver = li.Nystrom(damping=1e-2, sampling="uniform", **settings)
         return flat(problem.hypergradient(solver=solver, rng=rng, eager=True).grads)
 
     indices = np.random.default_rng(7).choice(N, 5, replace=False)
@@ -691,7 +708,7 @@ def test_no_global_generator_of_numpy_is_read_or_moved(framework):
     problem = Problem(framework)
 
     def grads(rng: Any) -> np.ndarray:
-        solver = li.Nystrom(rank=5, damping=1e-2)
+        solver = li.Nystrom(sampling="uniform", rank=5, damping=1e-2)
         return flat(problem.hypergradient(solver=solver, rng=rng, eager=True).grads)
 
     np.random.seed(0)  # noqa: NPY002
@@ -710,7 +727,7 @@ def test_chunk_size_changes_how_many_products_are_taken_at_once_and_not_the_answ
     framework, chunk_size
 ):
     problem = Problem(framework)
-    solver = li.Nystrom(rank=9, damping=0.3)
+    solver = li.Nystrom(sampling="uniform", rank=9, damping=0.3)
     wanted, out = (problem.hypergradient(solver=solver, chunk_size=c) for c in (1, chunk_size))
     assert relative(out.grads, wanted.grads) < 1e-12
     assert out.info.num_products == wanted.info.num_products
@@ -809,13 +826,17 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
         "`ridge` must|could not convert string",
     ),
     "ridge zero where Nyström must divide by it": (
-        {"ridge": np.arange(N) * 1.0, "solver": li.NystromCG(rank=3)},
+        {"ridge": np.arange(N) * 1.0, "solver": li.NystromCG(sampling="uniform", rank=3)},
         ValueError,
         "`ridge` plus the damping of the solver must be > 0 everywhere",
     ),
     "state of another shape": ({"state": solution(N - 1)}, ValueError, r"`state`.*\(14,\).*\(13,"),
     "state of another shape, with a ridge for each": (
-        {"state": solution(N - 1), "solver": li.NystromCG(rank=3), "ridge": np.ones(N)},
+        {
+            "state": solution(N - 1),
+            "solver": li.NystromCG(sampling="uniform", rank=3),
+            "ridge": np.ones(N),
+        },
         ValueError,
         r"`state`.*\(14,\).*\(13,\)",
     ),

@@ -94,7 +94,7 @@ class Problem:
         self.params, self.train, self.query = arrays
 
     def influence(self, train: Any = None, loss: Any = cross_entropy, **options: Any) -> Any:
-        solver = li.NystromCG(rank=10, rtol=EXACT[self.dtype], damping=DAMPING)
+        solver = li.NystromCG(sampling="uniform", rank=10, rtol=EXACT[self.dtype], damping=DAMPING)
         options = {"solver": solver, "rng": 0, **options} if "load" not in options else options
         train = self.train if train is None else train
         return self.framework.influence(outputs, loss, self.params, train, **options)
@@ -198,7 +198,7 @@ def test_a_nystrom_inverse_of_full_rank_is_exact_and_one_of_low_rank_is_not(fram
     n = len(dense("ggn")[0])
     full = problem.influence(solver=li.Nystrom(rank=n, damping=0.05))
     assert_close(full.scores(problem.query), expected(damping=0.05))
-    low = problem.influence(solver=li.Nystrom(rank=3, damping=0.05))
+    low = problem.influence(solver=li.Nystrom(sampling="uniform", rank=3, damping=0.05))
     difference = np.abs(host(low.scores(problem.query)) - expected(damping=0.05)).max()
     assert difference > 0.01 * np.abs(expected(damping=0.05)).max()
     assert low.info.relative_residual.min() > 0.01
@@ -252,7 +252,10 @@ def test_the_removal_effect_is_the_sum_of_scores_over_the_number_of_examples(fra
 
 
 LEVERAGE = {
-    **{f"{c}, nystrom-cg": (c, li.NystromCG(rank=8, rtol=1e-12)) for c in CURVATURES},
+    **{
+        f"{c}, nystrom-cg": (c, li.NystromCG(sampling="uniform", rank=8, rtol=1e-12))
+        for c in CURVATURES
+    },
     **{f"{c}, exact": (c, li.Exact()) for c in CURVATURES},
     "hessian, cg": ("hessian", li.CG(rtol=1e-12)),
     "ggn, nystrom": ("ggn", li.Nystrom(rank=43, damping=1.0)),
@@ -318,7 +321,9 @@ def test_the_inverse_product_is_that_of_the_damped_curvature(framework):
 def test_the_record_has_the_true_relative_residual_of_each_query(framework, dtype):
     with framework.narrow() if dtype == "float32" else framework.wide():
         problem, by_query = Problem(framework, dtype), dense("ggn")[2]
-        influence = problem.influence(solver=li.NystromCG(rank=4, damping=0.05, rtol=1e-3))
+        influence = problem.influence(
+            solver=li.NystromCG(sampling="uniform", rank=4, damping=0.05, rtol=1e-3)
+        )
         Z = host(influence.inverse_product(framework.array(by_query.T, dtype))).astype(float)
     residual = by_query.T - (dense("ggn")[0] + 0.05 * np.eye(43)) @ Z
     true = np.linalg.norm(residual, axis=0) / np.linalg.norm(by_query, axis=1)
@@ -369,7 +374,7 @@ def test_without_a_solver_the_damping_is_automatic_unless_there_is_ridge(framewo
 
 
 INDEFINITE = {
-    "nystrom-cg": li.NystromCG(rank=10),
+    "nystrom-cg": li.NystromCG(sampling="uniform", rank=10),
     "cg": li.CG(),
     "exact": li.Exact(),
     "nystrom": li.Nystrom(rank=30, damping=1e-3),

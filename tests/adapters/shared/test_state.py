@@ -15,7 +15,7 @@ from tests.adapters.shared.frameworks import flat
 from tests.adapters.shared.problem import sigmoid
 
 RIDGE, N, RANK, NUM_ROWS = 0.01, 12, 6, 30
-SOLVER = li.NystromCG(rank=RANK, max_steps=4, rtol=1e-10)
+SOLVER = li.NystromCG(sampling="uniform", rank=RANK, max_steps=4, rtol=1e-10)
 rng = np.random.default_rng(0)
 X = rng.standard_normal((NUM_ROWS, N)) * np.logspace(0, -1.5, N)
 Y, TARGET = X @ np.ones(N), rng.standard_normal(N)
@@ -56,8 +56,9 @@ def test_an_outer_loop_pays_for_columns_once(framework):
     for i in range(4):
         out = loop.step(h, state)
         h, state = h - 0.1 * flat(out.grads), out.state
-        assert bool(out.info.refreshed) == (i == 0)
-        assert int(out.info.num_products) == 4 + 1 + (1 if i else RANK)
+        assert (int(out.info.recycled) > 0) == (i > 0)
+        products = int(out.info.num_products)
+        assert products <= 4 + 2 if i else products == RANK + 4 + 1
         assert float(out.info.relative_residual) < 0.05
 
 
