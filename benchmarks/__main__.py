@@ -4,45 +4,47 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 
 COMMANDS = {
-    "hypercleaning": ("benchmarks.hypercleaning", "data hyper-cleaning on handwritten digits"),
-    "accuracy": ("benchmarks.accuracy", "float32 accuracy of each form of the damped inverse"),
-    "certificate": ("benchmarks.certificate", "how tight the error bounds are"),
-    "psd": ("benchmarks.psd", "steps and time to solve positive semidefinite systems"),
-    "kernel-ridge": ("benchmarks.kernel_ridge", "kernel ridge regression: error, time, memory"),
-    "state": ("benchmarks.state", "state over outer steps: errors at equal products"),
-    "minibatch": (
-        "benchmarks.minibatch",
-        "a fresh minibatch in each product, against a frozen one",
-    ),
-    "jax-cg": ("benchmarks.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
-    "table5": ("benchmarks.table5", "Table 5 of the paper: time and memory of a hypergradient"),
-    "peers": ("benchmarks.peers", "a hypergradient against those of other packages"),
-    "scaling": ("benchmarks.scaling", "time and memory against n and k, and under a budget"),
-    "influence": ("benchmarks.influence", "influence functions, ours beside other libraries"),
-    "leaveoneout": ("benchmarks.leaveoneout", "influence against training without each image"),
-    "table2": (
-        "benchmarks.paper.table2",
-        "Table 2 of the paper: images distilled from MNIST",
-    ),
-    "table3": ("benchmarks.paper.table3", "Table 3 of the paper: iMAML on Omniglot"),
-    "figure1": ("benchmarks.paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
-    "figure2": ("benchmarks.paper.figure2", "Figure 2: a weight decay for each parameter"),
-    "figure3": ("benchmarks.paper.figure3", "Figure 3: the same, by α and ρ"),
-    "figure4": ("benchmarks.paper.figure4", "Figure 4: the same, by the rank k"),
-    "paper-table5": ("benchmarks.paper.table5", "Table 5 on its network: the paper's claims"),
-    "paper": ("benchmarks.paper.everything", "all figures and tables of the paper, and a summary"),
-    "table4": ("benchmarks.paper.table4", "Table 4 of the paper: data reweighting"),
-    "table6": ("benchmarks.paper.table6", "Table 6 of the paper: the same, by ρ and k"),
+    "hypercleaning": ("bilevel.hypercleaning", "data hyper-cleaning on handwritten digits"),
+    "state": ("bilevel.state", "state over outer steps: errors at equal products"),
+    "krylov": ("systems.krylov", "errors against products, by what these are spent on"),
+    "minibatch": ("bilevel.minibatch", "a fresh minibatch in each product, against a frozen one"),
+    "leaveoneout": ("influence.leaveoneout", "influence against training without each image"),
+    "influence": ("influence.libraries", "influence functions, ours beside other libraries"),
+    "accuracy": ("systems.accuracy", "float32 accuracy of each form of the damped inverse"),
+    "certificate": ("systems.certificate", "how tight the error bounds are"),
+    "psd": ("systems.psd", "steps and time to solve positive semidefinite systems"),
+    "kernel-ridge": ("systems.kernel_ridge", "kernel ridge regression: error, time, memory"),
+    "jax-cg": ("systems.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
+    "table5": ("speed.table5", "Table 5 of the paper: time and memory of a hypergradient"),
+    "peers": ("speed.peers", "a hypergradient against those of other packages"),
+    "scaling": ("speed.scaling", "time and memory against n and k, and under a budget"),
+    "paper": ("paper.everything", "all figures and tables of the paper, and a summary"),
+    "figure1": ("paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),
+    "figure2": ("paper.weight_decay.figure2", "Figure 2: a weight decay for each parameter"),
+    "figure3": ("paper.weight_decay.choices:figure3", "Figure 3: the same, by α and ρ"),
+    "figure4": ("paper.weight_decay.choices:figure4", "Figure 4: the same, by the rank k"),
+    "table2": ("paper.few_images.table2", "Table 2 of the paper: images distilled from MNIST"),
+    "table3": ("paper.few_images.table3", "Table 3 of the paper: iMAML on Omniglot"),
+    "table4": ("paper.long_tail.table4", "Table 4 of the paper: data reweighting"),
+    "paper-table5": ("speed.table5:paper", "Table 5 on its network: the paper's claims"),
+    "table6": ("paper.long_tail.table6", "Table 6 of the paper: the same as 4, by ρ and k"),
 }
+"""Module, with the name of the experiment in it unless that is `main`, and what it shows."""
+
+
+def load(name: str) -> Callable[[list[str]], int]:
+    """Return an experiment, to be called with its arguments."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(f"benchmarks.{module}"), attribute or "main")
 
 
 def main(arguments: list[str]) -> int:
     """Hand the arguments after the name to the experiment of that name."""
     if arguments and arguments[0] in COMMANDS:
-        module = importlib.import_module(COMMANDS[arguments[0]][0])
-        return int(module.main(arguments[1:]) or 0)
+        return int(load(arguments[0])(arguments[1:]) or 0)
     print("usage: python -m benchmarks NAME [options]   (NAME --help for its options)\n")
     for name, (_, summary) in COMMANDS.items():
         print(f"  {name:<16} {summary}")

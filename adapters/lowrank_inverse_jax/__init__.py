@@ -8,6 +8,7 @@ except ImportError as error:
     ) from error
 
 from lowrank_inverse_jax.bilevel import Hypergradient, hypergradient
+from lowrank_inverse_jax.curvature.check import check_hessian
 from lowrank_inverse_jax.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -25,6 +26,7 @@ __all__ = [
     "InfluenceFunction",
     "as_lineax",
     "as_solve",
+    "check_hessian",
     "hessian_columns",
     "hvp",
     "hypergradient",

@@ -16,9 +16,9 @@ from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse.results.solution import Solution
-from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
+from lowrank_inverse_jax.keys import with_drawn_columns
 from lowrank_inverse_jax.parameters import Parameters, as_parameters
 
 __all__ = ["Hypergradient", "hypergradient"]
@@ -151,7 +151,7 @@ def hypergradient(
     theta, phi = as_parameters(params), as_parameters(hparams, name="hparams")
     settings = default_solver(solver)
     if key is not None:
-        settings = _with_drawn_columns(settings, key, rng, theta.n)
+        settings = with_drawn_columns(settings, key, rng, theta.n)
     elif rng is None:
         rng = 0
     ridge_of = ridge if callable(ridge) else lambda hparams: ridge
@@ -166,7 +166,7 @@ def hypergradient(
 
     def inner_gradient(vector: jax.Array, hparams: Any) -> jax.Array:
         gradient = jax.grad(inner)(vector, hparams)
-        coefficients = _flat_ridge(ridge_of(hparams), theta)
+        coefficients = flat_ridge(ridge_of(hparams), theta)
         return gradient if coefficients is None else gradient + coefficients * vector
 
     without_path = _without_path(phi, theta, inner, inner_gradient, outer)
@@ -185,7 +185,7 @@ def hypergradient(
             pull,
             [direct],
             solver=settings,
-            ridge=_flat_ridge(ridge_of(hparams), theta),
+            ridge=flat_ridge(ridge_of(hparams), theta),
             rng=rng,
             state=state,
         )
@@ -225,36 +225,14 @@ def _value(loss: Callable[..., Any], name: str, has_aux: bool) -> Callable[..., 
     return scalar(first, name=name)
 
 
-def _with_drawn_columns(solver: Solver | SolveFunction, key: Any, rng: RNG, n: int) -> Any:
-    """Return the settings with `rank` columns drawn uniformly from a jax key."""
-    if rng is not None:
-        raise ValueError("give one of `key` and `rng`, not both.")
-    if not isinstance(solver, (Nystrom, NystromCG)):
-        raise TypeError(f"`key` needs Nystrom or NystromCG settings; got {describe(solver)}.")
-    if solver.indices is not None:
-        return solver
-    if solver.sampling not in ("auto", "uniform"):
-        raise ValueError(
-            f"`key` draws columns uniformly; got sampling={solver.sampling!r}. Choose them outside "
-            "and pass `indices` in the settings."
-        )
-    if isinstance(solver.rank, str):
-        raise ValueError(
-            f"`key` draws a number of columns that is known; got rank={solver.rank!r}. Find the "
-            "rank outside, or use `rng`."
-        )
-    drawn = jax.random.choice(key, n, (min(solver.rank, n),), replace=False)
-    return dataclasses.replace(solver, indices=drawn)
-
-
-def _flat_ridge(ridge: Scalar, theta: Parameters) -> Any:
+def flat_ridge(ridge: Scalar, theta: Parameters) -> Any:
     """Return None, a number as a 0-d array, or an array of shape (n,)."""
     if ridge is None:
         return None
     bare = jax.tree_util.all_leaves([ridge])
     if bare and (jnp.ndim(ridge) == 0 or jnp.shape(ridge) == (theta.n,)):
         return jnp.asarray(ridge, theta.dtype)
-    return theta.collect(ridge, name="ridge")
+    return theta.collect(ridge, name="ridge", expand=True)
 
 
 def _only(parts: list[Any]) -> jax.Array:
@@ -287,6 +265,7 @@ def _without_path(
     if len(missing) == len(arrays):
         raise ValueError(
             "`hparams` must reach one of the losses; neither depends on any of "
-            f"{', '.join(map(repr, missing))}. Use the argument `hparams` inside the losses."
+            f"{', '.join(map(repr, missing))}. Use the argument `hparams` inside the losses. "
+            "A learning rate or an initial value moves no minimum, and has no hypergradient."
         )
     return missing

@@ -31,11 +31,12 @@ def as_solve(
         That of the matrix. ``jaxopt.implicit_diff.custom_root`` of a gradient has the Hessian: 1.
         ``custom_fixed_point`` of a gradient step has minus the Hessian times the step: -1, and the
         damping of the solver then is that of the matrix with its sign changed. Default: the sign
-        of ``b.T A b``, for one product.
+        of ``b.T A b``.
 
     Returns
     -------
     callable (matvec, b, **ignored) -> x
+        Two products go before, and warn of a matrix that is not symmetric (not while jax traces).
 
     Examples
     --------

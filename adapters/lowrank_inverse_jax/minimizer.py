@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 
 from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
+from lowrank_inverse.operators.base import ShiftedOperator
+from lowrank_inverse_jax.bilevel import flat_ridge
 from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
 from lowrank_inverse_jax.parameters import as_parameters
 
@@ -23,6 +25,7 @@ def implicit_minimizer(
     solver: Solver | SolveFunction | None = None,
     rng: RNG = 0,
     chunk_size: int = 8,
+    ridge: Any = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make the result of a training function differentiable by its hyperparameters.
 
@@ -36,13 +39,16 @@ def implicit_minimizer(
         Host seed of the columns.
     chunk_size : int
         Hessian products taken at a time.
+    ridge : float, array, structure of the parameters, or callable (hparams) -> one of these
+        Weight decay that `inner_loss` leaves out; see :func:`lowrank_inverse_jax.hypergradient`.
 
     Returns
     -------
     decorator
-        For a function ``train(init, hparams, *args) -> params``. Its derivative by `hparams` and
-        `args` becomes ``-(∂²f/∂θ² + damping I)^{-1} ∂²f/∂θ∂φ``, in forward and in reverse mode,
-        whatever the function does inside; the derivative by `init` is zero.
+        For a function ``train(init, hparams, *args, **options) -> params``. Its derivative by
+        `hparams` and `args` becomes ``-(∂²f/∂θ² + damping I)^{-1} ∂²f/∂θ∂φ``, in forward and in
+        reverse mode, whatever the function does inside; the derivative by `init` is zero.
+        `options` go to `train` alone, and have no derivative.
 
     Notes
     -----
@@ -68,7 +74,7 @@ def implicit_minimizer(
     settings = default_solver(solver)
     value = scalar(inner_loss, name="inner_loss")
 
-    def decorator(train: Callable[..., Any]) -> Callable[..., Any]:
+    def minimized(train: Callable[..., Any]) -> Callable[..., Any]:
         @jax.custom_jvp
         def minimizer(init: Any, inputs: Any) -> Any:
             return train(init, *inputs)
@@ -79,8 +85,13 @@ def implicit_minimizer(
             params = minimizer(init, inputs)
             theta = as_parameters(params)
 
+            def coefficients(inputs: Any) -> Any:
+                return flat_ridge(ridge(inputs[0]) if callable(ridge) else ridge, theta)
+
             def gradient(inputs: Any) -> jax.Array:
-                return jax.grad(lambda v: value(theta.replace(v), *inputs))(theta.vector)
+                found = jax.grad(lambda v: value(theta.replace(v), *inputs))(theta.vector)
+                known = coefficients(inputs)
+                return found if known is None else found + known * theta.vector
 
             with full_precision():
                 H = HessianOperator(
@@ -88,17 +99,25 @@ def implicit_minimizer(
                     theta.vector,
                     chunk_size=chunk_size,
                 )
+                known = coefficients(inputs)
+                A = H if known is None else ShiftedOperator(H, known)
 
                 def solve(_: Any, b: jax.Array) -> jax.Array:
-                    return settings.prepare(H, rng=rng, b=b).solve(b).value
+                    return settings.prepare(A, rng=rng, b=b).solve(b).value
 
                 _, change = jax.jvp(gradient, (inputs,), (tangents[1],))
                 # The solve as one linear and symmetric step, so that jax can transpose it.
-                moved = jax.lax.custom_linear_solve(lambda v: H @ v, -change, solve, symmetric=True)
+                moved = jax.lax.custom_linear_solve(lambda v: A @ v, -change, solve, symmetric=True)
             return params, _tangents(params, theta.restore(moved))
 
+        return minimizer
+
+    def decorator(train: Callable[..., Any]) -> Callable[..., Any]:
+        plain = minimized(train)
+
         @wraps(train)
-        def wrapped(init: Any, hparams: Any, *args: Any) -> Any:
+        def wrapped(init: Any, hparams: Any, *args: Any, **options: Any) -> Any:
+            minimizer = minimized(partial(train, **options)) if options else plain
             return minimizer(init, (hparams, *args))
 
         return wrapped

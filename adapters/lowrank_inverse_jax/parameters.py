@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ class Parameters:
     def __init__(self, tree: Any, *, name: str = "params") -> None:
         if isinstance(tree, float):  # as jax.grad takes it
             tree = jnp.asarray(tree)
+        _refuse_collections(tree, name)
         places, structure = jax.tree_util.tree_flatten_with_path(tree)
         self._structure: Any = structure
         self._leaves = [leaf for _, leaf in places]
@@ -51,6 +52,12 @@ class Parameters:
                 raise TypeError(
                     f"`{name}` must be real; {place!r} is {array.dtype}. Hold its real and "
                     "imaginary parts as two arrays."
+                )
+            if hasattr(jax, "typeof") and any(jax.typeof(array).sharding.spec):
+                raise TypeError(
+                    f"`{name}` must not have explicit axes of a mesh; {place!r} is sharded by "
+                    f"{jax.typeof(array).sharding.spec}. Make the mesh with "
+                    "jax.sharding.AxisType.Auto."
                 )
             if array.dtype != arrays[0].dtype:
                 raise TypeError(
@@ -86,8 +93,10 @@ class Parameters:
             leaves[i] = array
         return jax.tree_util.tree_unflatten(self._structure, leaves)
 
-    def collect(self, tree: Any, *, name: str = "v") -> jax.Array:
+    def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> jax.Array:
         """Undo `restore`: the vector, shape (n,), of a structure like the user's.
+
+        With `expand` a number stands for all entries of an array.
 
         Raises
         ------
@@ -103,6 +112,11 @@ class Parameters:
                 f"`{name}` must have the structure of the parameters, {self._structure}; "
                 f"got {structure}."
             )
+        if expand:
+            leaves = [
+                jnp.broadcast_to(leaf, shape) if jnp.ndim(leaf) == 0 else leaf
+                for leaf, shape in zip(leaves, self._shapes, strict=True)
+            ]
         for leaf, shape, place in zip(leaves, self._shapes, self.names, strict=True):
             if jnp.shape(leaf) != shape:
                 raise ValueError(
@@ -148,3 +162,16 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(
         leaf.dtype, jnp.inexact
     )
+
+
+def _refuse_collections(tree: Any, name: str) -> None:
+    """Raise for the variables of a flax module: running statistics are no parameters."""
+    if not isinstance(tree, Mapping) or "params" not in tree:
+        return
+    others = [key for key in tree if key in ("batch_stats", "cache", "intermediates")]
+    if others:
+        raise ValueError(
+            f"`{name}` must be what is differentiated by; it has flax's collections "
+            f"{', '.join(map(repr, others))} beside 'params'. Pass variables['params'], and put "
+            "the others back inside the loss."
+        )

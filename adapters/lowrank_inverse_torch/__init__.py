@@ -1,13 +1,15 @@
 """Hessians, hypergradients and their inverses for PyTorch."""
 
 try:
-    import torch as _torch  # noqa: F401
+    import torch as _torch
 except ImportError as error:
     raise ImportError(
         'lowrank_inverse_torch needs PyTorch. Install it with: pip install "lowrank-inverse[torch]"'
     ) from error
 
+from lowrank_inverse.solvers.state import HypergradientState as _HypergradientState
 from lowrank_inverse_torch.bilevel import Hypergradient, hypergradient
+from lowrank_inverse_torch.curvature.check import check_hessian
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -18,12 +20,16 @@ from lowrank_inverse_torch.influence.function import InfluenceFunction
 from lowrank_inverse_torch.interop import as_solve
 from lowrank_inverse_torch.minimizer import implicit_minimizer
 
+if hasattr(_torch.serialization, "add_safe_globals"):  # for torch.load of checkpoints with a state
+    _torch.serialization.add_safe_globals([_HypergradientState])
+
 __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "Hypergradient",
     "InfluenceFunction",
     "as_solve",
+    "check_hessian",
     "hessian_columns",
     "hvp",
     "hypergradient",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,14 +10,15 @@ import torch
 from torch import Tensor, autograd, nn
 
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
-from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
+from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient, implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.state import HypergradientState
-from lowrank_inverse_torch.curvature.gradient_graph import refuse_cut_graphs
+from lowrank_inverse_torch.curvature.gradient_graph import dense, refuse_cut_graphs
 from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
-from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched
+from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched, warn_of_ranks
 from lowrank_inverse_torch.parameters import Parameters, as_parameters
+from lowrank_inverse_torch.ridge import Ridge, sums
 
 __all__ = ["Hypergradient", "hypergradient"]
 
@@ -90,9 +90,9 @@ def hypergradient(
         With the damping it adds to the Hessian. Default: ``CG(max_steps=40)``.
     ridge : float, Tensor, or structure of `params`, optional
         Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
-        `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) tensor or in
-        the structure of `params`. It is treated exactly, never sampled, and may depend on
-        `hparams`.
+        `inner_loss` leaves out: one number, one for each parameter as a flat (n,) tensor, or the
+        structure of `params` with a number or tensor for each tensor, None for zero. It is treated
+        exactly, never sampled, and may depend on `hparams`.
     state : HypergradientState, optional
         ``.state`` of an earlier call: CG and NystromCG start from it, and recycle its pairs. The
         Solution of a similar system is a start too.
@@ -142,20 +142,19 @@ def hypergradient(
     """
     params, hparams = as_parameters(params), as_parameters(hparams, name="hparams")
     _check_distinct(params, hparams)
+    warn_of_ranks()
     modules = [*params.modules, *hparams.modules, *_modules(module)]
+    # Before the operator is made: Embedding(max_norm=...) writes to its weights.
+    outer_grad, direct = _outer_gradients(outer_loss, params, hparams, modules)
     H = HessianOperator(
         inner_loss, params, chunk_size=chunk_size, module=modules, name="inner_loss"
     )
-    outer_grad, direct = _outer_gradients(outer_loss, params, hparams, modules)
-    with torch.enable_grad():
-        ridges = None if ridge is None else _ridges(ridge, params)
-    coefficients = None if ridges is None else _flat_ridge(ridges, params)
+    known = None if ridge is None else Ridge(ridge, params)
+    coefficients = None if known is None else known.coefficients
 
     def mixed_vjp(q: Tensor) -> list[Tensor | None]:
         parts = H.vjp(q, hparams.tensors)
-        if ridges is None:
-            return parts
-        return _sums(parts, _ridge_vjp(ridges, q, params, hparams.tensors))
+        return parts if known is None else sums(parts, known.vjp(q, hparams.tensors))
 
     result = implicit_gradient(
         H, outer_grad, mixed_vjp, direct, solver=solver, ridge=coefficients, rng=rng, state=state
@@ -167,30 +166,45 @@ def hypergradient(
         raise ValueError(
             "`hparams` must reach one of the losses; neither depends on any of "
             f"{', '.join(map(repr, without_path))}. Use the live tensors inside the closures, "
-            "without detach()."
+            "without detach(). A learning rate or an initial value moves no minimum, and has no "
+            "hypergradient."
         )
     if accumulate_grad:
         _accumulate(hparams.tensors, result.grads)
-    theta = params.flatten(params.tensors)
-    inner_grad = H.gradient if coefficients is None else H.gradient + coefficients * theta
-    info = hypergradient_info(result, outer_grad, inner_grad, without_path, theta)
     return Hypergradient(
         grads=_restore(hparams, result.grads),
         direct=_restore(hparams, direct),
         implicit=_restore(hparams, result.implicit),
         ihvp=params.restore(result.solution.value),
         state=result.state,
-        info=replace(
-            info,
-            relative_residual=info.relative_residual.item(),
-            inner_grad_norm=info.inner_grad_norm.item(),
-            negative_curvature=bool(info.negative_curvature),
-            num_steps=int(info.num_steps),
-            reason=Reason(int(info.reason)),
-            inner_step=info.inner_step.item(),
-            error_bound=info.error_bound.item(),
-        ),
+        info=record(result, outer_grad, H, coefficients, without_path),
         solution=result.solution,
+    )
+
+
+def record(
+    result: ImplicitGradient,
+    outer_grad: Tensor,
+    H: HessianOperator,
+    ridge: Tensor | None,
+    without_path: tuple[str, ...] = (),
+) -> HypergradientInfo:
+    """Collect the record of a hypergradient as Python numbers."""
+    theta = H.params.flatten(H.params.tensors)
+    inner_grad = H.gradient if ridge is None else H.gradient + ridge * theta
+    info = hypergradient_info(result, outer_grad, inner_grad, without_path, theta)
+    return replace(
+        info,
+        relative_residual=info.relative_residual.item(),
+        inner_grad_norm=info.inner_grad_norm.item(),
+        negative_curvature=bool(info.negative_curvature),
+        num_steps=int(info.num_steps),
+        reason=Reason(int(info.reason)),
+        inner_step=float(info.inner_step),
+        error_bound=float(info.error_bound),
+        asymmetry=None if info.asymmetry is None else float(info.asymmetry),
+        num_zeros=int(info.num_zeros),
+        support_grad_norm=info.support_grad_norm.item(),
     )
 
 
@@ -205,12 +219,12 @@ def _outer_gradients(
     totals: list[Tensor | None] = [None] * len(tensors)
     with untouched(tensors, modules), explained():
         for loss in losses:
-            value = evaluate_loss(loss, name="outer_loss")
+            value = _settled(loss, params)
             if value.requires_grad:
                 refuse_cut_graphs([value])
                 # Retained, for closures may share what was computed outside of them.
                 grads = autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
-                totals = _sums(totals, grads)
+                totals = sums(totals, dense(grads))
     means = [None if total is None else total / len(losses) for total in totals]
     by_params, by_hparams = means[: len(params.tensors)], means[len(params.tensors) :]
     if all(grad is None for grad in by_params):
@@ -221,41 +235,21 @@ def _outer_gradients(
     return params.flatten(by_params), by_hparams
 
 
-def _ridges(ridge: Scalar, params: Parameters) -> Tensor | Sequence[Tensor | None]:
-    """Return a number, a flat vector, or one tensor for each of the parameters."""
-    if not isinstance(ridge, Tensor):
-        if isinstance(ridge, numbers.Real):
-            return torch.as_tensor(float(ridge), dtype=params.dtype, device=params.device)
-        return params.collect(ridge, name="ridge")
-    if ridge.ndim == 0:
-        return ridge.to(params.dtype)
-    if ridge.ndim == 1 and ridge.shape[0] == params.n:
-        return list(params.unflatten(ridge))
-    return params.collect(ridge, name="ridge")
-
-
-def _flat_ridge(ridges: Tensor | Sequence[Tensor | None], params: Parameters) -> Tensor:
-    return ridges.detach() if isinstance(ridges, Tensor) else params.flatten(ridges)
-
-
-def _ridge_vjp(
-    ridges: Tensor | Sequence[Tensor | None], q: Tensor, params: Parameters, wrt: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Differentiate ``<q, ridge * θ>`` by `wrt`, which the ridge may depend on."""
-    products = [
-        part * theta.detach()
-        for part, theta in zip(params.unflatten(q), params.tensors, strict=True)
-    ]
-    pairs: list[tuple[Tensor | None, Tensor]]
-    if isinstance(ridges, Tensor):
-        pairs = [(ridges, torch.stack([product.sum() for product in products]).sum())]
-    else:
-        pairs = list(zip(ridges, products, strict=True))
-    live = [(r, seed) for r, seed in pairs if r is not None and r.requires_grad]
-    if not live:
-        return [None] * len(wrt)
-    outputs, seeds = zip(*live, strict=True)
-    return list(autograd.grad(outputs, wrt, seeds, retain_graph=True, allow_unused=True))
+def _settled(loss: Any, params: Parameters) -> Tensor:
+    """Evaluate the outer loss, twice if it writes to `params`: they must have come to rest."""
+    versions = [tensor._version for tensor in params.tensors]
+    value = evaluate_loss(loss, name="outer_loss")
+    if [tensor._version for tensor in params.tensors] == versions:
+        return value
+    # Embedding(max_norm=...) has scaled its rows, and leaves them alone from now on.
+    before = params.flatten(params.tensors)
+    value = evaluate_loss(loss, name="outer_loss")
+    if not torch.equal(params.flatten(params.tensors), before):
+        raise RuntimeError(
+            "`outer_loss` changed `params` in place. Give a closure that returns the loss and "
+            "takes no step."
+        )
+    return value
 
 
 def _check_distinct(params: Parameters, hparams: Parameters) -> None:
@@ -272,10 +266,6 @@ def _modules(module: Modules | None) -> list[nn.Module]:
     if module is None:
         return []
     return [module] if isinstance(module, nn.Module) else list(module)
-
-
-def _sums(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
 
 
 def _accumulate(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

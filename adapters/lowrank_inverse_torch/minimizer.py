@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
-from lowrank_inverse_torch.adjoint import Problem
 from lowrank_inverse_torch.curvature.operators import Modules
+from lowrank_inverse_torch.training import Minimizer, Problem
 
 __all__ = ["implicit_minimizer"]
 
@@ -23,6 +23,8 @@ def implicit_minimizer(
     rng: RNG = 0,
     chunk_size: int = 1,
     module: Modules | None = None,
+    ridge: Any = None,
+    keep_state: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make the result of a training function differentiable by its hyperparameters.
 
@@ -38,20 +40,29 @@ def implicit_minimizer(
         Hessian products taken at a time.
     module : Module or iterable of Modules, optional
         What the inner loss runs, so that its buffers and mode are left as they are.
+    ridge : float, Tensor, structure of the parameters, or callable (hparams) -> one of these
+        Weight decay that `inner_loss` leaves out; see :func:`lowrank_inverse_torch.hypergradient`.
+    keep_state : bool
+        Start each solve from that of the backward pass before: for a loop over one problem.
 
     Returns
     -------
     decorator
-        For a function ``train(init, hparams, *args) -> params``, all of them tensors or
+        For a function ``train(init, hparams, *args, **options) -> params``, all of them tensors or
         structures of tensors. Its derivative by `hparams`, by `args`, and by every leaf tensor
         that the inner loss reads beside them, becomes ``-(∂²f/∂θ² + damping I)^{-1} ∂²f/∂θ∂φ``,
         whatever the function does inside; the derivative by `init` is zero. `train` is given
-        `hparams` and `args` detached.
+        `hparams` and `args` detached; `options` go to it alone, and have no derivative.
+
+        The attribute `minimizer` of the decorated function has `info`, the HypergradientInfo of
+        the latest backward pass, and `state`, with which it ended. What `info.findings()` says is
+        warned of, once of each kind.
 
     Raises
     ------
     RuntimeError
-        For a second derivative, and for forward mode.
+        For a second derivative, and for forward mode; where the inner loss has another value in
+        the backward pass than at the end of training, for something that it reads has changed.
     TypeError, ValueError
         As :func:`lowrank_inverse_torch.HessianOperator`, when differentiated.
 
@@ -92,13 +103,23 @@ def implicit_minimizer(
     guarded = [module] if isinstance(module, nn.Module) else list(module or ())
 
     def decorator(train: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(train)
-        def wrapped(init: Any, hparams: Any, *args: Any) -> Any:
-            problem = Problem(
-                train, inner_loss, settings, rng, chunk_size, guarded, init, hparams, args
-            )
-            return problem.minimise()
+        minimizer = Minimizer(
+            train,
+            inner_loss,
+            solver=settings,
+            ridge=ridge,
+            rng=rng,
+            chunk_size=chunk_size,
+            modules=guarded,
+            keep_state=keep_state,
+        )
 
+        @wraps(train)
+        def wrapped(init: Any, hparams: Any, *args: Any, **options: Any) -> Any:
+            problem = Problem(minimizer, init, hparams, args, options)
+            return problem.minimise(init, hparams, args)
+
+        wrapped.minimizer = minimizer  # type: ignore[attr-defined]
         return wrapped
 
     return decorator

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
+
 RandomStates = dict[torch.device, Tensor]
+
+
+_LOCK = threading.RLock()
+"""One thread at a time: the random state, modes, buffers and hooks are shared by all."""
 
 
 _COMPILED = (
@@ -59,8 +67,9 @@ def untouched(
 
     Training mode and buffers of the modules, ``.grad`` of the tensors and of the modules'
     parameters, the random state of the CPU and of every other device in use. Within, grad mode is
-    on. Buffers are not copied back, which would raise their version and break the user's own
-    graphs: clones stand in for them meanwhile.
+    on, and the gradient hooks of those tensors are off: torch would apply them to each product
+    with the Hessian. Buffers are not copied back, which would raise their version and break the
+    user's own graphs: clones stand in for them meanwhile. Threads enter one after the other.
 
     Yields
     ------
@@ -77,6 +86,16 @@ def untouched(
             "Derivatives cannot be taken inside torch.inference_mode(). Leave it for this call, or "
             "use torch.no_grad(), which is no hindrance."
         )
+    with nullcontext() if _in_engine() else _LOCK:
+        yield from _untouched(tensors, modules)
+
+
+def _in_engine() -> bool:
+    """Whether autograd itself runs this thread, for one that may hold the lock and waits for it."""
+    return isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _untouched(tensors: Sequence[Tensor], modules: Iterable[nn.Module]) -> Iterator[RandomStates]:
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     modes = [(part, part.training) for part in parts]
     buffers = [
@@ -88,6 +107,8 @@ def untouched(
     owned = chain.from_iterable(part.parameters(recurse=False) for part in parts)
     leaves = {id(tensor): tensor for tensor in chain(tensors, owned) if tensor.is_leaf}
     grads = [(leaf, leaf.grad) for leaf in leaves.values() if leaf.grad is not None]
+    hooked = {id(tensor): tensor for tensor in chain(tensors, leaves.values())}
+    hooks = [(held, dict(held)) for t in hooked.values() if (held := t._backward_hooks)]
     devices = {tensor.device for tensor in chain(leaves.values(), (b for _, _, b in buffers))}
     devices.update(tensor.device for tensor in tensors)
     states = random_states(devices)
@@ -100,9 +121,13 @@ def untouched(
             part._buffers[key] = clones[id(buffer)]
         for leaf, _ in grads:
             leaf.grad = None
+        for held, _ in hooks:
+            held.clear()  # autograd reads this very dict
         with torch.enable_grad():
             yield states
     finally:
+        for held, own in hooks:
+            held.update(own)
         for part, key, buffer in buffers:
             part._buffers[key] = buffer
         for part, mode in modes:
@@ -175,3 +200,20 @@ def explained(*, batched: bool = False) -> Iterator[None]:
         if not remedies or type(error) is not RuntimeError:
             raise
         raise RuntimeError("\n".join([message, *remedies])) from error
+
+
+def warn_of_ranks() -> None:
+    """Warn where several ranks each see a part of the data."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    num_ranks = distributed.get_world_size()
+    if num_ranks > 1:
+        warnings.warn(
+            f"Each of the {num_ranks} ranks differentiates its own losses. Where each has a part "
+            "of one batch, neither that nor the mean over ranks is the hypergradient of the whole "
+            "batch. Give the batches of all ranks on one of them, as a list of closures, and "
+            "broadcast the result.",
+            HypergradientWarning,
+            stacklevel=3,
+        )

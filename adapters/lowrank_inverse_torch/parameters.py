@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
 import torch
@@ -139,8 +140,10 @@ class Parameters:
         tensors = self.unflatten(values) if isinstance(values, Tensor) else values
         return tree_map(lambda i: None if i is None else tensors[i], self._positions)
 
-    def collect(self, tree: Any, *, name: str = "v") -> list[Tensor | None]:
+    def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> list[Tensor | None]:
         """Undo `restore`: one value for each of `self.tensors` from a structure like the user's.
+
+        With `expand` a number, or a tensor of shape (), stands for all entries of a tensor.
 
         Raises
         ------
@@ -160,6 +163,9 @@ class Parameters:
                 continue
             if i is None:
                 raise ValueError(f"{where} must be None: the parameter there is frozen.")
+            if expand and (isinstance(leaf, Real) or getattr(leaf, "shape", None) == ()):
+                at = self.tensors[i]
+                leaf = torch.as_tensor(leaf, dtype=at.dtype, device=at.device).expand(at.shape)
             _check_alike(leaf, self.tensors[i], where)
             if leaf.shape != self.tensors[i].shape:
                 wanted = tuple(self.tensors[i].shape)
@@ -249,6 +255,11 @@ def as_parameters(params: Any, *, name: str = "params") -> Parameters:
 def _check_one_kind(tensors: Sequence[Tensor], names: Sequence[str], name: str) -> None:
     first = tensors[0]
     for tensor, place in zip(tensors, names, strict=True):
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"`{name}` must hold whole tensors; {place!r} is a DTensor, sharded over devices "
+                "(as FSDP and tensor parallelism do). Gather it with full_tensor() on one rank."
+            )
         if tensor.is_complex():
             raise TypeError(
                 f"`{name}` must be real; {place!r} is {tensor.dtype}. "

@@ -6,23 +6,22 @@ eigenvalues are of one order, and one whose eigenvalues fall as ``1 / i**2``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import lowrank_inverse as li
-from benchmarks._measure import Found
-from benchmarks._report import machine, publish, pyplot, table
-from benchmarks.paper import _runs
+from benchmarks.harness.claims import IN_PART, NOT_SUPPORTED, SUPPORTED, claim
+from benchmarks.harness.experiment import Run, experiment, seeds
+from benchmarks.harness.processes import Found
+from benchmarks.harness.report import table
 
 SIZE, RANK, DAMPING = 40, 20, 0.1
 SAMPLED = (5, 10, 20)
-TERMS = (5, 10, 20)
 ACCURATE = 0.1
 """The relative error up to which a picture of the inverse looks like it."""
+
+Errors = dict[str, dict[str, list[float]]]
 
 
 def matrices(seed: int) -> dict[str, np.ndarray]:
@@ -40,121 +39,107 @@ def approximations(seed: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Ways to write out an inverse."""
     identity = np.eye(SIZE)
 
+    drawn = {"sampling": "uniform", "rng": seed}
+
     def nystrom(rank: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda A: li.nystrom(A, rank, rng=seed).inverse(DAMPING) @ identity
+        return lambda A: li.nystrom(A, rank, **drawn).inverse(DAMPING) @ identity
 
     def neumann(terms: int) -> Callable[[np.ndarray], np.ndarray]:
         return lambda A: li.neumann(A, identity, damping=DAMPING, num_terms=terms).value
 
     return {
         **{f"Nyström, k = {rank}": nystrom(rank) for rank in SAMPLED},
-        **{f"Neumann, l = {terms}": neumann(terms) for terms in TERMS},
+        **{f"Neumann, l = {terms}": neumann(terms) for terms in SAMPLED},
     }
 
 
-def errors(num_seeds: int) -> dict[str, dict[str, list[float]]]:
-    """Relative errors in the Frobenius norm, by matrix and method, one for each seed."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for seed in tqdm(range(num_seeds), desc="figure 1", unit="seed"):
-        for kind, A in matrices(seed).items():
-            exact = np.linalg.inv(A + DAMPING * np.eye(SIZE))
-            for name, invert in approximations(seed).items():
-                error = np.linalg.norm(invert(A) - exact) / np.linalg.norm(exact)
-                found.setdefault(kind, {}).setdefault(name, []).append(float(error))
+def inverses(seed: int) -> dict[str, dict[str, np.ndarray]]:
+    """Return the inverse of each matrix, "exact" and approximated."""
+    ways = approximations(seed)
+    return {
+        kind: {
+            "exact": np.linalg.inv(A + DAMPING * np.eye(SIZE)),
+            **{name: invert(A) for name, invert in ways.items()},
+        }
+        for kind, A in matrices(seed).items()
+    }
+
+
+def errors(seed: int) -> dict[str, dict[str, float]]:
+    """Relative errors in the Frobenius norm, by matrix and method."""
+    found = {}
+    for kind, by_name in inverses(seed).items():
+        exact = by_name.pop("exact")
+        norm = np.linalg.norm(exact)
+        found[kind] = {n: float(np.linalg.norm(B - exact) / norm) for n, B in by_name.items()}
     return found
 
 
-def judge(found: dict[str, dict[str, list[float]]]) -> list[Found]:
+def judge(found: Errors) -> list[Found]:
     """Hold the paper's claims against the errors.
 
     Supported where it holds for both matrices, in part for one of them.
     """
-    verdicts = [_runs.NOT_SUPPORTED, _runs.IN_PART, _runs.SUPPORTED]
-
-    def count(holds: Callable[[dict[str, list[float]]], bool]) -> str:
-        return verdicts[sum(map(holds, found.values()))]
-
-    five, series = "Nyström, k = 5", "Neumann, l = 5"
-    errors = "; ".join(
-        f"{kind}: {np.mean(by_name[five]):.2f} (Neumann series of 5 terms: "
-        f"{np.mean(by_name[series]):.2f})"
-        for kind, by_name in found.items()
+    means = {kind: {n: np.mean(e) for n, e in by_name.items()} for kind, by_name in found.items()}
+    pairs = {k: (f"Nyström, k = {k}", f"Neumann, l = {k}") for k in SAMPLED}
+    verdicts = [NOT_SUPPORTED, IN_PART, SUPPORTED]
+    accurate = sum(mean[pairs[5][0]] <= ACCURATE for mean in means.values())
+    closer = sum(all(mean[a] < mean[b] for a, b in pairs.values()) for mean in means.values())
+    five = "; ".join(
+        f"{kind}: {mean[pairs[5][0]]:.2f} (Neumann series of 5 terms: {mean[pairs[5][1]]:.2f})"
+        for kind, mean in means.items()
+    )
+    equal = "; ".join(
+        f"{kind}: "
+        + ", ".join(f"{mean[a]:.1e} against {mean[b]:.1e} at {k}" for k, (a, b) in pairs.items())
+        for kind, mean in means.items()
     )
     return [
-        _runs.claim(
+        claim(
             "five columns give an accurate inverse of a matrix of rank 20 plus 0.1 I",
-            f"relative error of five columns, accurate up to {ACCURATE:g}: {errors}",
-            count(lambda by_name: np.mean(by_name[five]) <= ACCURATE),
+            f"relative error of five columns, accurate up to {ACCURATE:g}: {five}",
+            verdicts[accurate],
         ),
-        _runs.claim(
+        claim(
             "the Nyström method is closer to the inverse than the Neumann series",
-            "mean errors at k = l: "
-            + "; ".join(
-                f"{kind}: "
-                + ", ".join(
-                    f"{np.mean(by_name[f'Nyström, k = {k}']):.1e} against "
-                    f"{np.mean(by_name[f'Neumann, l = {k}']):.1e} at {k}"
-                    for k in SAMPLED
-                )
-                for kind, by_name in found.items()
-            ),
-            count(
-                lambda by_name: all(
-                    np.mean(by_name[f"Nyström, k = {k}"]) < np.mean(by_name[f"Neumann, l = {k}"])
-                    for k in SAMPLED
-                )
-            ),
+            f"mean errors at k = l: {equal}",
+            verdicts[closer],
         ),
     ]
 
 
-def draw(path: Path, seed: int) -> None:
-    """Draw the inverse and its approximations for one seed, one row a matrix."""
-    plt = pyplot()
-    ways = approximations(seed)
-    shown = [name for name in ways if not name.endswith("10")]
-    rows = matrices(seed)
-    figure, axes = plt.subplots(
-        len(rows), len(shown) + 1, figsize=(12.5, 5.4), layout="constrained"
-    )
-    for line, (kind, A) in zip(axes, rows.items(), strict=True):
-        exact = np.linalg.inv(A + DAMPING * np.eye(SIZE))
-        pictures = {"exact": exact, **{name: ways[name](A) for name in shown}}
-        for axis, (name, picture) in zip(line, pictures.items(), strict=True):
-            largest = np.abs(exact).max()
-            image = axis.imshow(picture, cmap="RdBu", vmin=-largest, vmax=largest)
-            error = np.linalg.norm(picture - exact) / np.linalg.norm(exact)
-            axis.set(title=name, xticks=[], yticks=[], xlabel=f"error {error:.1e}")
-        line[0].set_ylabel(kind)
-        figure.colorbar(image, ax=line, shrink=0.8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def main(arguments: list[str]) -> int:
-    """Print the table, write JSON and the picture."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks figure1", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=20, help="matrices drawn (default: 20)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
-    options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {options.seeds}")
-    found = errors(options.seeds)
+@experiment("figure1", __doc__, seeds(20))
+def main(run: Run) -> None:
+    runs = run.repeated(errors, {"matrices": {}}, apart=False)["matrices"]
+    found = {kind: {n: [one[kind][n] for one in runs] for n in runs[0][kind]} for kind in runs[0]}
     rows = [
-        {
-            "relative error": name,
-            **{
-                kind: f"{np.mean(by_name[name]):.1e} ± {np.std(by_name[name]):.0e}"
-                for kind, by_name in found.items()
-            },
+        {"relative error": name}
+        | {
+            kind: f"{np.mean(by_name[name]):.1e} ± {np.std(by_name[name]):.0e}"
+            for kind, by_name in found.items()
         }
         for name in approximations(0)
     ]
-    about = machine("numpy", seeds=f"0…{options.seeds - 1}")
-    claims = judge(found)
-    text = f"{table(rows)}\n\nMean and deviation over {options.seeds} matrices."
-    text += f"\n\n{_runs.told(claims)}"
-    publish(options.output, "figure1", text, about, claims=claims, relative_errors=found)
-    draw(options.output / "figure1.png", seed=0)
-    print(f"Picture: {options.output / 'figure1.png'}")
-    return 0
+    run.publish(
+        table(rows),
+        f"Mean and deviation over {run.options.seeds} matrices.",
+        claims=judge(found),
+        relative_errors=found,
+    )
+    draw(run, inverses(seed=0))
+
+
+def draw(run: Run, rows: dict[str, dict[str, np.ndarray]]) -> None:
+    """Draw the inverse and its approximations for one seed, one row a matrix."""
+    shown = [name for name in next(iter(rows.values())) if not name.endswith("10")]
+    figure, axes = run.figure(len(rows), len(shown), 12.5, 5.4)
+    for line, (kind, pictures) in zip(axes, rows.items(), strict=True):
+        exact = pictures["exact"]
+        largest = np.abs(exact).max()
+        for axis, name in zip(line, shown, strict=True):
+            image = axis.imshow(pictures[name], cmap="RdBu", vmin=-largest, vmax=largest)
+            error = np.linalg.norm(pictures[name] - exact) / np.linalg.norm(exact)
+            axis.set(title=name, xticks=[], yticks=[], xlabel=f"error {error:.1e}")
+        line[0].set_ylabel(kind)
+        figure.colorbar(image, ax=line, shrink=0.8)
+    run.draw(figure)

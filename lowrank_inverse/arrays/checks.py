@@ -150,6 +150,18 @@ def check_count(name: str, x: Any, *, most: int | None = None) -> int:
     return count
 
 
+def check_rng(rng: Any) -> np.random.Generator:
+    """Return the generator that `rng` is, or that starts from the seed that it is."""
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "`rng` must be a whole number >= 0, a numpy.random.Generator, or None for fresh "
+            f"entropy; got {rng if isinstance(rng, int) else describe(rng)}. Give the seed itself; "
+            "jax takes a PRNG key as `key`."
+        ) from error
+
+
 def check_indices(indices: Any, n: int) -> Any:
     """Return `indices` as host integers if they are distinct and within 0 … n - 1.
 
@@ -171,7 +183,7 @@ def check_indices(indices: Any, n: int) -> Any:
             f"`indices` must lie in 0 … {n - 1}; got values from {host.min()} to {host.max()}."
         )
     if np.unique(host).size != host.size:
-        raise ValueError("`indices` must be distinct; some are repeated. Pass each column once.")
+        raise ValueError("`indices` must be distinct; some are repeated. Pass each index once.")
     return host.astype(np.int64)
 
 

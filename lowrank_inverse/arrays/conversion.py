@@ -51,17 +51,17 @@ def concrete(x: Any) -> Any:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """Return `x` as a NumPy array."""
+    """Return `x` as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if is_torch_array(x):
         x = x.detach().cpu()
+        x = x.float() if str(x.dtype) == "torch.bfloat16" else x
     return x.get() if is_cupy_array(x) else np.asarray(x)
 
 
 def like(values: Any, x: Array, dtype: Any = None) -> Array:
     """Return host `values` as an array in the namespace and on the device of `x`."""
     xp = array_namespace(x)
-    where = None if is_traced(x) else device(x)
-    return xp.asarray(values, dtype=x.dtype if dtype is None else dtype, device=where)
+    return xp.asarray(values, dtype=x.dtype if dtype is None else dtype, device=like_device(x))
 
 
 def take(x: Array, indices: Indices, axis: int = 0) -> Array:
@@ -82,8 +82,12 @@ def scatter(values: Array, indices: np.ndarray, n: int) -> Array:
 
 
 def like_device(x: Array) -> Any:
-    """Device of `x`, or None where a traced array has none."""
-    return None if is_traced(x) else device(x)
+    """Device of `x`; None where a jax array is traced, or bound to no device or to several."""
+    if is_jax_array(x) and (
+        is_traced(x) or not getattr(x, "committed", True) or len(x.devices()) > 1
+    ):
+        return None
+    return device(x)
 
 
 def on_cpu(x: Array) -> bool:

@@ -222,6 +222,13 @@ def symmetric_part(x: Array) -> Array:
     return (x + x.T) / 2
 
 
+def relative_asymmetry(x: Array) -> Array:
+    """Return the largest entry of ``x - x.T`` over that of `x`; 0 for zeros."""
+    xp = array_namespace(x)
+    largest = xp.max(xp.abs(x))
+    return xp.max(xp.abs(x - x.T)) / xp.where(largest > 0, largest, xp.ones_like(largest))
+
+
 def times_diagonal(d: Any, block: Array) -> Array:
     """Return ``diag(d) @ block`` for a number or a vector d."""
     if getattr(d, "ndim", 0) == 0:

@@ -12,6 +12,18 @@ from lowrank_inverse.results.solution import Reason
 INNER_STEP = 0.1
 """Estimated distance to the inner minimum, over the norm of the parameters, to speak of."""
 
+ASYMMETRY = 0.05
+"""Of the entries of a Hessian, relative to the largest, to speak of in every precision."""
+SMALLEST_STEP = 1e-4
+"""The same, below which it is rounding or a tolerance, wherever it stands."""
+ON_SUPPORT = 0.1
+"""Share of the inner gradient by parameters that are not 0, to speak of a non-smooth loss."""
+UNCONVERGED = 0.1
+"""Relative residual to speak of where the solver was to converge and did not."""
+CUT_SHORT = (Reason.MAX_STEPS, Reason.STAGNATED, Reason.DIVERGED, Reason.INDEFINITE_PRECONDITIONER)
+SUSPICIOUS = ("asymmetric", "negative_curvature", "worse_than_identity", "unconverged")
+"""Findings that a wrong Hessian may be behind."""
+
 
 class HypergradientWarning(UserWarning):
     """A hypergradient that is not to be trusted."""
@@ -23,8 +35,8 @@ class Finding(NamedTuple):
     Attributes
     ----------
     name : str
-        ``"negative_curvature"``, ``"not_stationary"``, ``"worse_than_identity"``,
-        ``"nonfinite"`` or ``"no_path"``.
+        ``"negative_curvature"``, ``"asymmetric"``, ``"not_smooth"``, ``"not_stationary"``,
+        ``"worse_than_identity"``, ``"unconverged"``, ``"nonfinite"`` or ``"no_path"``.
     message, remedy : str
     """
 
@@ -80,7 +92,32 @@ def findings(info: Any) -> tuple[Finding, ...]:
                 "damping of the solver above the size of the negative curvature.",
             )
         )
-    if step > INNER_STEP:
+    asymmetry = _number(info, "asymmetry")
+    if asymmetry > ASYMMETRY:
+        found.append(
+            Finding(
+                "asymmetric",
+                f"Entries of the Hessian differ from those across the diagonal by {asymmetry:.0%} "
+                "of the largest: it is not the second derivative of a loss.",
+                "Look for custom derivatives that save detached numbers; `check_hessian` names "
+                "the parameter.",
+            )
+        )
+    norm, on_support = _number(info, "inner_grad_norm"), _number(info, "support_grad_norm")
+    if step > SMALLEST_STEP and on_support < ON_SUPPORT * norm:
+        found.append(
+            Finding(
+                "not_smooth",
+                f"The inner gradient, of norm {norm:.1e}, stands almost alone at the "
+                f"{_number(info, 'num_zeros'):.0f} parameters that are exactly 0 (by the others "
+                f"it is {on_support:.1e}): as at a minimum of a loss with an L1 term, where the "
+                "formula holds for the parameters that are not 0 alone.",
+                "Differentiate by those: make them a tensor of their own, give it as `params`, "
+                "and put it in its places, among zeros, inside the losses. Zeros that are initial "
+                "values: train the inner problem further.",
+            )
+        )
+    elif step > INNER_STEP:
         found.append(
             Finding(
                 "not_stationary",
@@ -104,6 +141,16 @@ def findings(info: Any) -> tuple[Finding, ...]:
                 "multiple of the outer gradient.",
                 "Raise `max_steps` or the rank, pass `state=out.state` from step to step, take "
                 "NystromCG in the place of Nystrom, or raise the damping.",
+            )
+        )
+    elif residual > UNCONVERGED and reason in CUT_SHORT:
+        found.append(
+            Finding(
+                "unconverged",
+                f"The solver ended at {Reason(int(reason)).name.lower()}, with a residual of "
+                f"{residual:.1g} times the outer gradient.",
+                "Raise `max_steps` or the rank, pass `state=out.state` from step to step, or raise "
+                "the damping.",
             )
         )
     if info.hparams_without_path:
@@ -143,6 +190,8 @@ def explain(info: Any) -> str:
     if not found:
         return "\n".join([*lines, "nothing to warn of"])
     lines += [f"{one.name}: {one.message}\n    {one.remedy}" for one in found]
+    if any(one.name in SUSPICIOUS for one in found):
+        lines.append("check_hessian(inner_loss, params) tells whether the Hessian is the right one")
     return "\n".join(lines)
 
 

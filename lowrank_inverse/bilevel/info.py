@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.conversion import astype, is_traced
 from lowrank_inverse.arrays.linalg import column_norm, dot
 from lowrank_inverse.bilevel import diagnostics
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient
@@ -49,6 +51,12 @@ class HypergradientInfo:
         At least the error of the inverse product over its norm, for a Hessian that is positive
         semidefinite: the residual norm over that of the product and over the smallest of ridge
         plus damping. NaN without ridge and damping, and where negative curvature was met.
+    asymmetry : float or None
+        Of the entries of the Hessian that the solver looked at, relative to the largest; 0 but for
+        rounding, unless the second derivative is not that of the loss.
+    num_zeros, support_grad_norm : int, float
+        Parameters that are exactly 0, and the norm of the inner gradient by the others: at the
+        minimum of a loss with an L1 term only this one vanishes.
     memory : MemoryPlan or None
         How the columns of a Nystrom solver were held; see
         :func:`lowrank_inverse.solvers.column_memory.plan_memory`.
@@ -65,6 +73,9 @@ class HypergradientInfo:
     recycled: Any = None
     inner_step: Any = None
     error_bound: Any = None
+    asymmetry: Any = None
+    num_zeros: Any = None
+    support_grad_norm: Any = None
     memory: MemoryPlan | None = None
 
     def findings(self) -> tuple[diagnostics.Finding, ...]:
@@ -97,15 +108,17 @@ def hypergradient_info(
         negative = negative | inverse.negative_curvature
     norm, inner, length = map(column_norm, (outer_grad, inner_grad, solution.value))
     xp = array_namespace(norm)
-    nan = xp.full_like(norm, float("nan"))
     scale = xp.where(length > 0, length, xp.ones_like(length))
-    step = nan
+    step: Any = math.nan
+    num_zeros = on_support = None
     if params is not None:
+        num_zeros = xp.sum(astype(params == 0, xp.int32), dtype=xp.int32)
+        on_support = column_norm(xp.where(params == 0, xp.zeros_like(params), inner_grad))
         # The curvature along q is <q, M q> / <q, q>, and M q = b but for the residual.
         along = dot(solution.value / scale, outer_grad) * column_norm(params)
         known = (along > 0) & (length > 0)
-        step = xp.where(known, inner * length / xp.where(known, along, xp.ones_like(along)), nan)
-        step = xp.where(inner > 0, step, xp.zeros_like(inner))
+        step = inner * length / xp.where(known, along, xp.ones_like(along))
+        step = _where_known(known | (inner == 0), xp.where(inner > 0, step, xp.zeros_like(inner)))
     shift = xp.zeros_like(norm) + result.shift
     bounded = (shift > 0) & (length > 0) & ~(negative | (norm < 0))
     safe = xp.where(bounded, shift, xp.ones_like(shift))
@@ -120,6 +133,17 @@ def hypergradient_info(
         reason=solution.reason,
         recycled=result.recycled,
         inner_step=step,
-        error_bound=xp.where(bounded, solution.residual_norm / safe / scale, nan),
+        error_bound=_where_known(bounded, solution.residual_norm / safe / scale),
+        asymmetry=inverse.asymmetry,
+        num_zeros=num_zeros,
+        support_grad_norm=on_support,
         memory=inverse.memory,
     )
+
+
+def _where_known(known: Array, value: Array) -> Any:
+    """Return `value`, NaN where it is not known; jax_debug_nans would stop at one made in vain."""
+    if not is_traced(known):
+        return value if bool(known) else math.nan
+    xp = array_namespace(value)
+    return xp.where(known, value, xp.full_like(value, math.nan))

@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import check_count, check_finite
+from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import like
 from lowrank_inverse.operators.columns import empty_like
@@ -79,7 +79,7 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = 0) -> DiagonalEst
         raise ValueError(
             f"`num_products` must be at least 2, lest the error be unknown; got {num_products}."
         )
-    generator = np.random.default_rng(rng)
+    generator = check_rng(rng)
     rank = min(num_products // 3, n) if num_products >= 4 else 0
     samples = num_products - 2 * rank
     empty = empty_like(A)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,24 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_indices
 from lowrank_inverse.arrays.conversion import like, to_host
-from lowrank_inverse.arrays.linalg import column_norm, dot
-from lowrank_inverse.influence.checkpoint import digest, shown
-from lowrank_inverse.influence.damped_solver import to_record
-from lowrank_inverse.influence.engine import Workings
-from lowrank_inverse.influence.files import Saved, save_file
-from lowrank_inverse.influence.results import InfluenceInfo, TopK, merged, top
+from lowrank_inverse.arrays.linalg import column_norm
+from lowrank_inverse.influence.loss_checks import check_gradients
+from lowrank_inverse.influence.passes import Passes
+from lowrank_inverse.influence.plan import Plan, short
+from lowrank_inverse.influence.results import InfluenceInfo, TopK, merged, open_scores, top
 
-__all__ = ["InfluenceBase", "InfluenceInfo", "TopK"]
+__all__ = ["InfluenceBase", "InfluenceInfo", "Plan", "TopK"]
 
 
-class InfluenceBase(Workings):
+class InfluenceBase(Passes):
     """Influence of the training examples on the loss of others [1]_, [2]_.
 
     With g_q the gradient of a query, g_i that of a training example and H the mean curvature:
     ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``. Positive is helpful: without
     example i the loss of the query would rise, by about ``score / num_train``. The
     ``InfluenceFunction`` of each framework derives from this class.
+
+    It can be copied, pickled and sent to other processes, with what it was made of and its columns.
 
     References
     ----------
@@ -42,8 +44,11 @@ class InfluenceBase(Workings):
         query: Any,
         train: Any = None,
         *,
+        query_loss: Callable[..., Any] | None = None,
+        reduction: str = "none",
         method: str = "auto",
         checkpoint: str | os.PathLike[str] | None = None,
+        out: Any = None,
     ) -> Array:
         """Compute the influence of each training example on the loss of each query.
 
@@ -53,34 +58,49 @@ class InfluenceBase(Workings):
             In any form that `train` may have.
         train : examples, optional
             Those to score. Default: the training set.
+        query_loss : callable, optional
+            Called as the loss is: the function of a query that the scores are about, such as a
+            margin. Default: the loss of the training.
+        reduction : {"none", "sum"}
+            "sum" takes the sum over the queries for one query: one solve, however many there are.
         method : {"auto", "jvp", "gradients"}
             One directional derivative of all losses for each query, or the gradient of each
             example once for all queries. Equal up to rounding; "auto" takes the cheaper one.
         checkpoint : path, optional
             A folder for partial results. The same call after an interruption goes on from there.
+        out : path that ends in .npy, or NumPy array, shape (n_query, n_train), optional
+            Where to write the scores, block by block: for a path, a new memory-mapped file. It is
+            what is returned.
 
         Returns
         -------
         array, shape (n_query, n_train)
-            Positive is helpful. In the order of the data sets.
+            Positive is helpful. In the order of the data sets. One row for ``reduction="sum"``.
 
         Raises
         ------
         ValueError
             If the curvature proved to be indefinite: with its lowest Ritz value, and the damping
             that would do. For bad examples, and for a `checkpoint` of another computation.
+        RuntimeError
+            If weights, buffers, data or constants of the loss were changed in place since.
 
         Notes
         -----
         One solve for each query, all of them in one block as far as `memory_budget` allows, and
-        one pass over the examples for each block.
+        one pass over the examples for each block. `plan` says what it will cost.
         """
-        targets = self._train if train is None else self._read(train, "train")[0]
-        rows = []
-        for blocks in self._passes(query, targets, method, checkpoint):
-            parts = [block for _, block in blocks]
-            rows.append(array_namespace(parts[0]).concat(parts, axis=1))
-        return array_namespace(rows[0]).concat(rows, axis=0)
+        groups, shape = self._scored(query, train, query_loss, reduction, method, checkpoint)
+        if out is not None:
+            out = open_scores(out, shape, to_host(self._backend.like).dtype)
+            for first, blocks in groups:
+                for start, block in blocks:
+                    rows, columns = block.shape
+                    out[first : first + rows, start : start + columns] = to_host(block)
+            return out
+        rows = [[block for _, block in blocks] for _, blocks in groups]
+        xp = array_namespace(rows[0][0])
+        return xp.concat([xp.concat(parts, axis=1) for parts in rows], axis=0)
 
     def top_k(
         self,
@@ -89,6 +109,8 @@ class InfluenceBase(Workings):
         kind: str = "helpful",
         train: Any = None,
         *,
+        query_loss: Callable[..., Any] | None = None,
+        reduction: str = "none",
         method: str = "auto",
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> TopK:
@@ -99,7 +121,7 @@ class InfluenceBase(Workings):
         k : int
         kind : {"helpful", "harmful", "absolute"}
             The largest scores, the smallest, or the largest absolute values.
-        query, train, method, checkpoint
+        query, train, query_loss, reduction, method, checkpoint
             As in `scores`.
 
         Returns
@@ -111,11 +133,11 @@ class InfluenceBase(Workings):
         -----
         The scores of one batch are held at a time, so that the training set may be of any size.
         """
-        targets = self._train if train is None else self._read(train, "train")[0]
-        check_count("k", k, most=targets.num)
+        groups, (_, num) = self._scored(query, train, query_loss, reduction, method, checkpoint)
+        check_count("k", k, most=num)
         top(np.zeros((1, 1)), 1, kind)  # refuses an unknown kind before the work
         rows = []
-        for blocks in self._passes(query, targets, method, checkpoint):
+        for _, blocks in groups:
             best: TopK | None = None
             for start, block in blocks:
                 best = merged(best, top(to_host(block), k, kind, start), k, kind)
@@ -123,6 +145,33 @@ class InfluenceBase(Workings):
             rows.append(best)
         indices = np.concatenate([one.indices for one in rows])
         return TopK(indices, like(np.concatenate([one.scores for one in rows]), self._backend.like))
+
+    def plan(
+        self,
+        query: Any = None,
+        *,
+        query_loss: Callable[..., Any] | None = None,
+        reduction: str = "none",
+    ) -> Plan:
+        """Say what the scores of `query` will take, before the work.
+
+        Parameters
+        ----------
+        query : examples, optional
+            Default: the training set, for self-influence.
+        query_loss, reduction
+            As in `scores`.
+
+        Returns
+        -------
+        Plan
+            Printed, it is two lines. ``progress=True`` prints it before each computation.
+        """
+        if query is None:
+            return self._plan(self._train.num, self._train.num)
+        num = self._read(query, "query", self._measure(query_loss)).num
+        num = 1 if reduction == "sum" else num
+        return self._plan(num, num * self._train.num)
 
     def self_influence(self, *, checkpoint: str | os.PathLike[str] | None = None) -> Array:
         """Compute the influence of each training example on its own loss.
@@ -142,26 +191,20 @@ class InfluenceBase(Workings):
         -----
         One solve for each training example, in blocks as large as `memory_budget` allows.
         """
-        store = self._store(checkpoint, "self_influence", "", train=self._train)
-        parts: list[Array] = []
-        solutions: list[Any] = []
-        total = -(-self._train.num // self._width())
-        groups = shown(
-            self._groups(self._train), progress=self._progress, total=total, label="self-influence"
-        )
-        for first, _, batches in groups:
-
-            def compute(batches: list[Any] = batches) -> Array:
-                G = self._gradients(batches)
-                Z = self._solve(G).value
-                solutions.append(self._solution)
-                return dot(G, Z)
-
-            parts.append(store.get(f"values-{first}", compute, self._backend.like))
-        self._remember(solutions)
+        self._check_unchanged()
+        self._begin(self._train.num, self._train.num)
+        store = self._store(checkpoint, "self_influence", train=self._train)
+        parts = list(self._self_values(store))
         return array_namespace(parts[0]).concat(parts, axis=0)
 
-    def removal_effect(self, query: Any, indices: Indices, leverage: bool = False) -> Array:
+    def removal_effect(
+        self,
+        query: Any,
+        indices: Indices,
+        leverage: bool = False,
+        *,
+        query_loss: Callable[..., Any] | None = None,
+    ) -> Array:
         """Predict by how much the loss of each query rises when training examples are removed.
 
         Parameters
@@ -172,6 +215,8 @@ class InfluenceBase(Workings):
         leverage : bool
             Let the curvature of the removed examples go too: one Newton step of the problem
             without them. It is exact for a quadratic loss, and better for large or unusual groups.
+        query_loss : callable, optional
+            As in `scores`.
 
         Returns
         -------
@@ -185,13 +230,20 @@ class InfluenceBase(Workings):
         2)``: neither divisor nor ridge change. One solve, however many queries.
         """
         chosen = check_indices(indices, self._train.num)
+        self._check_unchanged()
+        backend = self._measure(query_loss)
+        queries = self._read(query, "query", backend)
+        self._begin(1, queries.num)
         weights = np.zeros(self._train.num)
         weights[chosen] = 1
         removed = self._backend.total(self._train, weights) / self._train.num
         factor = self._factor_without(1 - weights) if leverage else None
         step = self._solve(removed[:, None], factor).value
-        queries, _ = self._read(query, "query")
-        parts = [self._backend.slopes(batch, step)[0, :] for _, batch in queries.parts()]
+        parts = []
+        for start, batch in queries.parts():
+            slopes = backend.slopes(batch, step)
+            check_gradients(slopes, queries, start)
+            parts.append(slopes[0, :])
         return array_namespace(parts[0]).concat(parts, axis=0)
 
     def inverse_product(self, G: Array) -> Array:
@@ -208,6 +260,8 @@ class InfluenceBase(Workings):
         """
         check_block("G", G, self._backend.n)
         check_finite("G", G)
+        self._check_unchanged()
+        self._begin(1 if G.ndim == 1 else int(G.shape[1]), 0)
         return self._solve(G).value
 
     def with_damping(self, damping: Scalar) -> Any:
@@ -222,46 +276,10 @@ class InfluenceBase(Workings):
         other._set_damping(damping, self._factor.A)
         return other
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write settings, columns and a fingerprint of the parameters to one file.
-
-        Parameters
-        ----------
-        path : path
-            A file of plain arrays in NumPy's ``.npz`` format, without pickle.
-        """
-        _ = self._factor.inverse  # computes the columns
-        kept = self._factor.A
-        record = {
-            "solver": to_record(self._solver),
-            "curvature": self._curvature,
-            "ridge": self._ridge,
-            "damping": self._damping,
-            "seed": self._seed,
-            "parameters": digest(self._backend.vector()),
-            "num_train": self._train.num,
-        }
-        save_file(path, Saved(record, kept.kept, kept.indices))
-
-    def _restore(self, path: str | os.PathLike[str], saved: Saved) -> None:
-        """Take over the columns of a file, after a check that it is about these parameters."""
-        if saved.record["parameters"] != digest(self._backend.vector()):
-            raise ValueError(
-                f"{str(path)!r} was saved with other parameters than those given. Load the "
-                "parameters of that time first."
-            )
-        if saved.record["num_train"] != self._train.num:
-            raise ValueError(
-                f"`train` must have {saved.record['num_train']} examples as it had when "
-                f"{str(path)!r} was saved; got {self._train.num}."
-            )
-        if saved.columns is not None:
-            kept = self._factor.A
-            kept.indices, kept.kept = saved.indices, like(saved.columns, self._backend.like)
-
     @property
     def info(self) -> InfluenceInfo:
         """Cost and trust; see `InfluenceInfo`."""
+        losses: Any = self._train.losses
         gradient = self._operator.gradient + self._ridge * self._backend.vector()
         residual, steps, message = self._solution or (None, None, "nothing solved yet")
         prepared = self._factor._inverse
@@ -269,9 +287,10 @@ class InfluenceBase(Workings):
             num_train=self._train.num,
             num_params=self._backend.n,
             curvature=self._curvature,
+            solver=short(self._solver),
             ridge=self._ridge,
             damping=self._damping,
-            loss=self._loss,
+            loss=float(np.mean(losses, dtype=np.float64)),
             gradient_norm=float(column_norm(gradient)),
             rank=None if prepared is None else prepared.rank,
             num_products=self._factor.A.num_products,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._io import replace_file
+from lowrank_inverse._io import Format
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.influence.loss_checks import first_difference
+
+FLOAT_RTOL = 1e-3
+FILE = Format("an influence function's checkpoint")
 
 
 class Store:
@@ -23,38 +27,50 @@ class Store:
     ----------
     folder : path or None
         Made if it is not there. With None nothing is kept.
-    key : dict of str
-        What the arrays depend on. A folder written under another key is refused.
+    key : dict
+        What the arrays depend on: text, and numbers and losses, which are equal up to rounding. A
+        folder written under another key is refused.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "about.json"
-        if about.exists():
-            found = json.loads(about.read_text(encoding="utf-8"))
-            other = [name for name in key if found.get(name) != key[name]]
-            if other:
-                raise ValueError(
-                    f"`checkpoint` {str(self.folder)!r} holds the results of another computation: "
-                    f"{', '.join(other)} differ. Give an empty folder, or remove this one."
-                )
+        about = self.folder / "about.npz"
+        if not about.exists():
+            FILE.save(about, key)
             return
-        text = json.dumps(key, indent=1).encode("utf-8")
-        replace_file(about, lambda file: file.write(text))
+        if other := differences(FILE.load(about), key):
+            raise ValueError(
+                f"`checkpoint` {str(self.folder)!r} holds the results of another computation: "
+                f"{', '.join(other)} differ. Give an empty folder, or remove this one."
+            )
 
     def get(self, name: str, compute: Callable[[], Array], template: Array) -> Array:
         """Return the array `name` from the folder, or compute and keep it."""
         if self.folder is None:
             return compute()
-        path = self.folder / f"{name}.npy"
+        path = self.folder / f"{name}.npz"
         if path.exists():
-            return like(np.load(path, allow_pickle=False), template)
+            return like(FILE.load(path), template)
         value = compute()
-        replace_file(path, lambda file: np.save(file, to_host(value), allow_pickle=False))
+        FILE.save(path, to_host(value))
         return value
+
+
+def differences(found: dict[str, Any], key: dict[str, Any]) -> list[str]:
+    """Name what differs between two keys."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+            return first_difference(a, b) is None
+        if isinstance(a, float) and isinstance(b, float):
+            return math.isclose(a, b, rel_tol=FLOAT_RTOL)
+        return type(a) is type(b) and bool(a == b)
+
+    names = dict.fromkeys([*key, *found])
+    return [name for name in names if not same(found.get(name), key.get(name))]
 
 
 def digest(*parts: Any) -> str:

@@ -13,8 +13,7 @@ from lowrank_inverse._typing import Array, Indices, Scalar, SolveFunction, Solve
 from lowrank_inverse.arrays.checks import check_scalar, describe
 from lowrank_inverse.arrays.conversion import concrete, eps, is_array, to_host
 from lowrank_inverse.estimators.extreme_eigenvalues import lowest_ritz
-from lowrank_inverse.operators.base import Operator, block_width
-from lowrank_inverse.operators.composition import shifted
+from lowrank_inverse.operators.base import Operator, ShiftedOperator, block_width
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, ended
 from lowrank_inverse.solvers.base import PreparedInverse, as_settings
@@ -36,6 +35,8 @@ SETTINGS = (
 class KeptColumns(Operator):
     """The products of one operator and, kept once computed, the columns of another.
 
+    Where all columns are kept, products are taken with them, and cost the operator nothing.
+
     Attributes
     ----------
     num_products : int
@@ -51,8 +52,14 @@ class KeptColumns(Operator):
         self.kept: Array | None = None
 
     def _multiply(self, block: Array) -> Array:
+        if self.kept is not None and self.source is self.A and self._is_whole():
+            return self.kept @ block
         self.num_products += block_width(block)
         return self.A @ block
+
+    def _is_whole(self) -> bool:
+        order = np.arange(self.shape[0])
+        return self.indices is not None and np.array_equal(self.indices, order)
 
     def columns(self, indices: Indices) -> Array:
         """Return columns of the source, shape (n, k)."""
@@ -77,7 +84,8 @@ class Factor:
     ----------
     A : linear operator, shape (n, n)
     solver : settings, or callable ``solve(matvec, b)``
-    ridge, damping : float
+    ridge : float, or array, shape (n,)
+    damping : float
     seed : int
         Of the columns.
     name : str
@@ -93,7 +101,7 @@ class Factor:
         A: Any,
         solver: Solver | SolveFunction,
         *,
-        ridge: float,
+        ridge: Scalar,
         damping: float,
         seed: int,
         name: str,
@@ -120,7 +128,7 @@ class Factor:
     def inverse(self) -> PreparedInverse:
         """What the settings become, prepared when first used."""
         if self._inverse is None:
-            A = shifted(self.A, self.ridge + self.damping)
+            A = ShiftedOperator(self.A, self.ridge + self.damping)
             self._inverse = self.settings.prepare(A, rng=self.seed)
         return self._inverse
 
@@ -137,27 +145,28 @@ class Factor:
         return solution
 
     def _indefinite(self, b: Array) -> str:
-        total = self.ridge + self.damping
-        value, residual, largest = lowest_ritz(self.A, self.seed, b)
+        value, residual, largest = lowest_ritz(ShiftedOperator(self.A, self.ridge), self.seed, b)
         enough = max(MARGIN * (residual - value), eps(b) ** 0.5 * largest)
-        parts = [f"the {self.name}"]
-        parts += [f"ridge = {self.ridge:g}"] if self.ridge else []
+        lowest = float(to_host(self.ridge).min())
+        parts = [f"ridge = {lowest:g}"] if lowest else []
         parts += [f"damping = {self.damping:g}"]
-        matrix = f"{parts[0]} (with {' and '.join(parts[1:])})"
-        if value + total > 0:  # rounding, or the search was too short
-            enough = max(enough, 2 * total)
+        matrix = f"the {self.name} (with {' and '.join(parts)})"
+        if value + self.damping > 0:  # rounding, or the search was too short
+            enough = max(enough, 2 * (lowest + self.damping))
             matrix = f"{matrix} has a direction of negative curvature; its"
         else:
             matrix = f"{matrix} is not positive definite; its"
         return (
-            f"{matrix} lowest Ritz value is {value + total:.3g}. A damping of "
-            f"{_rounded_up(enough - self.ridge):.2g} would do; curvature='ggn' is never negative "
-            "for a loss that is convex in the outputs; or train the model further."
+            f"{matrix} lowest Ritz value is {value + self.damping:.3g}. A damping of "
+            f"{_rounded_up(enough):.2g} would do; curvature='ggn' is never negative for a loss "
+            "that is convex in the outputs; or train the model further."
         )
 
 
-def to_record(settings: Any) -> dict[str, Any]:
-    """Return settings as plain values for a file."""
+def to_record(settings: Any) -> dict[str, Any] | None:
+    """Return settings, or None for the default, as plain values for a file."""
+    if settings is None:
+        return None
     if not isinstance(settings, SETTINGS):
         raise TypeError(
             f"`solver` must be settings such as NystromCG(...) for what is written to disk; got "
@@ -166,8 +175,10 @@ def to_record(settings: Any) -> dict[str, Any]:
     return {"name": type(settings).__name__, **asdict(settings)}
 
 
-def from_record(record: dict[str, Any]) -> Any:
+def from_record(record: dict[str, Any] | None) -> Any:
     """Undo `to_record`."""
+    if record is None:
+        return None
     fields = dict(record)
     kinds = {kind.__name__: kind for kind in SETTINGS}
     return kinds[fields.pop("name")](**fields)

@@ -43,8 +43,12 @@ class Examples:
     ----------
     sizes : list of int
         Examples in each batch.
+    num_bytes : int
+        Of the batches that are kept.
     num : int
         Examples, all told.
+    losses : numpy.ndarray, shape (num,), or None
+        Of each example, once they were measured.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Examples:
         self._reader: Iterator[Any] | None = None
         self._next = 0
         self.sizes: list[int] = []
+        self.losses: np.ndarray | None = None
         num_bytes = 0
         for batch in self._read():
             leaves, _ = flatten(batch)
@@ -78,6 +83,12 @@ class Examples:
             )
         if self._kept is not None:
             self._cut(batch_size)
+        self.num_bytes = num_bytes if self.is_kept else 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the batches are held, and not read again in each pass."""
+        return self._kept is not None
 
     def __len__(self) -> int:
         """Count the batches."""
@@ -116,6 +127,11 @@ class Examples:
                 yield start + offset, piece
             start += size
 
+    def read_first(self, limit: int) -> Any:
+        """Read at most `limit` examples of the first batch again, kept or not; None without any."""
+        batch = next((batch for batch in self._read() if self.size(batch) > 0), None)
+        return None if batch is None else self.rows(batch, 0, min(limit, self.size(batch)))
+
     def rows(self, batch: Any, start: int, stop: int) -> Any:
         """Return the examples `start` to `stop` of a batch."""
         leaves, rebuild = self._flatten(batch)
@@ -150,7 +166,8 @@ class Examples:
             found = [tuple(leaf.shape) for leaf in leaves if is_array(leaf)]
             raise ValueError(
                 f"`{self.name}` must have batches of arrays with one row for each example; batch "
-                f"{i} holds arrays of shapes {found}."
+                f"{i} holds arrays of shapes {found}. Of single examples make a data set, or stack "
+                "them; what holds no array gives no rows."
             )
         return sizes.pop()
 

@@ -2,77 +2,36 @@
 
 from __future__ import annotations
 
-import os
+import sys
 import warnings
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
-from lowrank_inverse.arrays.checks import check_count, check_scalar
-from lowrank_inverse.arrays.conversion import to_host
+from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng, check_scalar
+from lowrank_inverse.arrays.conversion import is_array, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.estimators.trace import auto_damping
-from lowrank_inverse.influence.checkpoint import Store, digest, shown
-from lowrank_inverse.influence.damped_solver import Factor, KeptColumns, checked_damping, to_record
+from lowrank_inverse.influence.backend import Backend
+from lowrank_inverse.influence.damped_solver import Factor, KeptColumns, checked_damping
 from lowrank_inverse.influence.dataset import Examples
-from lowrank_inverse.influence.loss_checks import check_losses
+from lowrank_inverse.influence.loss_checks import check_gradients, check_unchanged, measure_losses
+from lowrank_inverse.influence.plan import BLOCKS, Plan, default_solver, dense_pays, make_plan
 from lowrank_inverse.results.solution import Reason, Solution
-from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.direct import Exact
+from lowrank_inverse.solvers.low_rank import NystromCG
 
 CURVATURES = {
     "ggn": "Gauss-Newton matrix",
     "hessian": "Hessian",
     "empirical_fisher": "empirical Fisher matrix",
 }
-
-
-METHODS = ("auto", "jvp", "gradients")
-DEFAULT_RANK = 50
 MEMORY_BUDGET = 2**30
-BLOCKS = 16  # of n numbers a right-hand side: conjugate gradients, and the products inside
-JVP_MOST = 24  # queries; for more, the gradient of each example is taken instead
 GRADIENTS = 64  # taken at a time: more of them fall out of a processor's cache
 WARN_FACTOR = 10.0
-
-
-class Backend(Protocol):
-    """What a framework supplies: derivatives of the loss of each example by n parameters."""
-
-    n: int
-    like: Array
-    has_outputs: bool
-    """Whether there is a Gauss-Newton matrix."""
-
-    def losses(self, batch: Any) -> Array:
-        """Return the loss of each example, as the user's function gives it."""
-        ...
-
-    def operator(self, examples: Examples, curvature: str, weights: Any = None) -> Any:
-        """Return ``1 / num * sum_i w_i C_i`` as an operator with its `gradient`."""
-        ...
-
-    def gradients(self, batch: Any) -> Array:
-        """Return the gradient of each example of a batch as a column, shape (n, size)."""
-        ...
-
-    def slopes(self, batch: Any, Z: Array) -> Array:
-        """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
-        ...
-
-    def total(self, examples: Examples, weights: np.ndarray) -> Array:
-        """Return ``sum_i w_i g_i``, shape (n,)."""
-        ...
-
-    def vector(self) -> Array:
-        """Return the parameters, shape (n,)."""
-        ...
-
-    def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
-        """Return a data set as examples."""
-        ...
 
 
 class Workings:
@@ -85,7 +44,7 @@ class Workings:
         *,
         curvature: str,
         solver: Solver | SolveFunction | None,
-        ridge: float,
+        ridge: Any,
         damping: Scalar,
         batch_size: int | None,
         rng: RNG,
@@ -95,23 +54,27 @@ class Workings:
         if curvature not in CURVATURES:
             names = ", ".join(map(repr, CURVATURES))
             raise ValueError(f"`curvature` must be one of {names}; got {curvature!r}.")
-        check_scalar("ridge", ridge)
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        self._backend, self._curvature, self._ridge = backend, curvature, float(ridge)
+        self._backend, self._curvature = backend, curvature
+        self._ridge = _checked_ridge(backend.ridge(ridge))
         self._batch_size, self._progress = batch_size, bool(progress)
         self._memory_budget = check_count("memory_budget", memory_budget)
         self._seeded = rng is not None
         if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
             self._seed = int(rng)
         else:
-            self._seed = int(np.random.default_rng(rng).integers(2**32))
+            self._seed = int(check_rng(rng).integers(2**32))
+        self._is_default = solver is None
         if solver is None:
-            solver = NystromCG(rank=min(DEFAULT_RANK, backend.n))
-            damping = damping if damping is not None else (0.0 if ridge else "auto")
+            solver = default_solver(backend.n, self._itemsize, self._memory_budget)
+            if damping is None:
+                damping = 0.0 if to_host(self._ridge).min() > 0 else "auto"
         self._solver: Any = solver
-        self._train, self._loss = self._read(train, "train")
+        self._measures: dict[Any, Backend] = {}  # the latest alone
+        self._train = self._read(train, "train")
         self._operator = backend.operator(self._train, curvature)
+        self._check_total(self._operator.gradient, backend, self._train)
         self._source: Any = None
         if curvature == "hessian" and backend.has_outputs and isinstance(solver, NystromCG):
             self._source = backend.operator(self._train, "ggn")
@@ -148,14 +111,63 @@ class Workings:
         kept.indices, kept.kept = self._factor.A.indices, self._factor.A.kept
         return self._factor_of(A, kept)
 
-    def _read(self, data: Any, name: str) -> tuple[Examples, float]:
-        examples = self._backend.examples(data, name, self._batch_size, self._memory_budget)
-        return examples, check_losses(self._backend, examples)
+    def _read(self, data: Any, name: str, backend: Backend | None = None) -> Examples:
+        backend = self._backend if backend is None else backend
+        examples = backend.examples(data, name, self._batch_size, self._memory_budget)
+        measure_losses(backend, examples)
+        return examples
+
+    def _check_unchanged(self) -> None:
+        check_unchanged(self._backend, self._train)
+
+    def _measure(self, query_loss: Callable[..., Any] | None) -> Backend:
+        """Return the backend for the function of a query."""
+        if query_loss is None:
+            return self._backend
+        if query_loss not in self._measures:
+            self._measures = {query_loss: self._backend.measuring(query_loss)}
+        return self._measures[query_loss]
+
+    @property
+    def _itemsize(self) -> int:
+        return int(self._backend.like.dtype.itemsize)
 
     def _width(self) -> int:
         """Right-hand sides solved for at a time."""
-        one = BLOCKS * self._backend.n * int(self._backend.like.dtype.itemsize)
-        return max(1, self._memory_budget // one)
+        return max(1, self._memory_budget // (BLOCKS * self._backend.n * self._itemsize))
+
+    def _num_gradients(self) -> int:
+        """Gradients of single examples taken at a time."""
+        return max(1, min(GRADIENTS, self._width() * BLOCKS // 4))
+
+    def _begin(self, num_solves: int, num_scores: int) -> None:
+        """Print the plan, if asked for, and take the solver that costs least."""
+        if self._progress:
+            print(self._plan(num_solves, num_scores), file=sys.stderr)
+        solver = self._solver_for(num_solves)
+        if solver is not self._solver:
+            spent, self._solver = self._factor.A.num_products, solver
+            self._factor = self._factor_of(self._operator)
+            self._factor.A.num_products = spent
+
+    def _plan(self, num_solves: int, num_scores: int) -> Plan:
+        return make_plan(
+            self._solver_for(num_solves),
+            self._backend.n,
+            self._itemsize,
+            train=self._train,
+            num_solves=num_solves,
+            width=self._width(),
+            num_scores=num_scores,
+        )
+
+    def _solver_for(self, num_solves: int) -> Any:
+        """Return the solver for so many right-hand sides."""
+        kept = not self._is_default or isinstance(self._solver, Exact)
+        n, size, budget = self._backend.n, self._itemsize, self._memory_budget
+        if kept or not dense_pays(self._solver, n, num_solves, size, budget):
+            return self._solver
+        return Exact()
 
     def _solve(self, b: Array, factor: Factor | None = None) -> Solution:
         factor = self._factor if factor is None else factor
@@ -163,6 +175,12 @@ class Workings:
         norm, of_b = to_host(solution.residual_norm), to_host(column_norm(b))
         residual = np.where(of_b > 0, norm / np.where(of_b > 0, of_b, 1), norm)
         self._solution = residual, to_host(solution.num_steps), solution.message
+        if not np.all(np.isfinite(residual)):
+            raise ValueError(
+                f"a product with the {factor.name} is not finite, though the gradients are. Look "
+                "for a root, a norm or an absolute value at 0 in the loss, whose second derivative "
+                "is not; or for an overflow, and take float64."
+            )
         rtol = getattr(factor.settings, "rtol", None)
         short = ~to_host(solution.converged) & (to_host(solution.reason) != Reason.DIRECT)
         if rtol is not None and np.any(short & ~(residual <= WARN_FACTOR * rtol)):
@@ -175,90 +193,42 @@ class Workings:
             )
         return solution
 
-    def _remember(self, solutions: list[Any]) -> None:
-        """Join what several solves said, for `info`."""
-        if len(solutions) > 0:
-            residual, steps, messages = zip(*solutions, strict=True)
-            message = messages[0] if len(set(messages)) == 1 else "; ".join(messages)
-            self._solution = np.concatenate(residual), np.concatenate(steps), message
-        else:
-            self._solution = None, None, "read from the checkpoint"
-
-    def _groups(self, examples: Examples) -> Iterator[tuple[int, int, list[Any]]]:
-        """Yield start, size and batches of as many examples as are solved for at a time."""
+    def _groups(self, examples: Examples) -> Iterator[tuple[int, list[Any]]]:
+        """Yield start and batches of as many examples as are solved for at a time."""
         width = self._width()
         held: list[Any] = []
         first = count = 0
         for _, batch in examples.parts(width):
             size = examples.size(batch)
             if held and count + size > width:
-                yield first, count, held
+                yield first, held
                 held, first, count = [], first + count, 0
             held.append(batch)
             count += size
-        yield first, count, held
+        yield first, held
 
-    def _gradients(self, batches: list[Any]) -> Array:
-        blocks = [self._backend.gradients(batch) for batch in batches]
-        return array_namespace(blocks[0]).concat(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+    def _gradients(
+        self, backend: Backend, examples: Examples, first: int, batches: list[Any]
+    ) -> Array:
+        """Return the gradients of the examples from `first` on, shape (n, size of the batches)."""
+        blocks = [backend.gradients(batch) for batch in batches]
+        G = array_namespace(blocks[0]).concat(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+        check_gradients(G, examples, first)
+        return G
 
-    def _passes(
-        self, query: Any, targets: Examples, method: str, checkpoint: str | os.PathLike[str] | None
-    ) -> Iterator[Iterator[tuple[int, Array]]]:
-        """Yield for each group of queries the blocks of their scores, with their starts."""
-        if method not in METHODS:
-            names = ", ".join(map(repr, METHODS))
-            raise ValueError(f"`method` must be one of {names}; got {method!r}.")
-        queries, _ = self._read(query, "query")
-        store = self._store(checkpoint, "scores", method, query=queries, train=targets)
-        solutions: list[Any] = []
-        for first, _, batches in self._groups(queries):
+    def _check_total(self, total: Array, backend: Backend, examples: Examples) -> None:
+        """Name an example whose gradient makes the sum of all no number."""
+        if not bool(array_namespace(total).all(array_namespace(total).isfinite(total))):
+            for start, batch in examples.parts(self._num_gradients()):
+                check_gradients(backend.gradients(batch), examples, start)
 
-            def compute(batches: list[Any] = batches) -> Array:
-                Z = self._solve(self._gradients(batches)).value
-                solutions.append(self._solution)
-                return Z
 
-            Z = store.get(f"directions-{first}", compute, self._backend.like)
-            self._remember(solutions)
-            yield self._blocks(Z, targets, method, store, first)
-
-    def _blocks(
-        self, Z: Array, targets: Examples, method: str, store: Store, first: int
-    ) -> Iterator[tuple[int, Array]]:
-        limit = max(1, min(GRADIENTS, self._width() * BLOCKS // 4))
-        by_jvp = method == "jvp" or (method == "auto" and Z.shape[1] <= JVP_MOST)
-        parts = targets.parts(None if by_jvp else limit)
-        for start, batch in shown(
-            parts, progress=self._progress, total=len(targets), label="scores"
-        ):
-
-            def compute(batch: Any = batch) -> Array:
-                if by_jvp:
-                    return self._backend.slopes(batch, Z)
-                return Z.T @ self._backend.gradients(batch)
-
-            yield start, store.get(f"scores-{first}-{start}", compute, self._backend.like)
-
-    def _store(
-        self, folder: str | os.PathLike[str] | None, kind: str, method: str, **data: Examples
-    ) -> Store:
-        """Return a store whose key is all that the results depend on."""
-        if folder is None:
-            return Store(None, {})
-        sampled = isinstance(self._solver, (Nystrom, NystromCG))
-        if sampled and not self._seeded and self._solver.indices is None:
-            raise ValueError(
-                "`checkpoint` needs a seed, so that a later run draws the same columns: give `rng`."
-            )
-        solver = to_record(self._solver)
-        settings = (self._curvature, self._ridge, self._damping, solver, self._seed, method)
-        blocks = [(self._width(), one.sizes) for one in data.values()]
-        key = {
-            "kind": kind,
-            "parameters": digest(self._backend.vector()),
-            "training set": self._train.digest(),
-            "settings": digest(settings),
-            "batches": digest(blocks),
-        }
-        return Store(folder, key | {name: one.digest() for name, one in data.items()})
+def _checked_ridge(ridge: Any) -> Any:
+    """Return a ridge if it is finite and 0 or more, a number as a float."""
+    if not is_array(ridge) or ridge.ndim == 0:
+        check_scalar("ridge", ridge)
+        return float(ridge)
+    check_finite("ridge", ridge)
+    if to_host(ridge).min() < 0:
+        raise ValueError("`ridge` must be >= 0 everywhere; it holds negative entries.")
+    return ridge

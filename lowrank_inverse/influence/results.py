@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +31,11 @@ class InfluenceInfo(NamedTuple):
     Attributes
     ----------
     num_train, num_params : int
-    curvature : str
+    curvature, solver : str
+        The solver's settings; for the default, those chosen for the latest call.
     ridge, damping : float
-        Both are added to the mean curvature; `damping` is the number found for "auto".
+        Both are added to the mean curvature. The ridge may be an array, shape (n,); `damping` is
+        the number found for "auto".
     loss, gradient_norm : float
         Mean loss on the training set, and norm of the gradient of ``mean loss + ridge / 2 *
         sum(params ** 2)``: the formula assumes 0.
@@ -51,7 +54,8 @@ class InfluenceInfo(NamedTuple):
     num_train: int
     num_params: int
     curvature: str
-    ridge: float
+    solver: str
+    ridge: Any
     damping: float
     loss: float
     gradient_norm: float
@@ -78,8 +82,28 @@ def merged(best: TopK | None, other: TopK, k: int, kind: str) -> TopK:
     return TopK(*(np.take_along_axis(x, chosen, axis=1) for x in (indices, scores)))
 
 
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+def open_scores(out: Any, shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    """Return a NumPy array to write scores to: `out`, or a new file of that path."""
+    if isinstance(out, (str, os.PathLike)):
+        if not str(out).endswith(".npy"):
+            raise ValueError(f"`out` must end in .npy, or be a NumPy array; got {str(out)!r}.")
+        return np.lib.format.open_memmap(out, mode="w+", dtype=dtype, shape=shape)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"`out` must be a path that ends in .npy, or a NumPy array; got {out!r}.")
+    if out.shape != shape or out.dtype != dtype or not out.flags.writeable:
+        raise ValueError(
+            f"`out` must be writeable, of shape {shape} and dtype {np.dtype(dtype)}; got shape "
+            f"{out.shape} and dtype {out.dtype}."
+        )
+    return out
+
+
 def _rank(block: np.ndarray, kind: str) -> np.ndarray:
-    if kind not in KINDS:
-        names = ", ".join(map(repr, KINDS))
-        raise ValueError(f"`kind` must be one of {names}; got {kind!r}.")
+    check_choice("kind", kind, KINDS)
     return block if kind == "harmful" else -(np.abs(block) if kind == "absolute" else block)

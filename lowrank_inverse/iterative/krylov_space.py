@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import check_finite
+from lowrank_inverse.arrays.checks import check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import while_loop
 from lowrank_inverse.arrays.conversion import concrete, eps, is_traced, like, like_device
 from lowrank_inverse.arrays.linalg import column_norm, set_rows
@@ -54,7 +53,7 @@ class KrylovSpace:
         self._A = A
         n = int(A.shape[0])
         if start is None:
-            start = like(np.random.default_rng(rng).standard_normal(n), empty_like(A))
+            start = like(check_rng(rng).standard_normal(n), empty_like(A))
         check_finite("b", start)
         start = start if start.ndim == 2 else start[:, None]
         xp = array_namespace(start)

@@ -19,7 +19,7 @@ from lowrank_inverse.arrays.conversion import (
     take,
     wide_dtype,
 )
-from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
+from lowrank_inverse.arrays.linalg import relative_asymmetry, symmetric_part, tall_dot, tall_times
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
     left_singular,
@@ -56,6 +56,8 @@ class NystromApproximation(ProductOnly):
     num_dropped, num_negative : int
         Columns without a use (zero, repeated or below the tolerance), and among them the
         directions of clearly negative curvature. 0-d arrays while jax traces.
+    asymmetry : float or None
+        Largest entry of ``W - W.T``, as it was before its symmetric part was taken, over that of W.
     core_eigenvalues : array, shape (k,)
         Of W, smallest first; where pivoted Cholesky met a negative residual diagonal entry, of W
         bordered by its row. One below -damping proves ``H + damping * I`` indefinite.
@@ -89,16 +91,18 @@ class NystromApproximation(ProductOnly):
        Differentiation. AISTATS 2023.
     """
 
+    asymmetry: Any = None  # of one read from an older file
+
     def __init__(
         self,
         C: Array,
         indices: Indices,
-        pivot_rtol: float | None = None,
         indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
         *,
         core: Array | None = None,
         trace: float | None = None,
         vectors: Array | None = None,
+        indefinite: bool = False,
     ) -> None:
         n = C.shape[0]
         self.columns, self.indices, self.num_products = C, indices, C.shape[1]
@@ -107,18 +111,19 @@ class NystromApproximation(ProductOnly):
         self.like = C[:0, 0]
         self.shape, self.dtype = (n, n), self.like.dtype
         core = take(C, indices) if core is None else core
+        self.asymmetry = concrete(relative_asymmetry(core))
         self.core = symmetric_part(core)
         wide = astype(self.core, wide_dtype(core))
         # Entries of a sketch are sums over n rows, whose rounding grows with the root of n.
         unit = eps(C) if indices is not None else max(eps(C), n**0.5 * eps(wide))
-        whitening = whiten(wide, unit, pivot_rtol, indefinite_pivot_rtol)
+        whitening = whiten(wide, unit, indefinite_pivot_rtol, indefinite=indefinite)
         self.whitening = whitening.matrix
         self.num_negative = whitening.num_negative
         self.num_dropped = whitening.num_dropped
         self.core_eigenvalues = whitening.core_eigenvalues
         self._basis: tuple[Array, Array] | None = None
         if is_narrow(C):
-            self._basis = left_singular(C @ self.whitening)
+            self._basis = left_singular(astype(C, wide.dtype) @ self.whitening)
             self.eigenvalues = self._basis[1] ** 2
         else:
             self.eigenvalues, rotation = spectrum(whitened_gram(C, self.whitening))
@@ -181,7 +186,7 @@ class NystromApproximation(ProductOnly):
         """
         if self._basis is not None:
             U, s = self._basis
-            projected = _rows_times(s, U.T @ block)
+            projected = _rows_times(s, U.T @ astype(block, U.dtype))
         else:
             projected = self._map.T @ tall_dot(self._taken(self.vectors, self.columns), block)
         if self.vectors is None:
@@ -192,7 +197,7 @@ class NystromApproximation(ProductOnly):
         """Return ``(F Z) @ coefficients``, shape (n,) or (n, m), in the dtype of the columns."""
         if self._basis is not None:
             U, s = self._basis
-            return U @ _rows_times(s, coefficients)
+            return astype(U @ _rows_times(s, coefficients), self.dtype)
         base = self._taken(self.vectors, self.columns)
         return tall_times(base, self._map @ coefficients, self.dtype)
 
@@ -309,16 +314,16 @@ class NystromApproximation(ProductOnly):
         if is_traced(self.eigenvalues):
             return f"{lines[0]}, values unknown while tracing"
         xp = array_namespace(self.eigenvalues)
-        kept = self.eigenvalues > eps(self.columns) * self.eigenvalues[0]
-        count = int(xp.sum(astype(kept, xp.int32)))
+        g = self.eigenvalues[: int(self.rank)]  # what lies beyond is the rounding of zeros
+        count = int(xp.sum(astype(g > 0, xp.int32)))
         if count:
-            first, last = float(self.eigenvalues[0]), float(self.eigenvalues[count - 1])
+            first, last = float(g[0]), float(g[count - 1])
             lines.append(f"eigenvalues: {count}, from {first:.3g} to {last:.3g}")
         if self.trace:
             share = self.residual_trace / self.trace
             lines.append(f"residual trace: {self.residual_trace:.3g}, {share:.1e} of the trace")
         if damping is not None:
-            above = int(xp.sum(astype(self.eigenvalues > damping, xp.int32)))
+            above = int(xp.sum(astype(g > damping, xp.int32)))
             enough = self.sufficient_rank(damping)
             verdict = "enough" if enough <= self.num_columns else "more columns would help"
             lines.append(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_inverse._typing import RNG, Array, Sampling
-from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
+from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_rng
 from lowrank_inverse.arrays.conversion import is_traced, to_host
 from lowrank_inverse.low_rank.pivoted_cholesky import pivoted_cholesky
 from lowrank_inverse.operators.columns import known_diagonal, known_or_none
@@ -85,7 +85,7 @@ def sample_columns(
     check_sampling(sampling)
     n = int(A.shape[0])
     rank = check_count("rank", rank, most=n)
-    generator = np.random.default_rng(rng)
+    generator = check_rng(rng)
     if sampling in ("gaussian", "krylov"):
         raise ValueError(
             f"sampling={sampling!r} draws no columns. Use nystrom(A, rank, sampling={sampling!r})."

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
-from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import astype, concrete
 from lowrank_inverse.arrays.linalg import row_blocks, symmetric_part
 
@@ -29,10 +28,14 @@ class Whitening(NamedTuple):
 def whiten(
     W: Array,
     unit: float,
-    pivot_rtol: float | None = None,
     indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
+    *,
+    indefinite: bool = False,
 ) -> Whitening:
     """Return the whitening of the symmetric k×k matrix `W`, known to a precision `unit`.
+
+    Where it has a clearly negative eigenvalue, or the matrix that it is a part of is known to be
+    `indefinite`, eigenvalues up to `indefinite_pivot_rtol` times the largest are dropped.
 
     Eigenvalues are dropped up to `unit` times the largest and, in float64, up to ``k * eps``, the
     rounding of the decomposition itself (the rule of LAPACK). In float32 that rule would drop
@@ -43,17 +46,14 @@ def whiten(
     unit = max(unit, W.shape[0] * FLOAT64_EPS)
     largest = xp.max(xp.abs(w))
     negative = negative_eigenvalues(w, unit)
-    if pivot_rtol is None:
-        tolerance = largest * xp.where(
-            xp.any(negative), indefinite_pivot_rtol + 0 * largest, unit + 0 * largest
-        )
+    if indefinite:
+        rtol = indefinite_pivot_rtol + 0 * largest
     else:
-        check_scalar("pivot_rtol", pivot_rtol)
-        tolerance = pivot_rtol * largest
-    keep = w > tolerance
+        rtol = xp.where(xp.any(negative), indefinite_pivot_rtol + 0 * largest, unit + 0 * largest)
+    keep = w > rtol * largest
     scale = xp.where(keep, 1 / xp.sqrt(xp.where(keep, w, xp.ones_like(w))), xp.zeros_like(w))
     return Whitening(
-        V * scale,
+        V * scale[None, :],
         concrete(xp.sum(astype(~keep, xp.int32), dtype=xp.int32)),
         concrete(xp.sum(astype(negative, xp.int32), dtype=xp.int32)),
         w,

@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
-from lowrank_inverse.arrays.checks import check_count, check_indices
+from lowrank_inverse.arrays.checks import check_count, check_indices, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, like, take, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part
@@ -31,7 +31,6 @@ def nystrom(
     sampling: Sampling = "auto",
     rng: RNG = 0,
     chunk_size: int | None = None,
-    pivot_rtol: float | None = None,
     indefinite_pivot_rtol: float = INDEFINITE_PIVOT_RTOL,
     diagonal: Any = None,
     damping: Scalar = None,
@@ -66,12 +65,11 @@ def nystrom(
     chunk_size : int, optional
         Columns asked for at a time. Default: all at once; pivots one by one where a column costs
         a product.
-    pivot_rtol : float, optional
-        Eigenvalues of W up to this fraction of the largest are dropped. Default: the rounding of
-        its entries and of its decomposition, or `indefinite_pivot_rtol` where W has a clearly
-        negative eigenvalue, for then small positive ones are as little to be trusted.
     indefinite_pivot_rtol : float
-        1e-2 makes the better preconditioner of a slightly indefinite matrix.
+        Eigenvalues of W up to this fraction of the largest are dropped where W has a clearly
+        negative one, for then small positive ones are as little to be trusted; else up to the
+        rounding of its entries and of its decomposition. 1e-2 makes the better preconditioner of
+        a slightly indefinite matrix.
     diagonal : array of shape (n,), or DiagonalEstimate, optional
         Weights for ``"diagonal"`` and ``"diagonal_squared"`` where `A` has no diagonal.
     b : array, shape (n,) or (n, m), optional
@@ -128,9 +126,10 @@ def nystrom(
     """
     A = aslinearoperator(A)
     n = int(A.shape[0])
+    check_scalar("indefinite_pivot_rtol", indefinite_pivot_rtol)
 
     def build(sketch: Sketch) -> NystromApproximation:
-        return _approximation(sketch, pivot_rtol, indefinite_pivot_rtol)
+        return _approximation(sketch, indefinite_pivot_rtol)
 
     if (rank is None) == (indices is None):
         raise ValueError("give exactly one of `rank` (columns to sample) and `indices`.")
@@ -181,22 +180,19 @@ def nystrom(
     return build(source.sketch())
 
 
-def _approximation(
-    sketch: Sketch, pivot_rtol: float | None, indefinite_pivot_rtol: float
-) -> NystromApproximation:
+def _approximation(sketch: Sketch, indefinite_pivot_rtol: float) -> NystromApproximation:
     C, indices = sketch.columns, sketch.indices
     core_eigenvalues = None
     if sketch.witness is not None:
         core_eigenvalues = _bordered_eigenvalues(C, indices, *sketch.witness)
-        pivot_rtol = indefinite_pivot_rtol if pivot_rtol is None else pivot_rtol
     approx = NystromApproximation(
         C,
         indices,
-        pivot_rtol,
         indefinite_pivot_rtol,
         core=sketch.core,
         trace=sketch.trace,
         vectors=sketch.vectors,
+        indefinite=sketch.witness is not None,
     )
     approx.num_products = sketch.num_products
     if core_eigenvalues is not None:

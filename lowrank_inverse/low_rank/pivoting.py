@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import check_finite, check_scalar
+from lowrank_inverse.arrays.checks import check_finite, check_rng, check_scalar
 from lowrank_inverse.arrays.conversion import astype, eps, like, on_cpu, take, to_host, wide_dtype
 from lowrank_inverse.arrays.linalg import tall_times
 from lowrank_inverse.operators.columns import finite_columns, joined, known_diagonal
@@ -40,7 +40,7 @@ class Pivoting:
         self._A, self._method, self._rtol = A, method, rtol
         # A proposal costs a column where entries cannot be read: then each must be kept.
         self._block_size = BLOCK_SIZE if self._entries is not None else 1
-        self._chunk_size, self._generator = chunk_size, np.random.default_rng(rng)
+        self._chunk_size, self._generator = chunk_size, check_rng(rng)
         d = known_diagonal(A, f"sampling={method!r}")
         self._unit, self.initial = eps(d), to_host(d).astype(np.float64)
         self._prototype = d[:0]

@@ -94,7 +94,7 @@ def steps_left(approx: Any, damping: Scalar, rtol: float) -> float:
     largest eigenvalue that the columns missed, is taken to be the smallest that they found.
     """
     g = to_host(approx.eigenvalues)
-    missed = float(g[max(0, int(approx.rank) - 1)])
+    missed = max(0.0, float(g[max(0, int(approx.rank) - 1)]))
     if approx.trace is not None:  # m is no less than the mean
         missed = max(missed, approx.residual_trace / max(1, approx.shape[0] - approx.num_columns))
     condition = 1 + missed / float(concrete(damping))

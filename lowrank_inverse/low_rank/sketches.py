@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank_inverse._typing import RNG, Array, Sampling
-from lowrank_inverse.arrays.checks import check_finite
+from lowrank_inverse.arrays.checks import check_finite, check_rng
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import tall_dot
 from lowrank_inverse.iterative.krylov_space import KrylovSpace
@@ -112,7 +112,7 @@ class GaussianSketch:
 
     def __init__(self, A: Any, chunk_size: int | None, rng: RNG, trace: float | None = None):
         self._A, self._chunk_size, self.trace = A, chunk_size, trace
-        self._generator = np.random.default_rng(rng)
+        self._generator = check_rng(rng)
         self._basis = np.zeros((int(A.shape[0]), 0))
         self._parts: list[tuple[Array, Array]] = []
 

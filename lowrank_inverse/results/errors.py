@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from lowrank_inverse._typing import SolveFunction, Solver
+import numpy as np
+
+from lowrank_inverse._typing import Array, SolveFunction, Solver
 from lowrank_inverse.arrays.conversion import is_traced, to_host
+from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.results.solution import Reason, Solution
 
+NO_BETTER = 1 - 1e-6
 ADVICE = {
     Reason.MAX_STEPS: "all steps were used. Raise `max_steps`, loosen `rtol`, or take "
     "NystromCG with a larger `rank`; `x0=solution.value` goes on from this solution.",
@@ -73,6 +78,27 @@ class SolveError(RuntimeError):
         return type(self), (self.args[0], self.solution)
 
 
+def warn_of_nothing(solution: Solution, solver: Solver | SolveFunction, b: Array) -> None:
+    """Warn where a column that did not converge is no better an answer than zero."""
+    if is_traced(solution.reason) or is_traced(solution.residual_norm):
+        return
+    norms, sizes = to_host(solution.residual_norm), to_host(column_norm(b))
+    useless = ~to_host(solution.converged) & ~(norms < NO_BETTER * sizes)
+    if np.any(useless):
+        failed = sorted({int(code) for code in to_host(solution.reason)[useless]})
+        advice = " ".join(_advice(Reason(code), solver) for code in failed)
+        warnings.warn(
+            f"{np.sum(useless)} of {useless.size} solutions are no better than zero "
+            f"({solution.message}): {advice}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _advice(reason: Reason, solver: Solver | SolveFunction) -> str:
+    return ADVICE_ON.get((reason, type(solver).__name__), ADVICE[reason])
+
+
 def raise_on_failure(solution: Solution, solver: Solver | SolveFunction) -> None:
     """Raise a :class:`SolveError` unless every column of `solution` converged."""
     if is_traced(solution.reason):
@@ -92,6 +118,5 @@ def raise_on_failure(solution: Solution, solver: Solver | SolveFunction) -> None
     ]
     for code in failed:
         reason = Reason(code)
-        advice = ADVICE_ON.get((reason, type(solver).__name__), ADVICE[reason])
-        lines.append(f"  {reason.name.lower()}: {advice}")
+        lines.append(f"  {reason.name.lower()}: {_advice(reason, solver)}")
     raise SolveError("\n".join(lines), solution)

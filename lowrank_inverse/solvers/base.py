@@ -46,6 +46,8 @@ class PreparedInverse(ProductOnly):
         How the columns are held, where there are any.
     approximation : NystromApproximation or None
         That of a NystromCG.
+    asymmetry : float or None
+        Largest entry of ``W - W.T`` over that of W, for the entries W of A that were looked at.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class PreparedInverse(ProductOnly):
         memory: MemoryPlan | None = None,
         approximation: NystromApproximation | None = None,
         keeps: bool = False,
+        asymmetry: Any = None,
     ) -> None:
         self.shape, self.dtype = tuple(A.shape), getattr(A, "dtype", None)
         self.like = getattr(A, "like", None)
@@ -69,7 +72,7 @@ class PreparedInverse(ProductOnly):
         self.num_products, self.rank = num_products, rank
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
         self.preconditioner = preconditioner
-        self.memory, self.approximation = memory, approximation
+        self.memory, self.approximation, self.asymmetry = memory, approximation, asymmetry
 
     def _about(self) -> dict[str, Any]:
         return {

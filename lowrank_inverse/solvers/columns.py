@@ -9,7 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import check_count, check_indices
+from lowrank_inverse.arrays.checks import check_count, check_indices, check_rng
 from lowrank_inverse.arrays.conversion import concrete, is_traced
 from lowrank_inverse.estimators.diagonal import estimate_diagonal
 from lowrank_inverse.low_rank.column_sampling import check_sampling, sample_columns
@@ -52,7 +52,7 @@ def chosen_indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
     n = int(A.shape[0])
     if settings.indices is not None:
         return check_indices(settings.indices, n), 0
-    generator = np.random.default_rng(rng)
+    generator = check_rng(rng)
     weights, spent = _weights(settings, A, generator)
     rank = min(settings.rank, n)
     drawn = sample_columns(A, rank, sampling=settings.sampling, rng=generator, diagonal=weights)
@@ -65,7 +65,7 @@ def chosen_approximation(
     """Return the Nyström approximation of the settings; a rank that grows aims at `aim`."""
     if settings.indices is not None:
         return nystrom(A, indices=settings.indices, **arguments)
-    generator = np.random.default_rng(rng)
+    generator = check_rng(rng)
     weights, spent = _weights(settings, A, generator)
     if settings.rank == "auto":
         damping = aim if is_positive(aim) else None

@@ -18,6 +18,7 @@ from lowrank_inverse.arrays.linalg import (
     cholesky,
     cholesky_solve,
     power_of_two,
+    relative_asymmetry,
     symmetric_part,
     times_diagonal,
 )
@@ -69,6 +70,7 @@ class Exact:
             num_products=n,
             rank=inverse.rank,
             negative_curvature=inverse.negative_curvature,
+            asymmetry=concrete(relative_asymmetry(H)),
         )
 
 

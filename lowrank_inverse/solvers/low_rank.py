@@ -169,6 +169,7 @@ class Nystrom:
             nystrom_inverse=inverse if s is None else None,
             preconditioner=approximate,
             memory=plan,
+            asymmetry=getattr(source, "asymmetry", None),
         )
 
     def _plan(self, A: Any, b: Array | None) -> MemoryPlan | None:
@@ -300,6 +301,7 @@ class NystromCG:
             preconditioner=preconditioner,
             approximation=approx,
             keeps=True,
+            asymmetry=approx.asymmetry,
         )
 
     def _approximate(self, A: Any, b: Array | None, rng: RNG) -> NystromApproximation:

@@ -58,6 +58,7 @@ def recycled_approximation(A: Any, damping: Scalar, pairs: Pairs) -> NystromAppr
     S, Y = pairs if s is None else scaled_pairs(pairs, s)
     approx = NystromApproximation(Y, None, core=tall_dot(S, Y))
     approx.num_products = 0
+    approx.asymmetry = None  # of several operators, each of which may be symmetric
     return approx
 
 

@@ -11,12 +11,13 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
+from lowrank_inverse.estimators.asymmetry import warn_of_asymmetry
 from lowrank_inverse.estimators.norm import certificate_cost
 from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.composition import shifted, split_shift
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.results.certificate import certify as certify_solution
-from lowrank_inverse.results.errors import raise_on_failure
+from lowrank_inverse.results.errors import raise_on_failure, warn_of_nothing
 from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.auto import Auto
 from lowrank_inverse.solvers.base import as_settings
@@ -82,6 +83,11 @@ def solve(
     Solution
         With the products of preparation, solve, residual and certificate in `num_products`.
 
+    Warns
+    -----
+    RuntimeWarning
+        Without a `solver`, where a column did not converge and is no better an answer than zero.
+
     Raises
     ------
     SolveError
@@ -134,6 +140,8 @@ def solve(
         solution = solution._replace(method=f"{name}: {why}" if why else name)
     if throw:
         raise_on_failure(solution, settings)
+    elif why:
+        warn_of_nothing(solution, settings, b)
     return solution
 
 
@@ -194,7 +202,12 @@ def as_solve(
         Seed of the columns sampled.
     sign : {1, -1}, optional
         That of the matrix: -1 for a negative definite one, and the damping of the solver then is
-        that of the matrix with its sign changed. None: the sign of ``b.T A b``, for one product.
+        that of the matrix with its sign changed. None: the sign of ``b.T A b``.
+
+    Warns
+    -----
+    RuntimeWarning
+        Two products show that the matrix is not symmetric. Not while jax traces.
 
     Examples
     --------
@@ -209,8 +222,10 @@ def as_solve(
 
     def solve_function(matvec: Callable[[Array], Array], b: Array) -> Array:
         xp, factor = array_namespace(b), sign
+        product = matvec(b)
+        warn_of_asymmetry(matvec, b, product)
         if factor is None:
-            curvature = b @ matvec(b)
+            curvature = b @ product
             factor = xp.where(curvature < 0, -xp.ones_like(curvature), xp.ones_like(curvature))
         A = FunctionOperator(lambda v: factor * matvec(v), b.shape[0], like=b)
         return settings.prepare(A, rng=rng, b=factor * b).solve(factor * b).value

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._io import replace_file
+from lowrank_inverse._io import Format
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_finite, describe, namespace
 from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
@@ -16,6 +16,8 @@ from lowrank_inverse.iterative.recycling import joined_pairs
 from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended
 from lowrank_inverse.solvers.base import PreparedInverse
 from lowrank_inverse.solvers.recycled import sampled_pairs
+
+FILE = Format("HypergradientState.save")
 
 
 class HypergradientState(NamedTuple):
@@ -68,11 +70,8 @@ class HypergradientState(NamedTuple):
     products: Array | None = None
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the arrays to a file in NumPy's ``.npz`` format, bit for bit."""
-        arrays: dict[str, Any] = {
-            name: to_host(x) for name, x in self._asdict().items() if x is not None
-        }
-        replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        """Write the arrays to a file, npz or safetensors by its ending, bit for bit."""
+        FILE.save(path, {name: to_host(x) for name, x in self._asdict().items() if x is not None})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> HypergradientState:
@@ -80,15 +79,7 @@ class HypergradientState(NamedTuple):
 
         They may be given as they are to a hypergradient in any library.
         """
-        with np.load(path, allow_pickle=False) as file:
-            missing = {"value"} - set(file.files)
-            unknown = set(file.files) - set(cls._fields)
-            if missing or unknown:
-                raise ValueError(
-                    f"`path` must be a file written by HypergradientState.save; {path} holds "
-                    f"{', '.join(sorted(file.files)) or 'nothing'}."
-                )
-            return cls(**{name: file[name] for name in file.files})
+        return cls(**FILE.load(path))
 
 
 class Continued(NamedTuple):

@@ -116,7 +116,6 @@ def test_a_store_computes_once_and_belongs_to_one_key(tmp_path):
     assert len(calls) == 1
     with pytest.raises(ValueError, match="another computation: a differ"):
         Store(tmp_path, {"a": "2"})
-    assert json.loads((tmp_path / "about.json").read_text()) == {"a": "1"}
     nothing = Store(None, {})
     nothing.get("x", compute, template)
     nothing.get("x", compute, template)
@@ -125,9 +124,9 @@ def test_a_store_computes_once_and_belongs_to_one_key(tmp_path):
 
 def test_a_write_that_fails_leaves_no_file(tmp_path):
     store = Store(tmp_path, {})
-    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+    with pytest.raises(TypeError, match=r"cannot be saved: it is numpy\.ndarray"):
         store.get("x", lambda: np.array([object()]), np.zeros(0))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["about.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["about.npz"]
 
 
 def test_the_digest_tells_values_dtypes_and_shapes_apart():

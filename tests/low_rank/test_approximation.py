@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -240,9 +242,8 @@ def test_the_approximation_of_an_indefinite_matrix_is_positive_semidefinite(name
         ({}, 2),
         ({"indefinite_pivot_rtol": 1e-2}, 1),
         ({"indefinite_pivot_rtol": 1e-9}, 3),
-        ({"pivot_rtol": 1e-9}, 3),
-        ({"pivot_rtol": 0.5}, 1),
-        ({"pivot_rtol": 0}, 3),
+        ({"indefinite_pivot_rtol": 0.5}, 1),
+        ({"indefinite_pivot_rtol": 0}, 3),
     ],
 )
 def test_pivots_are_dropped_up_to_the_tolerance_that_applies(arguments, kept):
@@ -251,9 +252,7 @@ def test_pivots_are_dropped_up_to_the_tolerance_that_applies(arguments, kept):
     assert (approx.rank, approx.num_dropped, approx.num_negative) == (kept, 4 - kept, 1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kept"), [({}, 3), ({"indefinite_pivot_rtol": 0.1}, 3), ({"pivot_rtol": 1e-4}, 2)]
-)
+@pytest.mark.parametrize(("arguments", "kept"), [({}, 3), ({"indefinite_pivot_rtol": 0.1}, 3)])
 def test_without_negative_curvature_machine_epsilon_is_the_tolerance(arguments, kept):
     A = np.diag([1.0, 1e-3, 1e-14, 1e-17])
     assert li.nystrom(A, indices=range(4), **arguments).rank == kept
@@ -362,10 +361,23 @@ def test_a_logdet_needs_a_positive_damping(damping):
         li.nystrom(np.eye(3), 2, rng=0).logdet(damping)
 
 
-@pytest.mark.parametrize("pivot_rtol", [-1e-3, np.nan])
-def test_a_negative_pivot_tolerance_is_refused(pivot_rtol):
-    with pytest.raises(ValueError, match="`pivot_rtol` must be finite and >= 0"):
-        li.nystrom(np.eye(3), 2, rng=0, pivot_rtol=pivot_rtol)
+@pytest.mark.parametrize("rtol", [-1e-3, np.nan])
+def test_a_negative_pivot_tolerance_is_refused(rtol):
+    with pytest.raises(ValueError, match="`indefinite_pivot_rtol` must be finite and >= 0"):
+        li.nystrom(np.eye(3), 2, rng=0, indefinite_pivot_rtol=rtol)
+
+
+@pytest.mark.parametrize("damping", [1e-20, 1e-9, 1.0])
+def test_a_summary_counts_no_more_eigenvalues_than_it_prints(damping):
+    X = np.random.default_rng(0).standard_normal((80, 1))
+    K = np.exp(-((X - X.T) ** 2) / 2)
+    approx = li.nystrom(K, 60, rng=0)
+    assert approx.num_dropped > 0
+    text = approx.summary(damping)
+    printed, last = re.search(r"eigenvalues: (\d+), from .* to (\S+)", text).groups()
+    above = int(re.search(r"damping .*: (\d+) eigenvalues above it", text)[1])
+    assert above <= int(printed) <= approx.rank
+    assert (above == int(printed)) == (float(last) > damping)
 
 
 def test_a_vector_of_another_length_dtype_or_library_is_refused():

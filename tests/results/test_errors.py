@@ -182,3 +182,16 @@ def test_what_jax_traces_or_puts_in_place_of_arrays_prints_too():
 
         jax.jit(function)(jax_backend.asarray(matrix("linear")), jax_backend.asarray(rhs()))
     assert "residual norm  unknown while tracing" in printed[0]
+
+
+@pytest.mark.parametrize("n", [40, 1100])
+def test_without_a_solver_an_answer_that_is_no_better_than_zero_warns(n):
+    diagonal = np.ones(n)
+    diagonal[1::2] = -1.0
+    diagonal[0] = 0.0
+    A, b = np.diag(diagonal), np.eye(n)[0]
+    with pytest.warns(RuntimeWarning, match="1 of 1 solutions are no better than zero"):
+        solution = li.solve(A, b)
+    assert not solution.converged
+    assert li.solve(np.eye(n), b).converged  # and no other does
+    assert not li.solve(A, b, solver=li.CG()).converged

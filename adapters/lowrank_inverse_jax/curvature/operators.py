@@ -12,6 +12,7 @@ from lowrank_inverse._typing import Indices
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_indices, describe
 from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.operators.base import Operator
+from lowrank_inverse_jax.curvature.derivatives import both_ways, linearized
 from lowrank_inverse_jax.parameters import Parameters, as_parameters
 
 __all__ = ["GaussNewtonOperator", "HessianOperator", "hessian_columns", "hvp"]
@@ -83,9 +84,9 @@ class CurvatureOperator(Operator):
         k products, `chunk_size` at a time; unit vectors are made a chunk at a time too.
         """
         chosen = jnp.asarray(check_indices(indices, self.shape[0]))
-        zeros = jnp.zeros_like(self.params.vector)
-        with full_precision():
-            return self._by_chunks(lambda j: zeros.at[j].set(1), chosen)
+        places = jnp.arange(self.shape[0])
+        with full_precision():  # no scatter, which checkify cannot batch
+            return self._by_chunks(lambda j: (places == j).astype(self.dtype), chosen)
 
     def _by_chunks(self, vector: Callable[[jax.Array], jax.Array], items: jax.Array) -> jax.Array:
         """Return the products with ``vector(item)`` as columns."""
@@ -133,9 +134,11 @@ class HessianOperator(CurvatureOperator):
 
     Notes
     -----
-    A product costs about two gradients. Matrix products inside have the full precision of their
-    operands, also on a GPU that would take TF32 by default. Outside ``jax.jit`` each operation is
-    dispatched by itself: wrap the function that makes and uses the operator in ``jax.jit``.
+    A product costs about two gradients; some more where the loss has a ``jax.custom_vjp``, which
+    has no forward mode: then it is taken in reverse over reverse. Matrix products inside have the
+    full precision of their operands, also on a GPU that would take TF32 by default. Outside
+    ``jax.jit`` each operation is dispatched by itself: wrap the function that makes and uses the
+    operator in ``jax.jit``.
 
     References
     ----------
@@ -154,7 +157,7 @@ class HessianOperator(CurvatureOperator):
 
         def linearizer(one: Any) -> Callable[[jax.Array], tuple[jax.Array, Linear]]:
             value = scalar(one)
-            return lambda vector: jax.linearize(
+            return lambda vector: linearized(
                 jax.grad(lambda vector: value(params.replace(vector))), vector
             )
 
@@ -199,10 +202,9 @@ class GaussNewtonOperator(CurvatureOperator):
 
         def linearizer(one: Any, function: Any) -> Callable[[jax.Array], tuple[jax.Array, Linear]]:
             def linearize(vector: jax.Array) -> tuple[jax.Array, Linear]:
-                out, push = jax.linearize(lambda v: function(params.replace(v)), vector)
-                pull = jax.linear_transpose(push, vector)
-                gradient, curve = jax.linearize(jax.grad(scalar(one)), out)
-                return pull(gradient)[0], lambda v: pull(curve(push(v)))[0]
+                out, push, pull = both_ways(lambda v: function(params.replace(v)), vector)
+                gradient, curve = linearized(jax.grad(scalar(one)), out)
+                return pull(gradient), lambda v: pull(curve(push(v)))
 
             return linearize
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import numbers
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_inverse.arrays.checks import describe
-from lowrank_inverse.arrays.conversion import is_array
+from lowrank_inverse.arrays.conversion import eps
+from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.operators.function import FunctionOperator
 from lowrank_inverse_jax.curvature.operators import full_precision
+from lowrank_inverse_jax.influence.data import as_batches, flatten
 from lowrank_inverse_jax.parameters import as_parameters
 
 CHUNK_SIZE = 32
@@ -33,9 +36,10 @@ class JaxBackend:
         for name, function in (("loss", loss), ("outputs", outputs)):
             if not callable(function) and (name == "loss" or function is not None):
                 raise TypeError(f"`{name}` must be a function; got {describe(function)}.")
-        self._loss, self._outputs, self._params = loss, outputs, as_parameters(params)
+        self._loss, self._outputs = loss, outputs
+        self._params = as_parameters(jax.tree_util.tree_map(_widened, params))
         self.n, self.like = self._params.n, self._params.vector[:0]
-        self.has_outputs = outputs is not None
+        self.has_outputs, self.unit = outputs is not None, eps(self.like)
         self._products = {
             "hessian": jax.jit(self._hessian),
             "ggn": jax.jit(self._gauss_newton),
@@ -53,17 +57,38 @@ class JaxBackend:
     def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a pytree of arrays, a list of batches or an iterable of them as examples."""
         return Examples(
-            _batches(data, name),
+            as_batches(data, name, batch_size),
             name=name,
-            flatten=_flatten,
+            flatten=flatten,
             batch_size=batch_size,
             memory_budget=budget,
         )
 
-    def losses(self, batch: Any) -> Any:
-        """Return the loss of each example."""
+    def ridge(self, ridge: Any) -> Any:
+        """Return a number, a vector, or a tree of them like the parameters, as number or vector."""
+        if isinstance(ridge, numbers.Real):
+            return ridge
+        if getattr(ridge, "shape", None) in ((), (self.n,)):
+            return jnp.asarray(ridge, self.like.dtype)
+        spread = jax.tree_util.tree_map(
+            lambda p, r: jnp.broadcast_to(jnp.asarray(r, p.dtype), p.shape),
+            self._params.restore(self.vector()),
+            ridge,
+        )
+        return self._params.collect(spread, name="ridge")
+
+    def fingerprint(self) -> str:
+        """Hash the leaves of the parameters, those that are not differentiated by too."""
+        return digest(*jax.tree_util.tree_leaves(self._params.replace(self.vector())))
+
+    def measuring(self, loss: Callable[..., Any]) -> JaxBackend:
+        """Return the same with another loss."""
+        return JaxBackend(loss, self._params.replace(self.vector()), self._outputs)
+
+    def losses(self, batch: Any, *, anew: bool = False) -> Any:
+        """Return the loss of each example; `anew` not as it was compiled."""
         with full_precision():
-            return self._values(self.vector(), batch)
+            return (self._losses if anew else self._values)(self.vector(), batch)
 
     def operator(
         self, examples: Examples, curvature: str, weights: np.ndarray | None = None
@@ -113,7 +138,7 @@ class JaxBackend:
         return jnp.sum(w * self._losses(vector, batch))
 
     def _each(self, vector: jax.Array, batch: Any) -> jax.Array:
-        leaves, rebuild = _flatten(batch)
+        leaves, rebuild = flatten(batch)
         rows = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
 
         def of_one(vector: jax.Array, *one: jax.Array) -> jax.Array:
@@ -187,20 +212,7 @@ def _mapped(linear: Callable[[jax.Array], jax.Array], block: jax.Array) -> jax.A
     return jax.lax.map(linear, block.T, batch_size=min(CHUNK_SIZE, block.shape[1]))
 
 
-def _batches(data: Any, name: str) -> Iterable[Any]:
-    if isinstance(data, (list, Iterator)):
-        return data
-    leaves = jax.tree_util.tree_leaves(data)
-    if leaves and all(map(is_array, leaves)):  # a pytree of arrays: one batch
-        return [data]
-    if isinstance(data, Iterable) and not isinstance(data, (str, dict, tuple)):
-        return data
-    raise TypeError(
-        f"`{name}` must be a pytree of arrays with one row for each example, a list of batches, or "
-        f"an iterable of them; got {describe(data)}."
-    )
-
-
-def _flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    leaves, structure = jax.tree_util.tree_flatten(batch)
-    return leaves, lambda values: jax.tree_util.tree_unflatten(structure, values)
+def _widened(leaf: Any) -> Any:
+    """Return an array in less than float32 in it, others as they are."""
+    low = hasattr(leaf, "dtype") and leaf.dtype in (jnp.bfloat16, jnp.float16)
+    return jnp.asarray(leaf, jnp.float32) if low else leaf

@@ -9,7 +9,6 @@ from typing import Any
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
-from lowrank_inverse.influence.files import read_saved
 from lowrank_inverse_jax.influence.backend import JaxBackend
 
 __all__ = ["InfluenceFunction"]
@@ -29,11 +28,12 @@ class InfluenceFunction(InfluenceBase):
         Returns one number for each example, shape (size,): ``loss(params, batch)``, or
         ``loss(outputs, batch)`` where `outputs` is given.
     params : pytree
-        Trained. Arrays of floats are differentiated by.
-    train : pytree of arrays, list of batches, or iterable of batches
+        Trained. Arrays of floats are differentiated by; those in less than float32 in float32.
+    train : pytree of arrays, list of batches or examples, iterable of batches, or torch DataLoader
         Arrays have one row for each example. A list, and what is no pytree of arrays, is taken for
-        batches, each a pytree of arrays; it is read again and again. A mean over all examples, to
-        which batch size and order make no difference.
+        batches, each a pytree of arrays, which are read again and again; or for single examples,
+        where one has a number in the place of an array. A shuffled loader is read in order. A mean
+        over all examples, to which batch size and order make no difference.
     outputs : callable (params, batch) -> array or pytree, optional
         Of the network, for the Gauss-Newton matrix.
     curvature : {"ggn", "hessian", "empirical_fisher"}, optional
@@ -41,12 +41,14 @@ class InfluenceFunction(InfluenceBase):
         near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
         Default: "ggn", which needs `outputs`.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
-        With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, damping 0 where
-        there is a `ridge` and "auto" where there is none. NystromCG takes the columns for the
-        Hessian from the Gauss-Newton matrix, if there are `outputs`.
-    ridge : float
+        With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, with fewer columns
+        where `memory_budget` wants it, and ``Exact()`` for so many queries that all columns of a
+        model of up to 2000 parameters cost less; damping 0 where there is a `ridge` everywhere and
+        "auto" elsewhere. NystromCG takes the columns for the Hessian from the Gauss-Newton
+        matrix, if there are `outputs`.
+    ridge : float, array of shape (n,), or pytree like `params`
         Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
-        decay), treated exactly.
+        decay), treated exactly. One for all parameters, or one for each.
     damping : float or "auto", optional
         In place of that of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
         [2]_, from 16 products; see ``info.damping``.
@@ -55,16 +57,20 @@ class InfluenceFunction(InfluenceBase):
     rng : int or numpy.random.Generator, optional
         Seed of the columns.
     memory_budget : int
-        Bytes for the batches to keep, and as much again for the right-hand sides of a solve. Other
-        batches are read again for each product.
+        Bytes for the batches to keep, as much again for the right-hand sides of a solve, and half
+        of it for the columns of the default solver. Other batches are read again for each product.
     progress : bool
-        Show progress bars; needs tqdm.
+        Show progress bars, which need tqdm, and print the plan before each computation.
 
     Raises
     ------
     TypeError, ValueError
-        A loss that is not one finite number for each example, of it alone; data without examples,
-        or that can be read only once; "ggn" without `outputs`.
+        A loss that is not one finite number for each example, of it alone, with a finite gradient
+        and the same at each evaluation; data without examples, or that can be read only once;
+        "ggn" without `outputs`.
+    RuntimeError
+        Data that are others when they are read again; in later calls, data or constants of the
+        loss that were changed in place.
 
     Notes
     -----
@@ -104,13 +110,14 @@ class InfluenceFunction(InfluenceBase):
         outputs: Callable[..., Any] | None = None,
         curvature: str = "ggn",
         solver: Solver | SolveFunction | None = None,
-        ridge: float = 0.0,
+        ridge: Any = 0.0,
         damping: Scalar = None,
         batch_size: int | None = None,
         rng: RNG = 0,
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
     ) -> None:
+        self._arguments = (loss, params, train), {"outputs": outputs}
         super().__init__(
             JaxBackend(loss, params, outputs),
             train,
@@ -139,11 +146,9 @@ class InfluenceFunction(InfluenceBase):
         ----------
         path : path
         loss, params, train
-            As they were; the fingerprint of the parameters is checked.
+            As they were: weights, data and the loss of each training example are checked.
         **options
             `outputs`, `batch_size`, `memory_budget` and `progress`.
         """
-        saved = read_saved(path)
-        influence = cls(loss, params, train, **saved.settings, **options)
-        influence._restore(path, saved)
+        influence: InfluenceFunction = cls._loaded(path, loss, params, train, **options)
         return influence

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, autograd
+from torch.overrides import TorchFunctionMode
 
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained
 
@@ -18,6 +19,23 @@ _CUTS = {
     "CheckpointFunctionBackward": "A checkpoint with use_reentrant=True hides its parameters.",
     "torch::autograd::Error": "A function marked @once_differentiable hides its arguments.",
 }
+
+
+_WEIGHT_NORM = (
+    "torch's weight_norm takes its norms for constants in a second derivative. Give a closure that "
+    "evaluates the loss, where the formula takes its place, or write ``g * v / v.norm(...)``."
+)
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Within, its formula takes the place of torch's fused weight_norm, whose Hessian is wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 _NO_GRAPH = (
@@ -78,6 +96,8 @@ class GradientGraph:
     ) -> None:
         self.tensors = tuple(tensors)
         self.loss = loss.detach()
+        if any(node.name() == "WeightNormInterfaceBackward0" for node in graph_nodes([loss])):
+            raise RuntimeError(_WEIGHT_NORM)
         self.grads = _grad_with_graph(loss, self.tensors, _seed(loss), name, by)
 
     def gradient(self) -> Values:
@@ -155,6 +175,7 @@ def _grad_with_graph(
     if value.requires_grad:
         with explained():
             grads = autograd.grad(value, tensors, seed, create_graph=True, allow_unused=True)
+            grads = tuple(dense(grads))
             refuse_cut_graphs([value, *grads])
     if all(grad is None for grad in grads):
         raise ValueError(
@@ -187,7 +208,14 @@ def _pull_back(
             allow_unused=True,
             is_grads_batched=batched,
         )
-    return list(grads)
+    return dense(grads)
+
+
+def dense(grads: Sequence[Tensor | None]) -> Values:
+    """Return gradients, of which an Embedding(sparse=True) has a sparse one, as dense tensors."""
+    return [
+        grad if grad is None or grad.layout is torch.strided else grad.to_dense() for grad in grads
+    ]
 
 
 def refuse_cut_graphs(tensors: Sequence[Tensor | None]) -> None:

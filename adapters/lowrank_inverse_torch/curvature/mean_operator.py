@@ -166,14 +166,16 @@ class CurvatureOperator(Operator, Generic[G]):
         self.num_products += len(order)
         return rows.mT
 
-    def _for_each_graph(self, use: Callable[[G], None]) -> None:
+    def _for_each_graph(self, use: Callable[[G], None], by: Sequence[Tensor] = ()) -> None:
+        """Call `use` with each graph, which may differentiate by further tensors."""
         tensors = self.params.tensors
         if [tensor._version for tensor in tensors] != self._versions:
             raise RuntimeError(
                 "The parameters were changed in place after this operator was made, which holds "
                 "the curvature at the earlier ones. Make the operator anew after each step."
             )
-        with untouched(tensors, self._modules):  # a checkpointed module runs again in backward
+        # A checkpointed module runs again in backward.
+        with untouched([*tensors, *by], self._modules):
             if self._kept is not None:
                 use(self._kept)
             else:

@@ -7,7 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_inverse_torch.curvature.gradient_graph import GaussNewtonGraph, GradientGraph, Values
+from lowrank_inverse_torch.curvature.gradient_graph import (
+    GaussNewtonGraph,
+    GradientGraph,
+    TwiceDifferentiable,
+    Values,
+)
 from lowrank_inverse_torch.curvature.mean_operator import CurvatureOperator
 from lowrank_inverse_torch.model_guard import evaluate_loss
 from lowrank_inverse_torch.parameters import as_parameters
@@ -97,7 +102,12 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
             raise ValueError(f"`{name}` must hold at least one closure; got an empty list.")
 
         def builder(loss: Loss) -> Callable[[], GradientGraph]:
-            return lambda: GradientGraph(evaluate_loss(loss, name=name), params.tensors, name=name)
+            def build() -> GradientGraph:
+                with TwiceDifferentiable():
+                    value = evaluate_loss(loss, name=name)
+                return GradientGraph(value, params.tensors, name=name)
+
+            return build
 
         super().__init__([builder(one) for one in losses], params, chunk_size, module)
 
@@ -128,7 +138,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
                     total = totals[i]
                     totals[i] = part if total is None else total + part
 
-        self._for_each_graph(accumulate)
+        self._for_each_graph(accumulate, wrt)
         return [None if total is None else total / len(self._builders) for total in totals]
 
 

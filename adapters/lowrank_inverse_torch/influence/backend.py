@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import numbers
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,16 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, autograd, nn
-from torch.utils import _pytree as pytree
 
+from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     GradientGraph,
     HessianOperator,
 )
-from lowrank_inverse_torch.influence.data import as_examples
-from lowrank_inverse_torch.model_guard import explained, untouched
+from lowrank_inverse_torch.influence.calls import (
+    called,
+    in_float32,
+    joined_outputs,
+    pair,
+    rows_of,
+    to_evaluation,
+)
+from lowrank_inverse_torch.influence.data import LOW_PRECISION, as_examples, flatten
+from lowrank_inverse_torch.model_guard import RandomStates, explained, untouched
 from lowrank_inverse_torch.parameters import Parameters, as_parameters
 
 Split = Callable[[Any], tuple[Any, Any]]
@@ -43,45 +53,89 @@ class TorchBackend:
                 "`loss` must be a function (output, target) -> losses, shape (size,); "
                 f"got {type(loss).__name__}."
             )
-        self.model, self.loss, self.split = model, loss, split or _pair
+        self.model, self.loss, self.split = model, loss, split
         self.params: Parameters = as_parameters(model if params is None else params)
-        self.n, self.like = self.params.n, self.params.flatten(self.params.tensors)[:0]
         self.chunk_size = chunk_size
         self.has_outputs = True
         self._names = _names(model, self.params)
         self._batched: bool | None = None
-        self._versions = [tensor._version for tensor in self.params.tensors]
+        self.is_widened = self.params.dtype in LOW_PRECISION
+        if self.is_widened:
+            self.model = in_float32(model)
+            parameters = dict(self.model.named_parameters())
+            self.params = as_parameters([parameters[name] for name in self._names])
+        self.n, self.like = self.params.n, self.params.flatten(self.params.tensors)[:0]
+        floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        self.unit = max(torch.finfo(dtype).eps for dtype in floats)
+        self._watched = [*model.parameters(), *model.buffers()]  # the user's own
+        self._versions = [tensor._version for tensor in self._watched]
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[RandomStates]:
         """Put the model to evaluation; all comes back as it was."""
-        if [tensor._version for tensor in self.params.tensors] != self._versions:
+        if [tensor._version for tensor in self._watched] != self._versions:
             raise RuntimeError(
-                "The parameters were changed in place after this influence function was made, "
-                "which holds the curvature at the earlier ones. Make it anew."
+                "Parameters or buffers were changed in place after this influence function was "
+                "made, which holds the curvature at the earlier ones. Make it anew."
             )
-        with untouched(self.params.tensors, [self.model]):
-            _to_evaluation(self.model)
-            yield
-        self._versions = [tensor._version for tensor in self.params.tensors]
+        with untouched(self.params.tensors, [self.model]) as states:
+            to_evaluation(self.model)
+            yield states
+        self._versions = [tensor._version for tensor in self._watched]
 
     def vector(self) -> Tensor:
         """Return the parameters, shape (n,)."""
         return self.params.flatten(self.params.tensors)
 
+    def ridge(self, ridge: Any) -> Any:
+        """Return a number, a vector, or a dict of them by parameter, as number or vector."""
+        if isinstance(ridge, numbers.Real):
+            return ridge
+        if not isinstance(ridge, Mapping):
+            vector = self._as_like(ridge)
+            if vector.shape not in ((), (self.n,)):
+                raise ValueError(
+                    f"`ridge` must be a number, an array of shape ({self.n},), or a dict by name "
+                    f"of parameter; got shape {tuple(vector.shape)}."
+                )
+            return vector
+        if set(ridge) != set(self._names):
+            raise ValueError(
+                f"`ridge` must have one entry for each parameter, {self._names}; got {list(ridge)}."
+            )
+        pairs = zip(self._names, self.params.tensors, strict=True)
+        return self.params.flatten(
+            [self._as_like(ridge[name]).expand_as(tensor) for name, tensor in pairs]
+        )
+
+    def fingerprint(self) -> str:
+        """Hash all parameters and buffers."""
+        return digest(*self.model.parameters(), *self.model.buffers())
+
     def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a data set as examples."""
         return as_examples(
-            data, name, device=self.params.device, batch_size=batch_size, memory_budget=budget
+            data,
+            name,
+            like=self.like,
+            widen=self.is_widened,
+            batch_size=batch_size,
+            memory_budget=budget,
         )
 
-    def losses(self, batch: Any) -> Any:
-        """Return the loss of each example, detached."""
-        with self.evaluating(), torch.no_grad():
-            output, target = self._forward(batch)
-            self.has_outputs = isinstance(output, Tensor)
-            losses = self.loss(output, target)
-        return losses
+    def measuring(self, loss: Callable[[Any, Any], Tensor]) -> TorchBackend:
+        """Return the same with another loss."""
+        other = copy.copy(self)
+        other.loss, other._batched = loss, None
+        return other
+
+    def losses(self, batch: Any, *, anew: bool = False) -> Any:
+        """Return the loss of each example, detached; `anew` with another random state."""
+        with self.evaluating() as states, torch.no_grad():
+            if anew:
+                for device in states:
+                    torch.rand(1, device=device)
+            return self._losses(batch)
 
     def operator(
         self, examples: Examples, curvature: str, weights: np.ndarray | None = None
@@ -93,18 +147,25 @@ class TorchBackend:
         def weighted(losses: Tensor, i: int) -> Tensor:
             if weights is None:
                 return scale * losses.sum()
-            return scale * (self._host(weights[starts[i] : starts[i + 1]]) * losses).sum()
+            return scale * (self._as_like(weights[starts[i] : starts[i + 1]]) * losses).sum()
 
         def losses_of(i: int) -> Tensor:
-            return self.loss(outputs_of(i), targets[i])
+            return loss_at(outputs_of(i), i)
 
-        def outputs_of(i: int) -> Any:
-            _to_evaluation(self.model)  # within the operator's own guard
-            targets.clear()
-            output, targets[i] = self._forward(examples.get(i))
-            return output
+        def outputs_of(i: int) -> Tensor:
+            to_evaluation(self.model)  # within the operator's own guard
+            rest.clear()
+            output, target = self._forward(examples.get(i))
+            joined, separate = joined_outputs(output)
+            rest[i] = separate, target
+            return joined
 
-        targets: dict[int, Any] = {}  # of the batch whose graph is being built
+        def loss_at(z: Tensor, i: int) -> Tensor:
+            separate, target = rest[i]
+            return self.loss(separate(z), target)
+
+        # Of the batch whose graph is being built: its targets, and the way back to its outputs.
+        rest: dict[int, tuple[Callable[[Tensor], Any], Any]] = {}
         options: dict[str, Any] = {"chunk_size": self.chunk_size, "module": self.model}
 
         def each(function: Callable[..., Tensor]) -> list[Any]:
@@ -114,7 +175,7 @@ class TorchBackend:
             losses = each(lambda i: weighted(losses_of(i), i))
             return HessianOperator(losses, self.params, **options)
         if curvature == "ggn":
-            outer = each(lambda z, i: weighted(self.loss(z, targets[i]), i))
+            outer = each(lambda z, i: weighted(loss_at(z, i), i))
             return GaussNewtonOperator(outer, each(outputs_of), self.params, **options)
         # J^T diag(w) J of the losses themselves: the curvature of half their squares
         halves = each(lambda z, i: weighted(z**2, i) / 2)
@@ -125,18 +186,20 @@ class TorchBackend:
 
     def gradients(self, batch: Any) -> Tensor:
         """Return the gradient of each example as a column, shape (n, size)."""
-        leaves, _ = pytree.tree_flatten(batch)
+        leaves, _ = flatten(batch)
         size = next(x.shape[0] for x in leaves if isinstance(x, Tensor) and x.ndim > 0)
         with self.evaluating():
+            if size == 1:
+                return self._gradient(batch, None)[:, None]
             if self._batched is None:
                 try:
-                    self._gradients_at_once(_rows(batch, 0, min(2, size)))
+                    self._gradients_at_once(rows_of(batch, 0, min(2, size)))
                     self._batched = True
-                except RuntimeError:  # what vmap cannot batch
+                except Exception:  # what vmap cannot batch; a fault of the loss comes again below
                     self._batched = False
             if self._batched:
                 return self._gradients_at_once(batch).mT
-            rows = [self._gradient(_rows(batch, i, i + 1), None) for i in range(size)]
+            rows = [self._gradient(rows_of(batch, i, i + 1), None) for i in range(size)]
         return torch.stack(rows).mT
 
     def slopes(self, batch: Any, Z: Tensor) -> Tensor:
@@ -160,15 +223,29 @@ class TorchBackend:
             w = weights[start : start + examples.size(batch)]
             if np.any(w):
                 with self.evaluating():
-                    result += self._gradient(batch, self._host(w))
+                    result += self._gradient(batch, self._as_like(w))
         return result
 
-    def _forward(self, batch: Any) -> tuple[Any, Any]:
-        inputs, target = self.split(batch)
-        return _called(self.model, inputs), target
+    def _forward(self, batch: Any, values: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
+        """Return output and target; the whole of a dict where nothing says how to split it."""
+        if self.split is not None:
+            inputs, target = self.split(batch)
+        elif isinstance(batch, Mapping):
+            inputs, target = batch, batch
+        else:
+            inputs, target = pair(batch)
+        try:
+            return called(self.model, inputs, values), target
+        except TypeError as error:
+            if inputs is not batch:
+                raise
+            raise TypeError(
+                f"{error}. A batch that is a dict is given to the model as keywords, and to the "
+                "loss as it is: give `split`, a function (batch) -> (inputs, targets), for others."
+            ) from error
 
-    def _losses(self, batch: Any) -> Tensor:
-        output, target = self._forward(batch)
+    def _losses(self, batch: Any, values: dict[str, Tensor] | None = None) -> Tensor:
+        output, target = self._forward(batch, values)
         return self.loss(output, target)
 
     def _gradient(self, batch: Any, weights: Tensor | None) -> Tensor:
@@ -180,7 +257,7 @@ class TorchBackend:
 
     def _gradients_at_once(self, batch: Any) -> Tensor:
         """Return one gradient in each row, shape (size, n), by vmap."""
-        leaves, structure = pytree.tree_flatten(batch)
+        leaves, rebuild = flatten(batch)
         has_rows = [isinstance(x, Tensor) and x.ndim > 0 for x in leaves]
 
         def loss_of_one(values: dict[str, Tensor], *rows: Any) -> Tensor:
@@ -189,9 +266,7 @@ class TorchBackend:
                 next(given).unsqueeze(0) if has else x
                 for x, has in zip(leaves, has_rows, strict=True)
             ]
-            inputs, target = self.split(pytree.tree_unflatten(alone, structure))
-            output = _called(self.model, inputs, values)
-            return self.loss(output, target).sum()
+            return self._losses(rebuild(alone), values).sum()
 
         values = {
             name: tensor.detach()
@@ -202,41 +277,8 @@ class TorchBackend:
         grads = gradient(values, *rows)
         return torch.cat([grads[name].flatten(1) for name in self._names], dim=1).detach()
 
-    def _host(self, weights: np.ndarray) -> Tensor:
-        return torch.as_tensor(weights, dtype=self.params.dtype, device=self.params.device)
-
-
-def _called(model: nn.Module, inputs: Any, values: dict[str, Tensor] | None = None) -> Any:
-    """Call the model: a tuple or list spreads over its arguments, a dict over its keywords."""
-    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
-    kwargs = dict(inputs) if isinstance(inputs, dict) else {}
-    if not args and not kwargs:
-        args = (inputs,)
-    if values is None:
-        return model(*args, **kwargs)
-    return torch.func.functional_call(model, values, args, kwargs)
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
-        raise ValueError(
-            f"a batch must be a pair (inputs, targets); got {kind}. Give `split`, a function "
-            "(batch) -> (inputs, targets)."
-        )
-    return batch[0], batch[1]
-
-
-def _rows(batch: Any, start: int, stop: int) -> Any:
-    return pytree.tree_map(
-        lambda x: x[start:stop] if isinstance(x, Tensor) and x.ndim > 0 else x, batch
-    )
-
-
-def _to_evaluation(model: nn.Module) -> None:
-    # Not model.eval(): what a module does besides in its own train() could not be undone.
-    for part in model.modules():
-        part.training = False
+    def _as_like(self, values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=self.params.dtype, device=self.params.device)
 
 
 def _names(model: nn.Module, params: Parameters) -> list[str]:

@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from lowrank_inverse.influence.dataset import DEFAULT_BATCH_SIZE, Examples
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
 
 class Moved:
-    """Batches with their tensors on one device, and detached."""
+    """Batches as detached tensors on the device of `like`, NumPy's arrays too.
 
-    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
-        self.batches, self.device = batches, device
+    Floating numbers of NumPy come in the dtype of `like`; so do, with `widen`, those in less than
+    float32.
+    """
+
+    def __init__(self, batches: Iterable[Any], like: Tensor, widen: bool) -> None:
+        self.batches, self.like, self.widen = batches, like, widen
 
     def __iter__(self) -> Iterator[Any]:
         """Read from the start."""
         for batch in self.batches:
-            yield pytree.tree_map(
-                lambda x: x.detach().to(self.device) if isinstance(x, Tensor) else x, batch
-            )
+            leaves, rebuild = flatten(batch)
+            yield rebuild([self._moved(leaf) for leaf in leaves])
+
+    def _moved(self, leaf: Any) -> Any:
+        floating = False
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+            floating = leaf.dtype.kind == "f"
+            leaf = torch.tensor(np.ascontiguousarray(leaf))
+        if not isinstance(leaf, Tensor):
+            return leaf
+        floating |= self.widen and leaf.dtype in LOW_PRECISION
+        return leaf.detach().to(self.like.device, self.like.dtype if floating else leaf.dtype)
 
 
 def as_examples(
-    data: Any, name: str, *, device: torch.device, batch_size: int | None, memory_budget: int
+    data: Any,
+    name: str,
+    *,
+    like: Tensor,
+    widen: bool,
+    batch_size: int | None,
+    memory_budget: int,
 ) -> Examples:
-    """Return a DataLoader, a Dataset, a tuple or dict of tensors or a list of batches as examples.
+    """Return a DataLoader, a Dataset, a tuple or dict of arrays or a list of batches as examples.
+
+    A list of single examples, and what else has a length and items, is a data set too.
 
     Raises
     ------
@@ -41,9 +76,9 @@ def as_examples(
     """
     batches = _batches(data, name, batch_size)
     return Examples(
-        batches if isinstance(batches, Iterator) else Moved(batches, device),
+        batches if isinstance(batches, Iterator) else Moved(batches, like, widen),
         name=name,
-        flatten=_flatten,
+        flatten=flatten,
         batch_size=batch_size,
         memory_budget=memory_budget,
     )
@@ -51,21 +86,21 @@ def as_examples(
 
 def _batches(data: Any, name: str, batch_size: int | None) -> Iterable[Any]:
     if isinstance(data, DataLoader):
-        return _in_order(data, name)
-    if isinstance(data, (tuple, dict)):
+        return in_order(data, name)
+    if isinstance(data, (tuple, Mapping)):
         return [data]
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+    if _is_dataset(data):
         _check_length(data, name)
-        return DataLoader(data, batch_size=batch_size or DEFAULT_BATCH_SIZE)
+        return DataLoader(data, batch_size=batch_size or DEFAULT_BATCH_SIZE, collate_fn=_stacked)
     if isinstance(data, list) or (isinstance(data, Iterable) and not isinstance(data, Tensor)):
         return data
     raise TypeError(
         f"`{name}` must be a DataLoader, a Dataset, a tuple of tensors (inputs, targets) or a list "
-        f"of batches; got {type(data).__name__}."
+        f"of batches or examples; got {type(data).__name__}."
     )
 
 
-def _in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
+def in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
     """Return a loader whose examples come in the order of its data set, none left out."""
     if isinstance(loader.dataset, IterableDataset):
         return loader
@@ -98,6 +133,71 @@ def _check_length(data: Any, name: str) -> None:
         )
 
 
-def _flatten(batch: Any) -> tuple[list[Any], Any]:
-    leaves, structure = pytree.tree_flatten(batch)
-    return leaves, lambda values: pytree.tree_unflatten(values, structure)
+def _is_dataset(data: Any) -> bool:
+    """Whether the items of `data` are examples, as torch has it; those of a list may be batches."""
+    if isinstance(data, list):
+        return len(data) > 0 and _is_example(data[0])
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset)
+    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return has_items and not isinstance(data, str) and not hasattr(data, "dtype")
+
+
+def _is_example(item: Any) -> bool:
+    """Whether an item is no batch: it has a number where a batch has one for each example."""
+    arrays = [leaf for leaf in flatten(item)[0] if isinstance(leaf, (Tensor, np.ndarray))]
+    numbers = (
+        isinstance(leaf, (int, float, np.generic)) and not isinstance(leaf, bool)
+        for leaf in flatten(item)[0]
+    )
+    return any(numbers) or len({leaf.shape[:1] for leaf in arrays}) > 1
+
+
+def _stacked(examples: list[Any]) -> Any:
+    """Stack examples as torch does; lists of numbers in a dict, as of a tokenizer, are arrays."""
+
+    def plain(example: Any) -> Any:
+        if not isinstance(example, Mapping):
+            return example
+        return {k: torch.tensor(v) if isinstance(v, list) else v for k, v in example.items()}
+
+    try:
+        return default_collate([plain(example) for example in examples])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the examples cannot be stacked: {error}. Give a DataLoader with a `collate_fn` that "
+            "pads them, such as transformers.DataCollatorWithPadding."
+        ) from error
+
+
+def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return the leaves of a structure, and what puts others in their places.
+
+    Mappings of every kind and dataclasses are structures, such as a tokenizer's batches and a
+    model's outputs, beside those that torch knows.
+    """
+    put: Any = None
+    if isinstance(tree, Mapping):
+        keys: list[Any] = sorted(tree, key=str)
+        children, put = [tree[key] for key in keys], operator.setitem
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        keys, put = [field.name for field in fields(tree)], object.__setattr__
+        children = [getattr(tree, key) for key in keys]
+    else:
+        children, structure = pytree.tree_flatten(tree)
+        if len(children) == 1 and children[0] is tree:
+            return children, lambda values: values[0]
+        keys = []
+    parts = [flatten(child) for child in children]
+
+    def rebuild(values: list[Any]) -> Any:
+        rest = iter(values)
+        built = [build(list(islice(rest, len(part)))) for part, build in parts]
+        if put is None:
+            return pytree.tree_unflatten(built, structure)
+        other = copy.copy(tree)
+        for key, value in zip(keys, built, strict=True):
+            put(other, key, value)
+        return other
+
+    return [leaf for part, _ in parts for leaf in part], rebuild

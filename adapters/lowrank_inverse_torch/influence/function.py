@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
-from lowrank_inverse.influence.files import read_saved
 from lowrank_inverse_torch.influence.backend import Split, TorchBackend
 
 __all__ = ["InfluenceFunction"]
@@ -29,48 +28,58 @@ class InfluenceFunction(InfluenceBase):
     ----------
     model : Module
         Trained. It is put to evaluation for each call, and comes back as it was: mode, buffers,
-        ``.grad`` and random state.
+        ``.grad`` and random state. Its outputs may be of any structure. Attention is computed in
+        the form that has a second derivative; of weights in less than float32 a copy in float32
+        is taken.
     loss : callable (output, target) -> Tensor, shape (size,)
         One number for each example, such as ``cross_entropy(..., reduction="none")``.
-    train : DataLoader, Dataset, tuple of tensors or list of batches
-        A batch is a pair (inputs, targets); inputs in a tuple or a dict are spread over the
-        arguments of the model. Examples are numbered in the order of the data set: a shuffled
-        loader is read in order, and ``drop_last`` drops nothing. A mean over all examples, to which
-        batch size and order make no difference.
+    train : DataLoader, Dataset, tuple of tensors, or list of batches or examples
+        A batch is a pair (inputs, targets); inputs in a tuple or a mapping are spread over the
+        arguments of the model. A batch that is a mapping, such as a tokenizer's, is given whole:
+        ``model(**batch)`` and ``loss(output, batch)``. NumPy's arrays are taken too. Examples are
+        numbered in the order of the data set: a shuffled loader is read in order, and
+        ``drop_last`` drops nothing. A mean over all examples, to which batch size and order make
+        no difference.
     params : Module, Tensor or iterable of tensors, optional
         Parameters of the model to differentiate by. Default: all that require grad.
     curvature : {"ggn", "hessian", "empirical_fisher"}
         Gauss-Newton, never negative for a loss that is convex in the outputs; the Hessian, exact
         near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
-        With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, damping 0 where
-        there is a `ridge` and "auto" where there is none. NystromCG takes the columns for the
-        Hessian from the Gauss-Newton matrix.
-    ridge : float
+        With the damping of the mean curvature. Default: ``NystromCG(rank=50)``, with fewer columns
+        where `memory_budget` wants it, and ``Exact()`` for so many queries that all columns of a
+        model of up to 2000 parameters cost less; damping 0 where there is a `ridge` everywhere and
+        "auto" elsewhere. NystromCG takes the columns for the Hessian from the Gauss-Newton
+        matrix.
+    ridge : float, array of shape (n,), or dict by name of parameter
         Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
-        decay), treated exactly.
+        decay), treated exactly. One for all parameters, or one for each.
     damping : float or "auto", optional
         In place of that of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
         [2]_, from 16 products; see ``info.damping``.
     batch_size : int, optional
         Examples in a graph. Default: 512, or as they come where they cannot be cut anew.
     split : callable (batch) -> (inputs, targets), optional
-        For batches that are no pair.
+        For batches that are neither a pair nor the arguments of the model.
     chunk_size : int
         Products taken at a time by vmap; more than 1 may pay on an accelerator.
     rng : int or numpy.random.Generator, optional
         Seed of the columns.
     memory_budget : int
-        Bytes for the batches to keep, and as much again for the right-hand sides of a solve. Other
-        batches are read again for each product.
+        Bytes for the batches to keep, as much again for the right-hand sides of a solve, and half
+        of it for the columns of the default solver. Other batches are read again for each product.
     progress : bool
-        Show progress bars; needs tqdm.
+        Show progress bars, which need tqdm, and print the plan before each computation.
 
     Raises
     ------
     TypeError, ValueError
-        A loss that is not one finite number for each example, of it alone; labels out of range;
-        data without examples, or that can be read only once.
+        A loss that is not one finite number for each example, of it alone, with a finite gradient
+        and the same at each evaluation; labels out of range; data without examples, or that can be
+        read only once.
+    RuntimeError
+        Data that are others when they are read again; in later calls, weights, buffers, data or
+        constants of the loss that were changed in place.
 
     Notes
     -----
@@ -109,7 +118,7 @@ class InfluenceFunction(InfluenceBase):
         params: Any = None,
         curvature: str = "ggn",
         solver: Solver | SolveFunction | None = None,
-        ridge: float = 0.0,
+        ridge: Any = 0.0,
         damping: Scalar = None,
         batch_size: int | None = None,
         split: Split | None = None,
@@ -118,6 +127,10 @@ class InfluenceFunction(InfluenceBase):
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
     ) -> None:
+        if isinstance(params, Iterator):
+            params = list(params)
+        about = {"params": params, "split": split, "chunk_size": chunk_size}
+        self._arguments = (model, loss, train), about
         super().__init__(
             TorchBackend(model, loss, params, split, chunk_size),
             train,
@@ -146,11 +159,9 @@ class InfluenceFunction(InfluenceBase):
         ----------
         path : path
         model, loss, train
-            As they were; the fingerprint of the parameters is checked.
+            As they were: weights, data and the loss of each training example are checked.
         **options
             `params`, `batch_size`, `split`, `chunk_size`, `memory_budget` and `progress`.
         """
-        saved = read_saved(path)
-        influence = cls(model, loss, train, **saved.settings, **options)
-        influence._restore(path, saved)
+        influence: InfluenceFunction = cls._loaded(path, model, loss, train, **options)
         return influence

@@ -320,3 +320,10 @@ def test_gradients_of_an_optimistix_root_go_through(lineax):
 def test_as_lineax_refuses_what_is_no_solver():
     with pytest.raises(TypeError, match="`solver` must be settings"):
         as_lineax("cg")
+
+
+def test_a_matrix_that_is_not_symmetric_is_warned_of_unless_jax_traces():
+    A, b = jnp.array([[2.0, 1.0], [-1.0, 2.0]]), jnp.ones(2)
+    with pytest.warns(RuntimeWarning, match="`matvec` is not symmetric"):
+        as_solve(li.CG())(lambda v: A @ v, b)
+    jax.jit(lambda b: as_solve(li.CG())(lambda v: A @ v, b))(b)

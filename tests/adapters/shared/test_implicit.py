@@ -100,6 +100,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::lowrank_inverse.bilevel.diagnostics.HypergradientWarning")
 @each("solver", SOLVERS, quick=("cg, damped", "nystrom of rank n"))
 def test_it_is_the_dense_implicit_formula_wherever_training_ended(framework, solver):
     problem = Problem.of(framework)
@@ -222,6 +223,7 @@ def test_vmap_over_hparams_equals_a_loop(framework):
     assert relative(wanted[0], theorem(minimiser())[0]) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore::lowrank_inverse.bilevel.diagnostics.HypergradientWarning")
 def test_seeds_reproduce_and_differ(framework):
     problem = Problem.of(framework)
 

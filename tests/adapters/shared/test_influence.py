@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import numpy as np
@@ -422,9 +421,7 @@ def test_what_was_saved_is_loaded_without_computing_the_columns_again(framework,
     assert np.array_equal(host(loaded.scores(problem.query)), scores)
     assert loaded.info.num_products == influence.info.num_products - 10
     assert loaded.info.damping == DAMPING
-    with np.load(path, allow_pickle=False) as file:
-        assert json.loads(str(file["record"]))["solver"]["name"] == "NystromCG"
-    with pytest.raises(ValueError, match="`train` must have 14 examples"):
+    with pytest.raises(ValueError, match="saved with other training set"):
         problem.influence(problem.query, load=path)
     problem.params["shift"] = problem.params["shift"] + 1e-9
     with pytest.raises(ValueError, match="was saved with other parameters"):
@@ -434,7 +431,7 @@ def test_what_was_saved_is_loaded_without_computing_the_columns_again(framework,
 @slow_in_jax
 def test_a_file_that_holds_something_else_is_refused(framework, tmp_path):
     np.savez(tmp_path / "other.npz", other=np.ones(2))
-    with pytest.raises(ValueError, match=r"was not written by InfluenceFunction\.save"):
+    with pytest.raises(ValueError, match=r"no file of InfluenceFunction\.save"):
         Problem(framework).influence(load=tmp_path / "other.npz")
 
 
@@ -458,7 +455,7 @@ def test_a_run_cut_short_goes_on_where_it_was(framework, method, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         influence.scores(problem.query, method=method, checkpoint=tmp_path)
     first = sorted(path.name for path in tmp_path.iterdir())
-    assert "directions-0.npy" in first
+    assert "directions-0.npz" in first
     assert sum(one.startswith("scores-") for one in first) >= 1
     again = problem.influence(**options)
     for _ in range(2):
@@ -476,7 +473,7 @@ def test_a_checkpoint_is_read_and_one_of_another_computation_is_refused(framewor
     assert again.info.num_products == 0
     with pytest.raises(ValueError, match="results of another computation: settings differ"):
         problem.influence(damping=0.2).scores(problem.query, checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="query differ"):
+    with pytest.raises(ValueError, match="query, query losses differ"):
         again.scores(problem.train, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="kind"):
         again.self_influence(checkpoint=tmp_path)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowrank_inverse_torch import hypergradient
+from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
+from lowrank_inverse_torch import HessianOperator, hypergradient
 from tests.adapters.shared.frameworks import Torch, flat, leaves, rebuilt, relative
 from tests.adapters.shared.problem import Dense
 from tests.adapters.torch.models import (
@@ -740,5 +741,97 @@ def test_a_step_taken_by_a_closure_is_refused():
             problem.model[0].weight.add_(1.0)
         return loss * 1.0
 
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match="`outer_loss` changed `params` in place"):
         problem.hypergradient(outer_loss=steps)
+
+
+def test_hparams_that_move_no_minimum_are_refused_with_the_reason():
+    w, rate = torch.ones(2, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(ValueError, match="A learning rate or an initial value moves no minimum"):
+        hypergradient(lambda: (w**2).sum(), lambda: w.sum(), w, rate, solver=li.CG())
+
+
+@pytest.mark.parametrize("rng", [torch.Generator(), "0", -1], ids=repr)
+def test_a_seed_of_another_kind_is_refused_by_name(rng):
+    with pytest.raises(TypeError, match="`rng` must be a whole number >= 0"):
+        Problem().hypergradient(solver=li.NystromCG(rank=2), rng=rng)
+
+
+def test_a_ridge_may_be_a_number_for_each_tensor():
+    problem = Problem(linear)
+    decay = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
+    whole = {
+        "weight": decay[0].expand(NUM_CLASSES, NUM_FEATURES),
+        "bias": decay[1].expand(NUM_CLASSES),
+    }
+    wanted = problem.hypergradient(ridge=whole, hparams=decay).grads
+    found = problem.hypergradient(ridge={"weight": decay[0], "bias": decay[1]}, hparams=decay)
+    torch.testing.assert_close(found.grads, wanted)
+    numbers = problem.hypergradient(ridge={"weight": 0.3, "bias": 0.7})
+    tensors = problem.hypergradient(ridge={k: v.detach() for k, v in whole.items()})
+    torch.testing.assert_close(numbers.ihvp, tensors.ihvp)
+    with pytest.raises(TypeError, match=r"`ridge` at 'bias' must be a torch\.Tensor; got str"):
+        problem.hypergradient(ridge={"weight": 0.3, "bias": "0.7"})
+
+
+def test_sharded_parameters_are_refused_by_name():
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        w = distributed.distribute_tensor(torch.ones(4), mesh, [distributed.Shard(0)])
+        w.requires_grad_()
+        with pytest.raises(TypeError, match="`params` must hold whole tensors; '0' is a DTensor"):
+            HessianOperator(lambda: (w**2).sum(), [w])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_see_a_part_of_the_data_each_are_warned_of(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(HypergradientWarning, match="Each of the 2 ranks .* as a list of closures"):
+        Problem(linear).hypergradient()
+
+
+def test_at_the_minimum_of_a_lasso_the_support_is_named_and_the_formula_holds_there():
+    rng = np.random.default_rng(0)
+    X = torch.from_numpy(rng.standard_normal((40, 10)))
+    truth = torch.cat([torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64), torch.zeros(7)])
+    y = X @ truth + 0.1 * torch.from_numpy(rng.standard_normal(40))
+    A, L = X.mT @ X / 40, float(torch.linalg.eigvalsh(X.mT @ X / 40)[-1])
+
+    def solved(penalty: float) -> Tensor:
+        w = torch.zeros(10, dtype=torch.float64)
+        for _ in range(2000):
+            w = w - (A @ w - X.mT @ y / 40) / L
+            w = w.sign() * torch.relu(w.abs() - penalty / L)
+        return w
+
+    h = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    whole = solved(0.1).requires_grad_()
+    support = whole.detach() != 0
+    free = whole.detach()[support].requires_grad_()
+
+    def inner(w: Tensor) -> Tensor:
+        return 0.5 * ((X @ w - y) ** 2).mean() + h * w.abs().sum()
+
+    def outer(w: Tensor) -> Tensor:
+        return ((w - truth) ** 2).sum()
+
+    def placed() -> Tensor:
+        return torch.zeros(10, dtype=torch.float64).masked_scatter(support, free)
+
+    out = hypergradient(lambda: inner(whole), lambda: outer(whole), whole, h, solver=li.CG())
+    assert [one.name for one in out.info.findings()] == ["not_smooth"]
+    assert f"at the {int((~support).sum())} parameters that are exactly 0" in out.explain()
+    out = hypergradient(
+        lambda: inner(placed()), lambda: outer(placed()), free, h, solver=li.Exact()
+    )
+    assert out.info.findings() == ()
+    difference = (outer(solved(0.1 + 1e-6)) - outer(solved(0.1 - 1e-6))).item() / 2e-6
+    assert out.grads.item() == pytest.approx(difference, rel=1e-5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
 import lowrank_inverse as li
+from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
 
 torch = pytest.importorskip("torch")
 
@@ -215,6 +218,172 @@ def test_grad_vjp_and_jacrev_of_torch_func_agree_with_backward():
         assert relative(jacobian[row], torch.autograd.grad(w, weights)[0]) < 1e-10
 
 
+# Loops: memory, batches, records, states.
+
+
+def test_a_loop_that_goes_on_from_its_results_keeps_none_of_them():
+    h = torch.zeros(1000, requires_grad=True)
+
+    @implicit_minimizer(lambda w, h: ((w - h) ** 2).sum() + 0.1 * (w**2).sum(), solver=li.CG())
+    def train(w: Tensor, h: Tensor) -> Tensor:
+        return h.detach() / 1.1 + 0 * w
+
+    w, results = train(torch.ones(1000), h), []
+    for _ in range(5):
+        w = train(w, h)
+        (w**2).sum().backward()
+        results.append(weakref.ref(w))
+    gc.collect()
+    assert [result() is None for result in results] == [True] * 4 + [False]
+
+
+def test_the_result_keeps_no_graph_of_the_training():
+    seen = []
+
+    @implicit_minimizer(lambda w, h: ((w - h) ** 2).sum(), solver=li.CG())
+    def train(w: Tensor, h: Tensor) -> Tensor:
+        leaf = w.detach().requires_grad_()
+        seen.append(weakref.ref(leaf))
+        return leaf * 1 + h
+
+    h = torch.ones(3, requires_grad=True)
+    w = train(torch.zeros(3), h)
+    assert w.requires_grad
+    assert seen[0]() is None
+
+
+def test_a_batch_that_has_moved_on_before_backward_is_reported():
+    h = torch.tensor(0.0, dtype=F64, requires_grad=True)
+    batch = [torch.tensor([1.0], dtype=F64)]
+
+    def loss(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        return ((w - x) ** 2 * h.exp()).sum() + (w**2).sum()
+
+    def train(w: Tensor, h: Tensor, *args: Tensor) -> Tensor:
+        return (args or batch)[0] * h.exp() / (1 + h.exp())
+
+    late = implicit_minimizer(lambda w, h: loss(w, h, batch[0]), solver=li.CG())(train)
+    bound = implicit_minimizer(loss, solver=li.CG())(train)
+    values: dict[Any, Any] = {late: 0, bound: 0}
+    for x in (1.0, 2.0, 3.0):
+        batch[0] = torch.tensor([x], dtype=F64)
+        values[late] = values[late] + late(torch.zeros(1), h)
+        values[bound] = values[bound] + bound(torch.zeros(1), h, batch[0])
+    with pytest.raises(RuntimeError, match=r"end of training .* train\(init, hparams, batch\)"):
+        values[late].backward()
+    values[bound].backward()
+    assert h.grad.item() == pytest.approx(6 / 4, rel=1e-9)  # d/dh of x e^h / (1 + e^h)
+
+
+def test_dropout_masks_are_those_of_the_end_of_training():
+    h = torch.ones(200, dtype=F64, requires_grad=True)
+
+    @implicit_minimizer(
+        lambda w, h: nn.functional.dropout((w - h) ** 2, 0.5).sum() + 1e-3 * (w**2).sum(),
+        solver=EXACT,
+    )
+    def train(w: Tensor, h: Tensor) -> Tensor:
+        return h.clone()
+
+    torch.manual_seed(0)
+    w = train(torch.zeros(200), h)
+    torch.rand(7)
+    with pytest.warns(HypergradientWarning, match="gradient of the inner problem"):
+        w.sum().backward()
+    torch.manual_seed(0)
+    curvature = 2 * nn.functional.dropout(torch.ones(200, dtype=F64), 0.5)
+    assert relative(h.grad, curvature / (curvature + 2e-3)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("curvature", "solver", "words"),
+    [
+        (torch.logspace(-3, 1, 20, dtype=F64), li.CG(max_steps=3), "ended at max_steps|residual"),
+        (-torch.ones(20, dtype=F64), li.CG(), "negative curvature"),
+    ],
+)
+def test_a_solve_that_failed_is_warned_of_once_and_kept_as_a_record(curvature, solver, words):
+    @implicit_minimizer(
+        lambda w, h: (0.5 * curvature * w * w - w * h).sum(), solver=solver, keep_state=True
+    )
+    def train(w: Tensor, h: Tensor) -> Tensor:
+        return h / curvature
+
+    h = torch.ones(20, dtype=F64, requires_grad=True)
+    assert train.minimizer.info is None
+    with pytest.warns(HypergradientWarning, match=words):
+        train(torch.zeros(20), h).sum().backward()
+    assert train.minimizer.info.findings()
+    train(torch.zeros(20), h).sum().backward()
+
+
+def test_a_state_that_is_kept_saves_the_steps_of_the_next_pass():
+    curvature = torch.logspace(-1, 1, 20, dtype=F64)
+    h = torch.ones(20, dtype=F64, requires_grad=True)
+    steps = {}
+    for keep in (True, False):
+
+        @implicit_minimizer(
+            lambda w, h: (0.5 * curvature * w * w - w * h).sum(), solver=EXACT, keep_state=keep
+        )
+        def train(w: Tensor, h: Tensor) -> Tensor:
+            return h / curvature
+
+        for _ in range(2):
+            h.grad = None
+            train(torch.zeros(20), h).sum().backward()
+            assert relative(h.grad, 1 / curvature) < 1e-9
+        steps[keep] = train.minimizer.info.num_steps
+        assert isinstance(train.minimizer.state, li.HypergradientState)
+    assert steps[True] == 0 < steps[False]
+
+
+RIDGES: dict[str, Any] = {
+    "callable": lambda h: h["log_decay"].exp(),
+    "structure": lambda h: {"w": h["log_decay"].exp(), "b": h["log_decay"].exp()},
+    "flat": lambda h: h["log_decay"].exp().expand(DIM + 1),
+}
+
+
+@pytest.mark.parametrize("ridge", RIDGES.values(), ids=RIDGES)
+def test_a_ridge_equals_the_same_term_inside_the_inner_loss(ridge):
+    _, weights, log_decay = point()
+    value(weights, log_decay).backward()
+
+    def data_term(params: Any, h: Any, x: Tensor) -> Tensor:
+        return inner(params, {**h, "log_decay": torch.tensor(-torch.inf, dtype=F64)}, x)
+
+    h, decay = weights.detach().requires_grad_(), log_decay.detach().requires_grad_()
+    train = implicit_minimizer(data_term, solver=EXACT, ridge=ridge)(newton)
+    outer(train(point()[0], {"weights": h, "log_decay": decay}, X)).backward()
+    assert relative(h.grad, weights.grad) < 1e-9
+    assert relative(decay.grad, log_decay.grad) < 1e-9
+
+
+def test_a_ridge_that_is_a_live_tensor_beside_the_arguments_has_its_derivative():
+    r = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    h = torch.tensor([3.0], dtype=F64, requires_grad=True)
+
+    @implicit_minimizer(lambda w, h: 0.5 * ((w - h) ** 2).sum(), solver=EXACT, ridge=r)
+    def train(w: Tensor, h: Tensor) -> Tensor:
+        return h / (1 + r.detach())
+
+    train(torch.zeros(1), h).sum().backward()
+    assert h.grad.item() == pytest.approx(1 / 1.5, rel=1e-12)
+    assert r.grad.item() == pytest.approx(-3 / 1.5**2, rel=1e-12)
+
+
+def test_keywords_go_to_the_training_function_alone():
+    @implicit_minimizer(lambda w, h: ((w - h) ** 2).sum(), solver=EXACT)
+    def train(w: Tensor, h: Tensor, steps: int = 3) -> Tensor:
+        assert steps == 5
+        return h.clone()
+
+    h = torch.ones(3, dtype=F64, requires_grad=True)
+    train(torch.zeros(3), h, steps=5).sum().backward()
+    assert torch.equal(h.grad, torch.ones(3, dtype=F64))
+
+
 # Errors.
 
 
@@ -290,7 +459,8 @@ def test_a_module_named_is_left_as_it_was():
     def train(init: Any, h: Any) -> Any:
         return dict(model.named_parameters())
 
-    sum(v.sum() for v in train(None, h).values()).backward()
+    with pytest.warns(HypergradientWarning, match="negative curvature"):
+        sum(v.sum() for v in train(None, h).values()).backward()
     assert h.grad.isfinite()
     assert model.training
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())

@@ -147,3 +147,10 @@ def test_the_gradients_accumulate_for_any_optimizer_of_torch():
         before = penalty.detach().clone()
         optimizer.step()
         assert not torch.equal(penalty, before)
+
+
+def test_a_matrix_that_is_not_symmetric_is_warned_of():
+    A = torch.tensor([[2.0, 1.0], [-1.0, 2.0]], dtype=torch.float64)
+    b = torch.ones(2, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="`matvec` is not symmetric"):
+        as_solve(li.CG())(lambda v: A @ v, b)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 import lowrank_inverse as li
@@ -74,3 +76,20 @@ def test_a_state_holds_no_graph_and_is_a_pytree():
     leaves = torch.utils._pytree.tree_leaves(out.state)
     assert len(leaves) == len(out.state)
     assert not any(leaf.requires_grad for leaf in leaves)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "add_safe_globals"), reason="torch.load trusts every file"
+)
+def test_a_checkpoint_with_a_state_is_read_by_torch_load():
+    w = torch.ones(3, requires_grad=True)
+    h = torch.ones(3, requires_grad=True)
+    state = hypergradient(
+        lambda: ((w - h) ** 2).sum(), lambda: (w**2).sum(), w, h, solver=li.NystromCG(rank=2)
+    ).state
+    file = io.BytesIO()
+    torch.save({"epoch": 3, "state": state}, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)["state"]
+    assert isinstance(read, li.HypergradientState)
+    assert all(torch.equal(a, b) for a, b in zip(read, state, strict=True))

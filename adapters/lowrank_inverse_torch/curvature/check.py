@@ -1,0 +1,111 @@
+"""Whether the second derivative that torch has of a loss is that of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_inverse.arrays.conversion import to_host
+from lowrank_inverse.bilevel.hessian_check import HessianCheck, compare, directions
+from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
+from lowrank_inverse_torch.parameters import Parameters, as_parameters
+
+__all__ = ["check_hessian"]
+
+
+def check_hessian(
+    loss: Loss | Sequence[Loss], params: Any, *, seed: int = 0, module: Modules | None = None
+) -> HessianCheck:
+    """Compare a product with the Hessian of a loss with a difference of its gradients.
+
+    Double backward differentiates what it sees. A gradient may depend on more: weights computed
+    from a detached loss, numbers that a custom Function saved, buffers that a forward pass writes.
+    The hypergradient then is that of another problem, with a residual that looks right.
+
+    Parameters
+    ----------
+    loss : closure () -> scalar, or list of closures
+        As in `HessianOperator`, but no evaluated tensor.
+    params : Module, Tensor, iterable of tensors, or pytree of tensors
+        Leaf tensors; they are moved, and come back as they were.
+    seed : int
+        Of the random direction.
+    module : Module or iterable of Modules, optional
+        As in `HessianOperator`.
+
+    Returns
+    -------
+    HessianCheck
+        With `relative_error`, `blocks` by parameter, `ok`, and `explain()`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `HessianOperator`; for a tensor in the place of a closure, and parameters that are no
+        leaves.
+
+    Notes
+    -----
+    Three gradients and one product. Errors below about 2 % are seen in float64 alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    >>> check = check_hessian(lambda: (w.detach() ** 2 * w**2).sum(), w)
+    >>> print(check.ok, round(check.relative_error, 3), check.worst)
+    False 0.667 params
+    """
+    params = as_parameters(params)
+    if any(
+        isinstance(one, Tensor) for one in (loss if isinstance(loss, (list, tuple)) else [loss])
+    ):
+        raise TypeError(
+            "`loss` must be a closure, to be evaluated at other parameters; got a Tensor."
+        )
+    if not all(tensor.is_leaf for tensor in params.tensors):
+        raise ValueError(
+            "`params` must be leaf tensors, which can be moved; some are results of operations."
+        )
+    unit = float(torch.finfo(params.dtype).eps)
+    step = unit**0.5
+    theta = params.flatten(params.tensors)
+    move = step * directions(to_host(theta.double()), params.sizes, seed)
+    offset = torch.as_tensor(move, dtype=params.dtype, device=params.device)
+    H = HessianOperator(loss, params, module=module)
+    above, below = theta + offset, theta - offset
+    gradients = []
+    for vector in (below, above):
+        with _moved(params, vector):
+            gradients.append(_wide(HessianOperator(loss, params, module=module).gradient))
+    product = H @ ((above - below) / (2 * step))  # along what rounding made of the direction
+    return compare(
+        _wide(product),
+        (gradients[0], _wide(H.gradient), gradients[1]),
+        step,
+        params.names,
+        params.sizes,
+        unit,
+    )
+
+
+@contextmanager
+def _moved(params: Parameters, vector: Tensor) -> Iterator[None]:
+    """Put other values in the place of the parameters, without a write to their memory."""
+    kept = [tensor.data for tensor in params.tensors]
+    try:
+        for tensor, value in zip(params.tensors, params.unflatten(vector), strict=True):
+            tensor.data = value.clone()
+        yield
+    finally:
+        for tensor, value in zip(params.tensors, kept, strict=True):
+            tensor.data = value
+
+
+def _wide(vector: Tensor) -> np.ndarray:
+    return to_host(vector.double())

@@ -1,0 +1,86 @@
+"""Calls of a user's model: its arguments, its outputs, and what makes them differentiable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_inverse_torch.influence.data import LOW_PRECISION, flatten
+
+
+def called(model: nn.Module, inputs: Any, values: dict[str, Tensor] | None = None) -> Any:
+    """Call the model: a tuple or list spreads over its arguments, a dict over its keywords."""
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    if not args and not kwargs:
+        args = (inputs,)
+    with twice_differentiable_attention():
+        if values is None:
+            return model(*args, **kwargs)
+        return torch.func.functional_call(model, values, args, kwargs)
+
+
+def twice_differentiable_attention() -> AbstractContextManager[Any]:
+    """Compute attention from products and softmax: the fused kernels have no second derivative."""
+    if not hasattr(nn, "attention"):  # before torch 2.3
+        return nullcontext()
+    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+
+
+def joined_outputs(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Return what is differentiable in the outputs as one tensor, and the way back."""
+    if isinstance(output, Tensor):
+        return output, lambda z: z
+    leaves, rebuild = flatten(output)
+    own = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not own:
+        raise ValueError(
+            "the outputs of `model` must depend on `params`; none of the tensors in the "
+            f"{type(output).__name__} does. Was it evaluated under torch.no_grad(), or detached?"
+        )
+
+    def separate(z: Tensor) -> Any:
+        values = list(leaves)
+        for i, part in zip(own, z.split([leaves[i].numel() for i in own]), strict=True):
+            values[i] = part.reshape(leaves[i].shape).to(leaves[i].dtype)
+        return rebuild(values)
+
+    return torch.cat([leaves[i].reshape(-1) for i in own]), separate
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """Return a copy that computes in float32 at the weights as they are."""
+    model = copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in LOW_PRECISION:
+            tensor.data = tensor.data.float()
+    return model
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets of a batch that is a pair."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
+        raise ValueError(
+            f"a batch must be a pair (inputs, targets); got {kind}. Give `split`, a function "
+            "(batch) -> (inputs, targets); a dict is given to model and loss as it is."
+        )
+    return batch[0], batch[1]
+
+
+def rows_of(batch: Any, start: int, stop: int) -> Any:
+    """Return some examples of a batch."""
+    leaves, rebuild = flatten(batch)
+    return rebuild([x[start:stop] if isinstance(x, Tensor) and x.ndim > 0 else x for x in leaves])
+
+
+def to_evaluation(model: nn.Module) -> None:
+    """Switch all modules to evaluation."""
+    # Not model.eval(): what a module does besides in its own train() could not be undone.
+    for part in model.modules():
+        part.training = False

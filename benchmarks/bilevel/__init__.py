@@ -1,0 +1,1 @@
+"""Hypergradients on small problems whose exact ones are known."""

@@ -1,0 +1,1 @@
+"""Data sets, from the folder of `--data-dir` or from scikit-learn; nothing is downloaded."""

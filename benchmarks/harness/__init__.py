@@ -1,0 +1,1 @@
+"""What all experiments have in common; ``processes`` and ``timing`` need Python alone."""

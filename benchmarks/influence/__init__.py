@@ -1,0 +1,1 @@
+"""Influence functions: against training again, and beside other libraries."""

@@ -1,0 +1,1 @@
+"""Linear systems: accuracy, steps, time and memory of solvers on their own."""

@@ -1,0 +1,66 @@
+"""What influence functions need of a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.influence.dataset import Examples
+
+
+class Backend(Protocol):
+    """What a framework supplies: derivatives of the loss of each example by n parameters."""
+
+    n: int
+    like: Array
+    has_outputs: bool
+    """Whether there is a Gauss-Newton matrix."""
+
+    unit: float
+    """Machine epsilon of the coarsest numbers that the model computes with."""
+
+    def losses(self, batch: Any, *, anew: bool = False) -> Array:
+        """Return the loss of each example, as the user's function gives it.
+
+        `anew`: with another random state, and as the function is now, not as it was compiled.
+        """
+        ...
+
+    def measuring(self, loss: Callable[..., Any]) -> Any:
+        """Return the same with another loss."""
+        ...
+
+    def operator(self, examples: Examples, curvature: str, weights: Any = None) -> Any:
+        """Return ``1 / num * sum_i w_i C_i`` as an operator with its `gradient`."""
+        ...
+
+    def gradients(self, batch: Any) -> Array:
+        """Return the gradient of each example of a batch as a column, shape (n, size)."""
+        ...
+
+    def slopes(self, batch: Any, Z: Array) -> Array:
+        """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
+        ...
+
+    def total(self, examples: Examples, weights: np.ndarray) -> Array:
+        """Return ``sum_i w_i g_i``, shape (n,)."""
+        ...
+
+    def vector(self) -> Array:
+        """Return the parameters, shape (n,)."""
+        ...
+
+    def ridge(self, ridge: Any) -> Any:
+        """Return a ridge in the user's form as a number, or an array of shape (n,)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash the weights, frozen ones too, and what else the model keeps."""
+        ...
+
+    def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
+        """Return a data set as examples."""
+        ...

@@ -1,0 +1,125 @@
+"""Scores block by block: queries solved for in groups, examples passed over in batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.linalg import dot
+from lowrank_inverse.influence.backend import Backend
+from lowrank_inverse.influence.checkpoint import Store, shown
+from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse.influence.loss_checks import check_gradients
+from lowrank_inverse.influence.records import Recorded
+from lowrank_inverse.influence.results import check_choice
+
+METHODS = ("auto", "jvp", "gradients")
+REDUCTIONS = ("none", "sum")
+JVP_MOST = 24
+"""Queries; for more, the gradient of each example is taken instead."""
+
+
+class Passes(Recorded):
+    """The loops of an influence function."""
+
+    def _scored(
+        self,
+        query: Any,
+        train: Any,
+        query_loss: Callable[..., Any] | None,
+        reduction: str,
+        method: str,
+        checkpoint: str | os.PathLike[str] | None,
+    ) -> tuple[Any, tuple[int, int]]:
+        """Return the blocks of scores, as they are computed, and the shape of all."""
+        check_choice("method", method, METHODS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self._check_unchanged()
+        targets = self._train if train is None else self._read(train, "train")
+        backend = self._measure(query_loss)
+        queries = self._read(query, "query", backend)
+        shape = 1 if reduction == "sum" else queries.num, targets.num
+        self._begin(shape[0], shape[0] * shape[1])
+        store = self._store(checkpoint, "scores", method, reduction, query=queries, train=targets)
+        groups = self._passes(
+            queries, targets, backend, reduction=reduction, method=method, store=store
+        )
+        return groups, shape
+
+    def _passes(
+        self,
+        queries: Examples,
+        targets: Examples,
+        backend: Backend,
+        *,
+        reduction: str,
+        method: str,
+        store: Store,
+    ) -> Iterator[tuple[int, Iterator[tuple[int, Array]]]]:
+        """Yield for each group of queries its start, and the blocks of scores with their starts."""
+        solutions: list[Any] = []
+        groups: Any = [(0, None)] if reduction == "sum" else self._groups(queries)
+        for first, batches in groups:
+
+            def compute(first: int = first, batches: Any = batches) -> Array:
+                if batches is None:
+                    G = backend.total(queries, np.ones(queries.num))[:, None]
+                    self._check_total(G, backend, queries)
+                else:
+                    G = self._gradients(backend, queries, first, batches)
+                Z = self._solve(G).value
+                solutions.append(self._solution)
+                return Z
+
+            Z = store.get(f"directions-{first}", compute, self._backend.like)
+            self._remember(solutions)
+            yield first, self._blocks(Z, targets, method, store, first)
+
+    def _blocks(
+        self, Z: Array, targets: Examples, method: str, store: Store, first: int
+    ) -> Iterator[tuple[int, Array]]:
+        by_jvp = method == "jvp" or (method == "auto" and Z.shape[1] <= JVP_MOST)
+        parts = targets.parts(None if by_jvp else self._num_gradients())
+        for start, batch in shown(
+            parts, progress=self._progress, total=len(targets), label="scores"
+        ):
+
+            def compute(batch: Any = batch) -> Array:
+                if by_jvp:
+                    return self._backend.slopes(batch, Z)
+                return Z.T @ self._backend.gradients(batch)
+
+            block = store.get(f"scores-{first}-{start}", compute, self._backend.like)
+            check_gradients(block, targets, start)
+            yield start, block
+
+    def _self_values(self, store: Store) -> Iterator[Array]:
+        """Yield the self-influence of each group of training examples."""
+        solutions: list[Any] = []
+        total = -(-self._train.num // self._width())
+        groups = shown(
+            self._groups(self._train), progress=self._progress, total=total, label="self-influence"
+        )
+        for first, batches in groups:
+
+            def compute(first: int = first, batches: list[Any] = batches) -> Array:
+                G = self._gradients(self._backend, self._train, first, batches)
+                Z = self._solve(G).value
+                solutions.append(self._solution)
+                return dot(G, Z)
+
+            yield store.get(f"values-{first}", compute, self._backend.like)
+        self._remember(solutions)
+
+    def _remember(self, solutions: list[Any]) -> None:
+        """Join what several solves said, for `info`."""
+        if len(solutions) > 0:
+            residual, steps, messages = zip(*solutions, strict=True)
+            message = messages[0] if len(set(messages)) == 1 else "; ".join(messages)
+            self._solution = np.concatenate(residual), np.concatenate(steps), message
+        else:
+            self._solution = None, None, "read from the checkpoint"

@@ -1,0 +1,97 @@
+"""What a computation will cost, and the default solver."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import lowrank_inverse as li
+from lowrank_inverse.influence.damped_solver import KeptColumns
+from lowrank_inverse.influence.plan import default_solver, dense_pays, make_plan, short
+from lowrank_inverse.influence.results import open_scores
+from tests import problems
+
+MIB = 2**20
+
+
+def test_the_columns_of_the_default_solver_fit_into_half_of_the_budget():
+    for n in (100, 10_000, 1_000_000):
+        for budget in (MIB, 64 * MIB, 1024 * MIB):
+            solver = default_solver(n, 4, budget)
+            if isinstance(solver, li.NystromCG):
+                assert 2 * solver.rank * n * 4 <= budget
+                assert solver.rank == min(n, 50, budget // (8 * n))
+            else:
+                assert solver == li.CG() and budget < 5 * 8 * n
+    assert default_solver(3, 8, 1024 * MIB).rank == 3
+
+
+def test_all_columns_pay_for_many_right_hand_sides_of_a_small_model():
+    assert dense_pays(li.NystromCG(rank=50), 171, 400, 4, 1024 * MIB)
+    assert not dense_pays(li.NystromCG(rank=50), 171, 1, 4, 1024 * MIB)
+    assert not dense_pays(li.NystromCG(rank=50), 171, 400, 4, 4 * 171**2 * 4 - 1)
+    assert not dense_pays(li.NystromCG(rank=50), 10_000, 10**6, 4, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("solver", "products", "passes", "columns"),
+    [
+        (li.Exact(), 30, 4, 4 * 30),
+        (li.Nystrom(rank=7, damping=0.1), 7 + 10, 7, 7),
+        (li.Nystrom(rank=7, damping=0.1, memory="streamed"), 7 + 10, 7, 0),
+        (li.NystromCG(rank=7, max_steps=4), 7 + 60, 22, 7),
+        (li.CG(), 220, 69, 0),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, columns):
+    train = SimpleNamespace(num=100, num_bytes=5)
+    plan = make_plan(solver, 30, 8, train=train, num_solves=10, width=4, num_scores=1000)
+    assert plan.num_products == products
+    assert plan.num_passes == passes
+    assert plan.num_bytes == {
+        "data": 5,
+        "columns": columns * 30 * 8,
+        "solve": 16 * 4 * 30 * 8,
+        "scores": 8000,
+    }
+    assert str(plan).startswith(f"10 right-hand sides of 30 parameters by {short(solver)}:\n")
+
+
+def test_settings_are_shown_without_what_is_as_by_default():
+    assert short(li.NystromCG(rank=50)) == "NystromCG(rank=50)"
+    assert short(li.CG(damping=0.5)) == "CG(damping=0.5)"
+    assert short(li.Exact()) == "Exact()"
+
+
+def test_products_with_all_columns_kept_cost_the_operator_nothing():
+    A = problems.matrix("network")
+    kept = KeptColumns(A)
+    inverse = li.Exact(damping=0.1).prepare(kept)
+    assert kept.num_products == len(A)
+    b = problems.rhs(width=3)
+    solution = inverse.solve(b)
+    assert kept.num_products == len(A)
+    true = np.linalg.norm(b - A @ solution.value - 0.1 * solution.value, axis=0)
+    assert np.allclose(solution.residual_norm, true, atol=1e-12)
+    other = KeptColumns(A, problems.matrix("polynomial"))  # columns of another operator
+    other.columns(np.arange(len(A)))
+    assert np.allclose(other @ b, A @ b)
+
+
+def test_scores_are_written_to_a_file_or_an_array(tmp_path):
+    file = open_scores(tmp_path / "scores.npy", (3, 4), np.float32)
+    file[:] = 7
+    file.flush()
+    assert np.array_equal(np.load(tmp_path / "scores.npy"), np.full((3, 4), 7, np.float32))
+    array = np.zeros((3, 4))
+    assert open_scores(array, (3, 4), np.float64) is array
+    with pytest.raises(ValueError, match=r"`out` must end in \.npy"):
+        open_scores("scores.bin", (3, 4), np.float32)
+    with pytest.raises(TypeError, match="or a NumPy array; got 3"):
+        open_scores(3, (3, 4), np.float32)
+    for bad in (np.zeros((4, 3)), np.zeros((3, 4), np.float32), np.broadcast_to(0.0, (3, 4))):
+        with pytest.raises(ValueError, match=r"writeable, of shape \(3, 4\) and dtype float64"):
+            open_scores(bad, (3, 4), np.float64)
