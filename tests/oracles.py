@@ -132,3 +132,15 @@ def relative_error(x: Any, reference: Any) -> float:
 def operator_norm(A: Any) -> float:
     """Return the largest singular value."""
     return float(np.linalg.norm(np.asarray(A, dtype=np.float64), 2))
+
+
+def gradient(f: Any, x: np.ndarray) -> np.ndarray:
+    """Differentiate an analytic function of a vector by complex steps: right to rounding."""
+    return np.stack([f(x + 1e-30j * e).imag / 1e-30 for e in np.eye(x.size)], axis=-1)
+
+
+def jacobian(f: Any, x: np.ndarray, h: float = 1e-3) -> np.ndarray:
+    """Differentiate a function of a vector by central differences of the fourth order."""
+    steps = h * np.eye(x.size)
+    columns = [8 * (f(x + e) - f(x - e)) - (f(x + 2 * e) - f(x - 2 * e)) for e in steps]
+    return np.stack(columns, axis=-1) / (12 * h)

@@ -1,187 +1,473 @@
-"""The formula of the hypergradient, free of any framework."""
+"""The formula of the hypergradient by itself, on NumPy arrays, against closed-form derivatives."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 import lowrank_inverse as li
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
-from lowrank_inverse.bilevel.info import hypergradient_info
+from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.bilevel.ridge import inverse_product
 from tests.conftest import host
-from tests.oracles import damped_solve, norm, nystrom, relative_error
-from tests.problems import CountingOperator, N, indices, matrix, rhs
+from tests.oracles import damped_solve, nystrom
+from tests.oracles import relative_error as relative
+from tests.problems import CountingOperator, rhs, symmetric
 
-K = tuple(indices().tolist())
-H = matrix("linear")
-G = rhs(seed=21)
-F = rhs(width=4, seed=22)
-DIRECT = np.arange(4.0)
-RIDGE = np.linspace(0.1, 2.0, N)
-
-
-def mixed_vjp(q):
-    return [F.T @ q, None, q[:3]]
+N, M = 12, 5
+EIGENVALUES = {
+    "positive definite": np.linspace(0.1, 1, N),
+    "low rank": np.where(np.arange(N) < 4, 1 / np.arange(1, N + 1), 0.0),
+    "indefinite": np.linspace(-0.3, 1, N),
+}
 
 
-def gradient(solver, **arguments):
-    direct = [DIRECT, np.ones(2), None]
-    return implicit_gradient(H, G, mixed_vjp, direct, solver=solver, **arguments)
+def hessian(kind: str = "positive definite") -> np.ndarray:
+    """A symmetric matrix of order N, its largest eigenvalue 1."""
+    return symmetric(EIGENVALUES[kind])
 
 
-@pytest.mark.parametrize("ridge", [None, 0.5, np.array(0.5), RIDGE], ids=["none", "0", "0d", "n"])
-@pytest.mark.parametrize(
-    "solver",
-    [
-        li.Exact(damping=0.1),
-        li.CG(damping=0.1, rtol=1e-12),
-        li.NystromCG(damping=0.1, rtol=1e-12, indices=K),
-        li.Nystrom(rank=N, damping=0.1),
-        li.Nystrom(rank=N, damping=0.1, memory="streamed"),
-        li.Neumann(damping=0.1, num_terms=2000),
-    ],
-    ids=lambda solver: type(solver).__name__,
-)
-def test_the_hypergradient_is_the_dense_implicit_formula(solver, ridge):
-    dense = H + np.diag(np.broadcast_to(0.0 if ridge is None else ridge, N))
-    q = damped_solve(dense, 0.1, G)
-    result = gradient(solver, ridge=ridge, rng=0)
-    tolerance = 1e-4 if isinstance(solver, li.Neumann) else 1e-10
-    assert relative_error(result.solution.value, q) < tolerance
-    assert relative_error(result.grads[0], DIRECT - F.T @ q) < tolerance
-    assert relative_error(result.grads[2], -q[:3]) < tolerance
-    assert relative_error(result.implicit[0], -(F.T @ q)) < tolerance
+def richardson(matvec: Callable[[np.ndarray], np.ndarray], b: np.ndarray) -> np.ndarray:
+    """Three steps of a solver that a user might bring."""
+    x = np.zeros_like(b)
+    for _ in range(3):
+        x = x + 0.3 * (b - matvec(x))
+    return x
 
 
-def test_a_hyperparameter_on_one_path_alone_has_that_part_as_its_gradient():
-    result = gradient(li.Exact(damping=0.1))
-    np.testing.assert_array_equal(result.grads[1], np.ones(2))
-    assert result.implicit[1] is None
-    result = implicit_gradient(H, G, lambda q: [None], [None], solver=li.Exact(damping=0.1))
-    assert result.grads == [None]
+def dense_richardson(B: np.ndarray, b: np.ndarray, num_terms: int, step: float) -> np.ndarray:
+    """The same as a polynomial of B in its eigenbasis."""
+    w, V = np.linalg.eigh(B)
+    return V @ ((1 - (1 - step * w) ** num_terms) / w * (V.T @ b))
 
 
-def test_a_scalar_ridge_joins_the_damping():
-    result = inverse_product(H, G, solver=li.Nystrom(damping=0.1, indices=K), ridge=0.4)
-    expected = damped_solve(nystrom(H, K), 0.5, G)
-    assert relative_error(result[0].value, expected) < 1e-12
+def dense_solve(B: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.linalg.solve(B, b)
 
 
-def test_a_ridge_for_each_parameter_is_kept_out_of_the_approximation():
-    solution, inverse, *_ = inverse_product(
-        H, G, solver=li.Nystrom(damping=0.1, indices=K), ridge=RIDGE
-    )
-    s = (RIDGE + 0.1) ** -0.5
+class Way(NamedTuple):
+    """Settings, and what they compute from the dense ``B = H + ridge + damping``."""
+
+    solver: Any
+    dense: Callable[[np.ndarray, np.ndarray], np.ndarray] = dense_solve
+
+    @property
+    def damping(self) -> float:
+        return getattr(self.solver, "damping", 0.0)
+
+
+WAYS = {
+    "exact": Way(li.Exact()),
+    "exact, damped": Way(li.Exact(damping=0.2)),
+    "cg": Way(li.CG(rtol=1e-13)),
+    "cg, damped": Way(li.CG(rtol=1e-13, damping=0.2)),
+    "nystrom-cg": Way(li.NystromCG(rank=4, rtol=1e-13)),
+    "nystrom-cg, damped": Way(li.NystromCG(rank=4, rtol=1e-13, damping=0.2)),
+    "nystrom of rank n": Way(li.Nystrom(rank=N, damping=0.2)),
+    "nystrom of rank n, chunked": Way(li.Nystrom(rank=N, damping=0.2, memory="chunked")),
+    "nystrom of rank n, streamed": Way(li.Nystrom(rank=N, damping=0.2, memory="streamed")),
+    "neumann": Way(
+        li.Neumann(num_terms=5, step_size=0.4, damping=0.2),
+        lambda B, b: dense_richardson(B, b, 5, 0.4),
+    ),
+    "identity": Way(li.Identity(scale=0.7), lambda B, b: 0.7 * b),
+    "callable": Way(richardson, lambda B, b: dense_richardson(B, b, 3, 0.3)),
+}
+RIDGES = {
+    "none": None,
+    "float": 0.3,
+    "int": 1,
+    "zero": 0.0,
+    "0-d": np.asarray(0.3),
+    "scalar of numpy": np.float64(0.3),
+    "one for each": np.linspace(0.05, 0.9, N),
+}
+
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+each_ridge = pytest.mark.parametrize("ridge", RIDGES.values(), ids=RIDGES)
+
+
+def right_hand_side(dtype: Any = np.float64) -> np.ndarray:
+    return rhs(N).astype(dtype)
+
+
+def dense_system(H: np.ndarray, ridge: Any, damping: float) -> np.ndarray:
+    return H + np.diag(np.zeros(N) + (0.0 if ridge is None else ridge) + damping)
+
+
+# The inverse product.
+
+
+@each_ridge
+@each_way
+def test_the_product_with_the_inverse_has_the_ridge_and_the_damping_in_it(way, ridge):
+    H, b = hessian(), right_hand_side()
+    solution, inverse, *_ = inverse_product(H, b, solver=way.solver, ridge=ridge, rng=0)
+    B = dense_system(H, ridge, way.damping)
+    assert relative(solution.value, way.dense(B, b)) < 1e-10
+    residual = np.linalg.norm(b - B @ solution.value)
+    assert float(solution.residual_norm) == pytest.approx(residual, rel=1e-8, abs=1e-13)
+    assert inverse.shape == (N, N)
+
+
+@each_ridge
+@each_way
+def test_products_with_the_hessian_are_counted_all_told(way, ridge):
+    H = CountingOperator(hessian())
+    solution, *_ = inverse_product(H, right_hand_side(), solver=way.solver, ridge=ridge, rng=0)
+    assert solution.num_products == H.num_products
+
+
+@each_ridge
+@each_way
+def test_float32_stays_float32(way, ridge):
+    H, b = hessian().astype(np.float32), right_hand_side(np.float32)
+    if ridge is RIDGES["one for each"]:
+        ridge = ridge.astype(np.float32)
+    solution, *_ = inverse_product(H, b, solver=way.solver, ridge=ridge, rng=0)
+    assert solution.value.dtype == np.float32
+    B = dense_system(H.astype(np.float64), ridge, way.damping)
+    assert relative(solution.value, way.dense(B, b.astype(np.float64))) < 1e-5
+
+
+@pytest.mark.parametrize("memory", ["stored", "chunked", "streamed"])
+def test_with_a_ridge_for_each_nystrom_approximates_the_hessian_scaled_from_both_sides(memory):
+    H, b, ridge = hessian(), right_hand_side(), np.logspace(-2, 1, N)
+    indices = [7, 2, 9]
+    s = 1 / np.sqrt(ridge + 0.1)
     scaled = s[:, None] * H * s
-    expected = s * damped_solve(nystrom(scaled, K), 1.0, s * G)
-    assert relative_error(solution.value, expected) < 1e-12
-    residual = norm(G - (H + np.diag(RIDGE + 0.1)) @ solution.value)
-    assert relative_error(solution.residual_norm, residual) < 1e-9
-    assert inverse.rank == len(K)
+    wanted = s * damped_solve(nystrom(scaled, indices), 1.0, s * b)
+    solver = li.Nystrom(damping=0.1, indices=indices, memory=memory)
+    solution, inverse, *_ = inverse_product(H, b, solver=solver, ridge=ridge)
+    assert relative(solution.value, wanted) < 1e-10
+    assert inverse.rank == 3
 
 
-@pytest.mark.parametrize("ridge", [None, 0.5, RIDGE], ids=["none", "scalar", "vector"])
-@pytest.mark.parametrize(
-    "solver",
-    [
-        li.Exact(damping=0.1),
-        li.CG(damping=0.1),
-        li.NystromCG(damping=0.1, indices=K),
-        li.Nystrom(damping=0.1, indices=K),
-        li.Nystrom(damping=0.1, indices=K, memory="streamed"),
-        li.Neumann(damping=0.1),
-        li.Identity(),
-    ],
-    ids=lambda solver: type(solver).__name__,
-)
-def test_num_products_is_what_the_hessian_counted(solver, ridge):
-    operator = CountingOperator(H)
-    solution, *_ = inverse_product(operator, G, solver=solver, ridge=ridge)
-    assert solution.num_products == operator.num_products
+def test_one_ridge_joins_the_damping_and_stays_out_of_the_approximation():
+    H, b, indices = hessian(), right_hand_side(), [7, 2, 9]
+    solver = li.Nystrom(damping=0.1, indices=indices)
+    solution, *_ = inverse_product(H, b, solver=solver, ridge=0.4)
+    assert relative(solution.value, damped_solve(nystrom(H, indices), 0.5, b)) < 1e-12
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e3, 1e6])
-def test_success_with_a_ridge_for_each_parameter_means_a_small_true_residual(spread):
-    ridge = np.geomspace(1.0, spread, N)
-    solver = li.NystromCG(damping=0.1, indices=K, rtol=1e-3)
-    solution, *_ = inverse_product(H, G, solver=solver, ridge=ridge)
-    true = norm(G - (H + np.diag(ridge + 0.1)) @ solution.value)
-    assert relative_error(solution.residual_norm, true) < 1e-6
-    assert bool(solution.converged) == (true <= 1e-3 * norm(G))
-
-
-@pytest.mark.parametrize("ridge", [None, 0.5, RIDGE], ids=["none", "scalar", "vector"])
-def test_a_state_saves_the_steps(ridge):
-    solver = li.NystromCG(damping=0.1, indices=K)
-    cold, *_ = inverse_product(H, G, solver=solver, ridge=ridge)
-    warm, *_ = inverse_product(H, G, solver=solver, ridge=ridge, state=cold)
-    assert cold.num_steps > 0
-    assert warm.num_steps == 0
-    assert relative_error(warm.value, cold.value) < 1e-12
-
-
-@pytest.mark.parametrize("kind", [None, 0.5, RIDGE], ids=["none", "scalar", "vector"])
+@pytest.mark.parametrize("kind", ["none", "float", "one for each"])
 def test_the_formula_is_the_same_in_every_library(library, kind):
-    ridge = kind if kind is None or isinstance(kind, float) else library.asarray(kind)
-    operator, g = library.asarray(H), library.asarray(G)
-    solution, *_ = inverse_product(
-        operator, g, solver=li.NystromCG(damping=0.1, indices=K), ridge=ridge
-    )
-    dense = library.seen(H) + np.diag(np.broadcast_to(0.0 if kind is None else kind, N))
-    assert relative_error(host(solution.value), damped_solve(dense, 0.1, G)) < 1e-3
+    ridge = RIDGES[kind] if kind != "one for each" else library.asarray(RIDGES[kind])
+    g = library.asarray(right_hand_side())
+    solver = li.NystromCG(damping=0.1, indices=(7, 2, 9))
+    solution, *_ = inverse_product(library.asarray(hessian()), g, solver=solver, ridge=ridge)
+    wanted = np.linalg.solve(dense_system(hessian(), RIDGES[kind], 0.1), right_hand_side())
+    assert relative(host(solution.value), wanted) < 1e-3
     assert solution.value.dtype == g.dtype
 
 
-def test_the_record_tells_cost_residual_and_curvature():
-    result = gradient(li.CG(damping=0.1))
-    info = hypergradient_info(result, G, 0.25 * np.ones(4), ("unused",))
-    assert info.num_products == result.solution.num_products
-    relative = norm(G - (H + 0.1 * np.eye(N)) @ result.solution.value) / norm(G)
-    assert float(info.relative_residual) == pytest.approx(float(relative), rel=1e-6)
-    assert float(info.inner_grad_norm) == pytest.approx(0.5)
-    assert not info.negative_curvature
-    assert info.hparams_without_path == ("unused",)
-    assert info.rank is None
-
-    result = implicit_gradient(
-        matrix("half"), G, mixed_vjp, [None] * 3, solver=li.Nystrom(damping=0.01, indices=K)
-    )
-    info = hypergradient_info(result, G, np.zeros(4), ())
-    assert bool(info.negative_curvature)
-    assert 0 < info.rank < len(K)
-    assert info.inner_grad_norm == 0
+@pytest.mark.parametrize("sampling", ["uniform", "diagonal", "diagonal_squared"])
+def test_with_a_ridge_for_each_columns_are_drawn_by_the_diagonal_of_the_scaled_hessian(sampling):
+    H, b, ridge = hessian(), right_hand_side(), np.logspace(-3, 2, N)
+    s = 1 / np.sqrt(ridge + 0.1)
+    scaled = s[:, None] * H * s
+    for seed in range(5):
+        solver = li.Nystrom(rank=3, damping=1.0, sampling=sampling)
+        wanted = s * li.solve((scaled + scaled.T) / 2, s * b, solver=solver, rng=seed).value
+        solver = li.Nystrom(rank=3, damping=0.1, sampling=sampling)
+        found = inverse_product(H, b, solver=solver, ridge=ridge, rng=seed)[0].value
+        assert relative(found, wanted) < 1e-10
 
 
-def test_an_outer_gradient_of_zero_has_a_record_without_nan():
-    result = implicit_gradient(H, 0 * G, mixed_vjp, [None] * 3, solver=li.CG(damping=0.1))
-    info = hypergradient_info(result, 0 * G, np.zeros(4), ())
-    assert info.relative_residual == 0
-    assert not np.any(result.grads[0])
+@pytest.mark.parametrize("ridge", [0.5, np.logspace(-1, 1, N)], ids=["one", "one for each"])
+def test_a_known_ridge_is_exact_where_a_sampled_one_is_far_off(ridge):
+    H, b = hessian("low rank"), right_hand_side()
+    B = dense_system(H, ridge, 0.0)
+    wanted = np.linalg.solve(B, b)
+    solver = li.Nystrom(rank=4, damping=1e-8)
+    known = inverse_product(H, b, solver=solver, ridge=ridge, rng=0)[0]
+    sampled = inverse_product(B, b, solver=solver, rng=0)[0]
+    assert relative(known.value, wanted) < 1e-6
+    assert relative(sampled.value, wanted) > 1.0
+
+
+@pytest.mark.parametrize("solver", [li.CG(), li.NystromCG(rank=3)], ids=["cg", "nystrom-cg"])
+@pytest.mark.parametrize("ridge", [None, 0.5, np.logspace(-1, 1, N)], ids=["none", "one", "each"])
+def test_a_state_is_where_the_next_solve_starts(solver, ridge):
+    H, b = hessian(), right_hand_side()
+    cold = inverse_product(H, b, solver=solver, ridge=ridge, rng=0)[0]
+    warm = inverse_product(H, b, solver=solver, ridge=ridge, rng=1, state=cold)[0]
+    assert int(cold.num_steps) > 0
+    assert int(warm.num_steps) == 0
+    assert warm.num_products < cold.num_products
+    assert relative(warm.value, cold.value) < 1e-14
+
+
+def test_one_seed_gives_one_answer():
+    def answer(rng: Any) -> np.ndarray:
+        solver = li.Nystrom(rank=3, damping=1e-2)
+        ridge = np.linspace(0.1, 1, N)
+        H, b = hessian(), right_hand_side()
+        return inverse_product(H, b, solver=solver, ridge=ridge, rng=rng)[0].value
+
+    assert np.array_equal(answer(3), answer(3))
+    assert np.array_equal(answer(3), answer(np.random.default_rng(3)))
+    assert relative(answer(4), answer(3)) > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("ridge", "error", "message"),
+    "solver",
     [
-        (-0.1, ValueError, "`ridge` must be finite and >= 0"),
-        (np.nan, ValueError, "`ridge` must be finite and >= 0"),
-        ("0.1", TypeError, "`ridge` must be a real number"),
-        (np.ones(N - 1), ValueError, "`ridge` must be a number or match the parameters"),
-        (np.ones(N, dtype="float32"), ValueError, "`ridge` must be a number or match"),
-        (np.full(N, np.inf), ValueError, "`ridge` must be finite"),
-        (-np.ones(N), ValueError, "`ridge` must be >= 0 everywhere"),
+        li.CG(rtol=1e-4),
+        li.NystromCG(rank=2, rtol=1e-4),
+        li.Nystrom(rank=2, refine=20, damping=1e-2),
+        li.Nystrom(rank=N, damping=1e-2),
     ],
+    ids=["cg", "nystrom-cg", "nystrom, refined", "nystrom of rank n"],
 )
-def test_a_ridge_that_does_not_fit_is_refused(ridge, error, message):
-    with pytest.raises(error, match=message):
-        inverse_product(H, G, solver=li.NystromCG(damping=0.1, indices=K), ridge=ridge)
+@pytest.mark.parametrize("spread", [1, 4, 8])
+def test_converged_means_that_the_residual_of_the_system_asked_for_meets_rtol(solver, spread):
+    b, rtol = right_hand_side(), getattr(solver, "rtol", 1e-5)
+    for seed in range(5):
+        ridge = np.random.default_rng(seed).permutation(np.logspace(-spread, 2, N))
+        solution, *_ = inverse_product(hessian(), b, solver=solver, ridge=ridge, rng=seed)
+        relative_residual = float(solution.residual_norm) / np.linalg.norm(b)
+        assert bool(solution.converged) <= (relative_residual <= rtol)
 
 
-def test_a_ridge_and_damping_that_are_both_zero_are_refused_where_they_divide():
-    with pytest.raises(ValueError, match="`ridge` plus the damping of the solver must be > 0"):
-        inverse_product(H, G, solver=li.NystromCG(indices=K), ridge=np.zeros(N))
+# The gradient.
 
 
-def test_an_outer_gradient_that_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="`gradient of the outer loss` must be finite"):
-        implicit_gradient(H, np.full(N, np.nan), mixed_vjp, [None] * 3, solver=li.CG())
+class Quadratic(NamedTuple):
+    """Inner loss ``θᵀHθ/2 - θᵀBφ`` and a ridge; outer loss ``|θ - t|²/2 + |φ|²/2``.
+
+    ``θ(φ) = (H + ridge)^{-1} B φ`` is linear, and so the total derivative is plain algebra.
+    """
+
+    H: np.ndarray
+    B: np.ndarray
+    phi: np.ndarray
+    target: np.ndarray
+    ridge: Any
+
+    @classmethod
+    def draw(cls, ridge: Any, kind: str = "positive definite") -> Quadratic:
+        rng = np.random.default_rng(2)
+        B, phi = rng.standard_normal((N, M)), rng.standard_normal(M)
+        return cls(hessian(kind), B, phi, rng.standard_normal(N), ridge)
+
+    @property
+    def response(self) -> np.ndarray:
+        """The derivative of θ by φ."""
+        return np.linalg.solve(dense_system(self.H, self.ridge, 0.0), self.B)
+
+    @property
+    def theta(self) -> np.ndarray:
+        return self.response @ self.phi
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.response.T @ (self.theta - self.target) + self.phi
+
+    def implicit_gradient(self, **options: Any) -> Any:
+        return implicit_gradient(
+            self.H,
+            self.theta - self.target,
+            lambda q: [-(self.B.T @ q)],
+            [self.phi],
+            ridge=self.ridge,
+            **options,
+        )
+
+
+@each_ridge
+@pytest.mark.parametrize(
+    "solver",
+    [li.Exact(), li.CG(rtol=1e-13), li.NystromCG(rank=4, rtol=1e-13)],
+    ids=["exact", "cg", "nystrom-cg"],
+)
+def test_the_hypergradient_is_the_derivative_of_the_minimiser_in_closed_form(solver, ridge):
+    problem = Quadratic.draw(ridge)
+    result = problem.implicit_gradient(solver=solver, rng=0)
+    assert relative(result.grads[0], problem.total) < 1e-10
+    assert relative(result.implicit[0], problem.total - problem.phi) < 1e-10
+
+
+def test_the_derivative_by_a_ridge_for_each_is_that_of_finite_differences():
+    problem = Quadratic.draw(np.linspace(0.1, 1, N))
+    theta, h = problem.theta, 1e-6
+    steps = h * np.eye(N)
+
+    def value(ridge: np.ndarray) -> float:
+        at = problem._replace(ridge=ridge).theta
+        return float(0.5 * np.sum((at - problem.target) ** 2))
+
+    wanted = [(value(problem.ridge + s) - value(problem.ridge - s)) / (2 * h) for s in steps]
+    result = implicit_gradient(
+        problem.H,
+        theta - problem.target,
+        lambda q: [q * theta],
+        [None],
+        solver=li.NystromCG(rank=4, rtol=1e-13),
+        ridge=problem.ridge,
+        rng=0,
+    )
+    assert relative(result.grads[0], np.array(wanted)) < 1e-7
+
+
+def test_missing_parts_count_as_zero_and_stay_missing_where_both_are():
+    one, two = np.ones(2), np.full(3, 2.0)
+    result = implicit_gradient(
+        np.eye(N),
+        right_hand_side(),
+        lambda q: [None, two, two, None],
+        [one, None, two, None],
+        solver=li.Identity(),
+    )
+    assert result.grads[0] is one
+    assert np.array_equal(result.grads[1], -two)
+    assert np.array_equal(result.grads[2], np.zeros(3))
+    assert result.grads[3] is None
+    assert result.implicit[0] is None
+    assert np.array_equal(result.implicit[1], -two)
+
+
+def test_parts_that_do_not_pair_up_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        implicit_gradient(
+            np.eye(N), right_hand_side(), lambda q: [q, q], [None], solver=li.Identity()
+        )
+
+
+# The record.
+
+
+def record(H: np.ndarray, **options: Any) -> HypergradientInfo:
+    b = right_hand_side()
+    result = implicit_gradient(H, b, lambda q: [q], [None], **options)
+    return hypergradient_info(result, b, np.array([3.0, 4.0]), ("idle",))
+
+
+@each_ridge
+@each_way
+def test_the_record_holds_cost_residual_and_the_norm_of_the_inner_gradient(way, ridge):
+    H, b = hessian(), right_hand_side()
+    info = record(H, solver=way.solver, ridge=ridge, rng=0)
+    q = inverse_product(H, b, solver=way.solver, ridge=ridge, rng=0)[0].value
+    residual = b - dense_system(H, ridge, way.damping) @ q
+    wanted = np.linalg.norm(residual) / np.linalg.norm(b)
+    assert float(info.relative_residual) == pytest.approx(wanted, rel=1e-8, abs=1e-13)
+    assert float(info.inner_grad_norm) == pytest.approx(5.0, rel=1e-15)
+    assert info.hparams_without_path == ("idle",)
+    assert info.num_products >= 1
+    assert not info.negative_curvature
+
+
+def test_the_record_knows_the_rank_where_there_is_one():
+    H = hessian("low rank")
+    assert record(H, solver=li.Nystrom(rank=6, damping=1e-2), rng=0).rank == 4
+    assert record(H, solver=li.Nystrom(rank=6, damping=1e-2), ridge=np.ones(N), rng=0).rank == 4
+    assert record(H, solver=li.NystromCG(rank=3), ridge=1.0, rng=0).rank == 3
+    assert record(H, solver=li.Exact()).rank == 4
+    assert record(H, solver=li.Exact(), ridge=1.0).rank == N
+    assert record(H, solver=li.CG(), ridge=1.0).rank is None
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        li.Exact(),
+        li.CG(),
+        li.NystromCG(rank=N, damping=0.01),
+        li.Nystrom(rank=N, damping=1e-2),
+        li.Nystrom(rank=N, memory="streamed", damping=1e-2),
+    ],
+    ids=["exact", "cg", "nystrom-cg", "nystrom", "streamed"],
+)
+def test_negative_curvature_is_that_of_hessian_and_ridge(solver):
+    H = hessian("indefinite")
+    assert record(H, solver=solver, rng=0).negative_curvature
+    assert record(H, solver=solver, ridge=0.1, rng=0).negative_curvature
+    assert record(H, solver=solver, ridge=np.linspace(0.05, 0.1, N), rng=0).negative_curvature
+    assert not record(H, solver=solver, ridge=0.4, rng=0).negative_curvature
+    assert not record(H, solver=solver, ridge=np.linspace(0.4, 1, N), rng=0).negative_curvature
+
+
+def test_an_outer_gradient_of_zero_has_the_residual_zero():
+    zero = np.zeros(N)
+    for way in WAYS.values():
+        for ridge in (None, 0.1, np.ones(N)):
+            result = implicit_gradient(
+                hessian(), zero, lambda q: [q], [None], solver=way.solver, ridge=ridge, rng=0
+            )
+            info = hypergradient_info(result, zero, zero, ())
+            assert info.relative_residual == 0
+            assert info.inner_grad_norm == 0
+            assert not result.grads[0].any()
+
+
+# Errors.
+
+BAD = {
+    "outer gradient NaN": (
+        {"b": np.full(N, np.nan)},
+        ValueError,
+        "`gradient of the outer loss` must be finite",
+    ),
+    "ridge negative": ({"ridge": -0.1}, ValueError, "`ridge` must be finite and >= 0; got -0.1"),
+    "ridge NaN": ({"ridge": np.nan}, ValueError, "`ridge` must be finite and >= 0; got nan"),
+    "ridge negative, without damping": (
+        {"ridge": -0.1, "solver": li.Identity()},
+        ValueError,
+        "`ridge` must be finite and >= 0; got -0.1",
+    ),
+    "ridge a list": ({"ridge": [0.1] * N}, TypeError, "`ridge` must be a real number; got .*list"),
+    "ridge a word": ({"ridge": "strong"}, TypeError, "`ridge` must be a real number; got .*str"),
+    "ridge of wrong shape": (
+        {"ridge": np.ones(N - 1)},
+        ValueError,
+        r"`ridge` must be a number or match the parameters, shape \(12,\).*got shape \(11,\)",
+    ),
+    "ridge of wrong dtype": (
+        {"ridge": np.ones(N, dtype=np.float32)},
+        ValueError,
+        "`ridge` must .* dtype float64; got .* dtype float32",
+    ),
+    "ridge negative somewhere": (
+        {"ridge": np.linspace(-1, 1, N)},
+        ValueError,
+        "`ridge` must be >= 0 everywhere; it holds negative entries",
+    ),
+    "ridge infinite somewhere": (
+        {"ridge": np.full(N, np.inf)},
+        ValueError,
+        "`ridge` must be finite; it holds NaN or Inf",
+    ),
+    "ridge zero somewhere": (
+        {"ridge": np.arange(N, dtype=float), "solver": li.NystromCG(rank=3)},
+        ValueError,
+        "`ridge` plus the damping of the solver must be > 0 everywhere; some entries are 0",
+    ),
+    "solver a class": ({"solver": li.CG}, TypeError, "`solver` must be settings"),
+    "Hessian of another order": (
+        {"H": np.eye(N - 1)},
+        ValueError,
+        r"`b` must have 11 rows to match the operator of shape \(11, 11\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_by_name(options, kind, message):
+    arguments = {"H": hessian(), "b": right_hand_side(), "solver": li.CG(), **options}
+    H, b = arguments.pop("H"), arguments.pop("b")
+    with pytest.raises(kind, match=message):
+        implicit_gradient(H, b, lambda q: [q], [None], **arguments)
+
+
+@pytest.mark.parametrize(
+    "solver", [li.CG(), li.Nystrom(rank=2, damping=1e-2)], ids=["cg", "nystrom"]
+)
+def test_a_ridge_of_zeros_is_none_where_the_damping_does_without(solver):
+    H, b = hessian(), right_hand_side()
+    found = inverse_product(H, b, solver=solver, ridge=np.zeros(N), rng=0)[0].value
+    wanted = inverse_product(H, b, solver=solver, rng=0)[0].value
+    assert relative(found, wanted) < 1e-5

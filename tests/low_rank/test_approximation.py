@@ -252,10 +252,7 @@ def test_pivots_are_dropped_up_to_the_tolerance_that_applies(arguments, kept):
     assert (approx.rank, approx.num_dropped, approx.num_negative) == (kept, 4 - kept, 1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kept"),
-    [({}, 3), ({"indefinite_pivot_rtol": 0.1}, 3)],
-)
+@pytest.mark.parametrize(("arguments", "kept"), [({}, 3), ({"indefinite_pivot_rtol": 0.1}, 3)])
 def test_without_negative_curvature_machine_epsilon_is_the_tolerance(arguments, kept):
     A = np.diag([1.0, 1e-3, 1e-14, 1e-17])
     assert li.nystrom(A, indices=range(4), **arguments).rank == kept

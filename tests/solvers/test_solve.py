@@ -134,18 +134,6 @@ def test_state_is_not_used_by_solvers_that_do_not_iterate_from_a_start():
         )
 
 
-def test_a_start_of_another_shape_is_refused():
-    A, b = matrix("linear"), rhs()
-    for solver in (li.CG(damping=DAMPING), li.NystromCG(damping=DAMPING, indices=K)):
-        with pytest.raises(ValueError, match=r"`x0` must match `b` of .* shape \(24,\)"):
-            li.solve(A, b, solver=solver, x0=rhs(width=WIDTH))
-
-
-def test_a_start_that_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="`x0` must be finite"):
-        li.solve(np.eye(3), np.ones(3), solver=li.CG(), x0=np.full(3, np.nan))
-
-
 # The default path
 
 
@@ -203,13 +191,6 @@ def test_a_preconditioner_for_another_solver_is_refused():
 def test_progress_shows_the_steps(capsys):
     li.solve(matrix("linear"), rhs(), solver=li.CG(), progress=True)
     assert "steps" in capsys.readouterr().err
-
-
-def test_the_same_call_gives_the_same_answer():
-    A, b = matrix("exponential"), rhs()
-    solver = li.Nystrom(rank=5, damping=1e-2)
-    first, again = (li.solve(A, b, solver=solver).value for _ in range(2))
-    np.testing.assert_array_equal(first, again)
 
 
 def test_one_seed_gives_one_answer():
@@ -320,8 +301,6 @@ def test_a_certificate_needs_a_solver_with_a_damping(solver):
         (np.array([[1.0, 2.0], [0.0, 1.0]]), np.ones(2), ValueError, "`A` must be symmetric"),
         (np.eye(3, dtype=int), np.ones(3), TypeError, "`A` must have a real floating dtype"),
         (np.eye(3), np.ones(2), ValueError, "`b` must have 3 rows"),
-        (np.eye(3), np.full(3, np.inf), ValueError, "`b` must be finite"),
-        (np.eye(3), np.ones(3, dtype=complex), TypeError, "`b` must have a real floating dtype"),
         (np.eye(3), np.ones(3, dtype="float32"), TypeError, "nothing is promoted silently"),
         ("A", np.ones(3), TypeError, "`A` must be an array or have"),
     ],

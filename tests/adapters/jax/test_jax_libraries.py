@@ -14,7 +14,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp
 
 from lowrank_inverse_jax import HessianOperator, hypergradient, implicit_minimizer
-from tests.adapters.jax.jax_oracle import Counted, Problem, data_term, dense, inner, outer, relative
+from tests.adapters.jax.jax_oracle import Counted, Problem, dense, relative
+from tests.adapters.shared.problem import data_term, inner, outer
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -16,17 +16,9 @@ import jax.numpy as jnp
 from lowrank_inverse.bilevel.info import HypergradientInfo
 from lowrank_inverse_jax import HessianOperator, hypergradient
 from lowrank_inverse_jax.bilevel import Hypergradient
-from tests.adapters.jax.jax_oracle import (
-    Counted,
-    N,
-    Problem,
-    Tree,
-    compilations,
-    inner,
-    outer,
-    relative,
-)
-from tests.conftest import x64
+from tests.adapters.jax.jax_oracle import Counted, Problem, compilations, relative
+from tests.adapters.shared.frameworks import Tree
+from tests.adapters.shared.problem import N, inner, outer
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -58,17 +50,6 @@ def jitted(problem: Problem, **options: Any) -> Any:
 
 
 # jit.
-
-
-@each_solver
-def test_under_jit_in_float32_it_agrees_with_the_dense_formula_to_rounding(solver, damping):
-    with x64(False):
-        problem = Problem("float32")
-        out = jitted(problem, solver=solver, rng=0)(problem.params, problem.hparams)
-        leaves = jax.tree_util.tree_leaves([out.grads, out.ihvp])
-        assert all(leaf.dtype == jnp.float32 for leaf in leaves)
-    oracle = problem.dense()
-    assert relative(out.grads, oracle.at(oracle.ihvp(damping))) < 2e-5
 
 
 @each_solver
@@ -114,22 +95,6 @@ def test_results_and_records_are_pytrees_that_pass_through_jit():
     assert int(doubled.rank) == 2 * int(out.info.rank)
 
 
-def test_the_state_may_be_carried_by_a_scan_over_outer_steps():
-    problem = Problem()
-    first = problem.hypergradient(solver=li.CG())
-
-    def step(carry: Any, _: Any) -> Any:
-        hparams, state = carry
-        out = problem.hypergradient(hparams=hparams, solver=li.CG(), state=state)
-        hparams = jax.tree_util.tree_map(lambda h, g: h - 1e-4 * g, hparams, out.grads)
-        return (hparams, out.state), out.solution.num_steps
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4))
-    _, steps = run((problem.hparams, first.state))
-    assert int(steps[0]) == 0
-    assert int(jnp.max(steps)) < int(first.solution.num_steps)
-
-
 def test_the_damping_may_be_traced():
     problem = Problem()
     oracle = problem.dense()
@@ -158,9 +123,7 @@ def test_a_ridge_may_be_traced_and_goes_unchecked():
 def test_a_loss_that_is_not_finite_goes_unchecked_under_jit_and_is_reported():
     problem = Problem()
     run = jitted(
-        problem,
-        outer_loss=lambda p, h, x, y: jnp.sqrt(-1 - outer(p, h, x, y)),
-        solver=li.CG(),
+        problem, outer_loss=lambda p, h, x, y: jnp.sqrt(-1 - outer(p, h, x, y)), solver=li.CG()
     )
     out = run(problem.params, problem.hparams)
     assert out.solution.message == "nonfinite"

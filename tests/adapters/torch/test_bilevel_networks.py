@@ -18,8 +18,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank_inverse_torch import hypergradient, implicit_minimizer
+from tests.adapters.torch.models import Tied, batchnorm, frozen
 
-NUM, DIM = 8, 4
+NUM, DIM = 8, 3
 
 
 def by_hypergradient(model: nn.Module, inner: Any, outer: Any, h: Tensor) -> Tensor:
@@ -91,26 +92,10 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))[:, :2]
-
-
-def frozen() -> nn.Module:
-    model = nn.Sequential(nn.Linear(DIM, 3), nn.Tanh(), nn.Linear(3, 2))
-    model[0].weight.requires_grad_(False)
-    return model
-
-
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "tied": Tied,
     "frozen": frozen,
-    "batchnorm": lambda: nn.Sequential(nn.Linear(DIM, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)),
+    "batchnorm": batchnorm,
     "layernorm": lambda: nn.Sequential(nn.Linear(DIM, 3), nn.LayerNorm(3), nn.Linear(3, 2)),
 }
 

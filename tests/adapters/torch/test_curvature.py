@@ -15,7 +15,6 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lowrank_inverse as li
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -23,65 +22,20 @@ from lowrank_inverse_torch.curvature.operators import (
     hvp,
 )
 from lowrank_inverse_torch.parameters import as_parameters
+from tests.adapters.torch.models import (
+    Tied,
+    Unused,
+    Written,
+    assert_unchanged,
+    batchnorm,
+    dead_relu,
+    frozen,
+    mlp,
+    same,
+    snapshot,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-class Tied(nn.Module):
-    """An autoencoder whose two layers share one weight, as the same parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.decode.weight = self.encode.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decode(torch.tanh(self.encode(x)))
-
-
-class Unused(nn.Module):
-    """A layer and a parameter that the outputs do not depend on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.idle, self.layer = nn.Parameter(torch.ones(2)), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class Written(nn.Module):
-    """Buffers of all kinds: assigned anew in forward, written to, shared, and absent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("also", self.norm.running_mean)
-        self.register_buffer("none", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.layer(x)
-        self.mean = 0.9 * self.mean + 0.1 * z.detach().mean(0)
-        return (self.norm(z) * (1 + self.also)).tanh()  # just written under its other name
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
-
-
-def frozen() -> nn.Module:
-    model = mlp()
-    model[0].bias.requires_grad_(False)
-    model[2].weight.requires_grad_(False)
-    return model
-
-
-def dead_relu() -> nn.Module:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
-    with torch.no_grad():
-        model[0].bias[1:3] = -100.0
-    return model
 
 
 def conv() -> nn.Module:
@@ -112,10 +66,8 @@ CASES = {
     "mlp": Case(mlp),
     "tied": Case(Tied),
     "frozen": Case(frozen),
-    "batchnorm": Case(lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())),
-    "batchnorm_eval": Case(
-        lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()), training=False
-    ),
+    "batchnorm": Case(batchnorm),
+    "batchnorm_eval": Case(batchnorm, training=False),
     "dropout": Case(lambda: nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.4), nn.Linear(6, 3))),
     "dead_relu": Case(dead_relu),
     "unused": Case(Unused),
@@ -124,7 +76,6 @@ CASES = {
     "quartic": Case(mlp, loss=lambda z: (z**4).sum() / 10),
     "buffers": Case(Written),
 }
-SMOOTH = ("mlp", "tied", "frozen", "conv", "dead_relu", "unused", "linear", "quartic")
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -171,73 +122,24 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = Non
     assert (actual - expected).abs().max().item() <= tolerance * scale
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that must come back: identities, values, versions and states."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return {
-        "modes": [module.training for module in model.modules()],
-        "ids": [id(t) for t in tensors],
-        "keys": [list(module._buffers) for module in model.modules()],
-        "values": [t.detach().clone() for t in tensors],
-        "versions": [t._version for t in tensors],
-        "grads": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in tensors],
-        "rng": torch.get_rng_state(),
-        "grad_mode": torch.is_grad_enabled(),
-    }
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return bool(torch.equal(a, b))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    after = snapshot(model)
-    for key, value in before.items():
-        assert same(value, after[key]), key
-
-
 # The Hessian
 
 
 @each_dtype
 @each_case
-def test_hessian_operator_equals_the_dense_hessian(case, dtype):
+def test_hessian_operator_equals_the_dense_hessian_at_every_chunk_size(case, dtype):
     model, x = case.build(dtype)
     expected = dense_hessian(model, lambda m: case.loss(m(x)))
-    H = HessianOperator(lambda: case.loss(model(x)), model)
     n = expected.shape[0]
-    assert H.shape == (n, n)
-    assert H.dtype == dtype
-    assert_close(H @ torch.eye(n, dtype=dtype), expected)
-    assert_close(H.columns(range(n)), expected)
-    v = torch.randn(n, dtype=dtype)
-    assert_close(H @ v, expected @ v)
-    assert not (H @ v).requires_grad
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_hessian_operator_equals_forward_over_reverse(name):
-    model, x = CASES[name].build()
-    function, flat = flat_function(model, lambda m: CASES[name].loss(m(x)))
-    expected = torch.func.hessian(function)(flat)
-    H = HessianOperator(lambda: CASES[name].loss(model(x)), model)
-    assert_close(H @ torch.eye(len(flat), dtype=flat.dtype), expected)
-
-
-@pytest.mark.parametrize("chunk_size", [2, 5, 1000])
-@each_case
-def test_products_in_chunks_equal_products_one_by_one(case, chunk_size):
-    model, x = case.build()
-    one = HessianOperator(lambda: case.loss(model(x)), model)
-    many = HessianOperator(lambda: case.loss(model(x)), model, chunk_size=chunk_size)
-    block = torch.randn(one.shape[0], 7, dtype=torch.float64)
-    assert_close(many @ block, one @ block)
-    indices = torch.randperm(one.shape[0])[:8]
-    assert_close(many.columns(indices), one.columns(indices))
+    v = torch.linspace(-1, 1, n, dtype=dtype)  # moves no random state between the two
+    for chunk_size in (1, 3, 1000):
+        H = HessianOperator(lambda: case.loss(model(x)), model, chunk_size=chunk_size)
+        assert H.shape == (n, n)
+        assert H.dtype == dtype
+        assert_close(H @ torch.eye(n, dtype=dtype), expected)
+        assert_close(H.columns(range(n)), expected)
+        assert_close(H @ v, expected @ v)
+        assert not (H @ v).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -252,37 +154,11 @@ def test_half_precision_products_are_right_to_their_few_digits(dtype):
     assert_close(columns.double(), expected[:, [2, 0]], tolerance=0.02)
 
 
-def test_columns_come_in_the_order_asked_for_and_from_every_kind_of_indices():
-    model, x = CASES["mlp"].build()
-    expected = dense_hessian(model, lambda m: cross_entropy(m(x)))
-    H = HessianOperator(lambda: cross_entropy(model(x)), model, chunk_size=2)
-    indices = [30, 0, 13, 12, 5]
-    for given in (indices, tuple(indices), np.array(indices), torch.tensor(indices)):
-        assert_close(H.columns(given), expected[:, indices])
-    assert_close(H.columns(i for i in indices), expected[:, indices])
-    assert H.columns([]).shape == (31, 0)
-
-
 def test_tensors_without_elements_are_passed_over():
     parts = [torch.ones(2, requires_grad=True), torch.zeros(0, requires_grad=True)]
     parts.append(torch.ones(1, requires_grad=True))
     H = HessianOperator(lambda: torch.cat(parts).pow(3).sum(), parts)
     assert_close(H.columns([2, 0]), torch.tensor([[0.0, 6.0], [0.0, 0.0], [6.0, 0.0]]))
-
-
-def test_a_loss_linear_in_the_parameters_has_exactly_zero_products():
-    model, x = CASES["linear"].build()
-    H = HessianOperator(lambda: model(x).sum(), model)
-    n = H.shape[0]
-    assert torch.count_nonzero(H @ torch.ones(n, 2, dtype=torch.float64)) == 0
-    assert torch.count_nonzero(H.columns(range(n))) == 0
-
-
-def test_a_block_without_columns_gives_one_back():
-    x = torch.ones(3, requires_grad=True)
-    H = HessianOperator(lambda: (x**3).sum(), x)
-    assert (H @ torch.zeros(3, 0)).shape == (3, 0)
-    assert H.num_products == 0
 
 
 def test_products_are_counted_one_for_each_column():
@@ -294,6 +170,8 @@ def test_products_are_counted_one_for_each_column():
     H @ torch.ones(4, 3)
     assert H.num_products == 4
     H.columns([0, 2])
+    assert H.num_products == 6
+    assert H.columns(i for i in ()).shape == (H @ torch.ones(4, 0)).shape == (4, 0)
     assert H.num_products == 6
 
 
@@ -620,23 +498,6 @@ def test_hvp_answers_in_the_form_of_the_vector():
     assert_close(product[0].reshape(-1), expected[:12, :12] @ v[:12, 0])
 
 
-def test_hvp_takes_a_matrix_parameter_and_a_vector_of_its_shape():
-    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    v = torch.ones(2, 2)
-    assert_close(hvp(lambda: (x**3).sum(), x, v), 6 * x.detach())
-    assert_close(hvp(lambda: (x**3).sum(), x, v.reshape(-1)), 6 * x.detach().reshape(-1))
-
-
-def test_hessian_columns_equal_the_dense_columns():
-    model, x = CASES["conv"].build()
-    expected = dense_hessian(model, lambda m: cross_entropy(m(x)))
-    for chunk_size in (1, 3):
-        columns = hessian_columns(
-            lambda: cross_entropy(model(x)), model, [7, 2, 30, 4], chunk_size=chunk_size
-        )
-        assert_close(columns, expected[:, [7, 2, 30, 4]])
-
-
 # Gauss-Newton
 
 
@@ -673,16 +534,6 @@ def test_gauss_newton_operator_equals_the_dense_product(case, dtype):
         assert_close(G @ gradient, expected @ gradient)
 
 
-def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
-    model, x = CASES["mlp"].build()
-    H = HessianOperator(lambda: cross_entropy(model(x)), model)
-    G = GaussNewtonOperator(cross_entropy, lambda: model(x), model)
-    eye = torch.eye(H.shape[0], dtype=torch.float64)
-    hessian, gauss_newton = H @ eye, G @ eye
-    assert torch.linalg.eigvalsh(hessian).min() < -1e-3
-    assert torch.linalg.eigvalsh(gauss_newton).min() > -1e-12
-
-
 def test_lists_of_a_gauss_newton_operator_pair_up_and_average():
     model, x = CASES["dropout"].build()
     scales = (1.0, 3.0)
@@ -703,28 +554,14 @@ def test_lists_of_a_gauss_newton_operator_pair_up_and_average():
     assert G.num_products == G.shape[0]
 
 
-def test_gauss_newton_of_a_linear_loss_is_exactly_zero():
-    model, x = CASES["mlp"].build()
-    G = GaussNewtonOperator(lambda z: z.sum(), lambda: model(x), model)
-    assert torch.count_nonzero(G @ torch.ones(G.shape[0], 2, dtype=torch.float64)) == 0
-
-
 # Errors
 
 
 W = torch.ones(3, requires_grad=True)
 BAD_LOSSES = [
-    (lambda: W**2, ValueError, r"`loss` must be a scalar; got shape \(3,\)"),
-    (lambda: (W / 0).sum(), ValueError, "`loss` must be finite; got inf"),
     (lambda: (W * float("nan")).sum(), ValueError, "`loss` must be finite; got nan"),
     (lambda: 3.0, TypeError, "`loss` must be a scalar tensor, or a closure.*got float"),
-    (lambda: None, TypeError, "got NoneType"),
     (3.0, TypeError, "got float"),
-    (
-        lambda: W.sum().to(torch.complex64),
-        TypeError,
-        "real and floating-point; got torch.complex64",
-    ),
     (lambda: torch.ones(3, requires_grad=True).sum(), ValueError, "`loss` must depend on `params`"),
     (lambda: W.detach().sum(), ValueError, "`loss` must depend on `params`.*no_grad"),
     ([], ValueError, "`loss` must hold at least one closure"),
@@ -739,25 +576,11 @@ def test_a_loss_that_cannot_be_differentiated_is_refused(loss, kind, message):
 
 
 @pytest.mark.parametrize(
-    ("chunk_size", "kind", "message"),
-    [
-        (0, ValueError, "`chunk_size` must be at least 1; got 0"),
-        (2.0, TypeError, "`chunk_size` must be an int; got float"),
-        (True, TypeError, "`chunk_size` must be an int; got bool"),
-    ],
-)
-def test_a_chunk_size_that_is_no_positive_int_is_refused(chunk_size, kind, message):
-    with pytest.raises(kind, match=message):
-        HessianOperator(lambda: (W**3).sum(), W, chunk_size=chunk_size)
-
-
-@pytest.mark.parametrize(
     ("v", "kind", "message"),
     [
         (torch.ones(4), ValueError, r"`v` must have shape \(3,\) or \(3, m\)"),
         (torch.ones(3, dtype=torch.float64), TypeError, "must have the dtype of the parameters"),
         (torch.ones(3, device="meta"), ValueError, "must be on the device of the parameters"),
-        (np.ones(3, dtype=np.float32), TypeError, "must be a torch.Tensor; got ndarray"),
     ],
 )
 def test_a_vector_that_does_not_fit_is_refused(v, kind, message):
@@ -767,29 +590,23 @@ def test_a_vector_that_does_not_fit_is_refused(v, kind, message):
             product()
 
 
+@pytest.mark.parametrize(
+    ("indices", "kind", "message"),
+    [
+        (torch.tensor([1, 2, 1]), ValueError, "`indices` must be distinct"),
+        (torch.tensor([True, False, False]), TypeError, "sequence of integers; got dtype bool"),
+        (torch.tensor(1), TypeError, r"one-dimensional sequence of integers; .* shape \(\)"),
+    ],
+)
+def test_tensors_that_name_no_columns_are_refused(indices, kind, message):
+    with pytest.raises(kind, match=message):
+        hessian_columns(lambda: (W**3).sum(), W, indices)
+
+
 def test_vjp_takes_one_vector_only():
     H = HessianOperator(lambda: (W**3).sum(), W)
     with pytest.raises(ValueError, match=r"`v` must have shape \(3,\), one row"):
         H.vjp(torch.ones(3, 2), [W])
-
-
-@pytest.mark.parametrize(
-    ("indices", "kind", "message"),
-    [
-        ([3], ValueError, "`indices` must lie in 0 … 2; got values from 3 to 3"),
-        ([0, -1], ValueError, "`indices` must lie in 0 … 2; got values from -1 to 0"),
-        (torch.tensor([1, 2, 1]), ValueError, "`indices` must be distinct"),
-        ([0.0], TypeError, r"sequence of integers; got dtype float64 and shape \(1,\)"),
-        (np.array([0.0]), TypeError, "sequence of integers; got dtype float64"),
-        (torch.tensor([True, False, False]), TypeError, "sequence of integers; got dtype bool"),
-        (np.array([[0, 1]]), TypeError, r"got dtype int64 and shape \(1, 2\)"),
-        (1, TypeError, r"`indices` must be a non-empty one-dimensional .* shape \(\)"),
-        (torch.tensor(1), TypeError, r"one-dimensional sequence of integers; .* shape \(\)"),
-    ],
-)
-def test_indices_that_name_no_columns_are_refused(indices, kind, message):
-    with pytest.raises(kind, match=message):
-        hessian_columns(lambda: (W**3).sum(), W, indices)
 
 
 def plain_sum(z: Tensor) -> Tensor:
@@ -808,8 +625,6 @@ def plain_sum(z: Tensor) -> Tensor:
         ),
         (plain_sum, lambda: torch.ones(3), ValueError, "`outputs` must depend on `params`"),
         (lambda z: W.sum(), lambda: W**2, ValueError, "`loss` must depend on `outputs`"),
-        (lambda z: z, lambda: W**2, ValueError, "`loss` must be a scalar"),
-        (lambda z: z.sum() / 0, lambda: W**2, ValueError, "`loss` must be finite"),
         ([plain_sum], [lambda: W, lambda: W], ValueError, "lists of one length; got 1 and 2"),
         ([], [], ValueError, "lists of one length; got 0 and 0"),
         (W.sum(), lambda: W**2, TypeError, "`loss` must be callable; got Tensor"),
@@ -970,55 +785,12 @@ def test_a_tensor_of_the_loss_changed_in_place_raises_with_the_remedy():
         H @ torch.ones(3)
 
 
-def quartic_and_gauss_newton():
-    x = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, requires_grad=True)
-    return (
-        HessianOperator(lambda: (x**4).sum() + x.prod(), x),
-        GaussNewtonOperator(lambda z: (z**2).sum() / 2, lambda: x[1:] * x[0], x),
-    )
-
-
-@pytest.mark.parametrize("kind", [0, 1], ids=["Hessian", "Gauss-Newton"])
-def test_curvature_is_an_operator_like_any_other(kind):
-    H = quartic_and_gauss_newton()[kind]
-    eye = torch.eye(5, dtype=torch.float64)
-    dense = H @ eye
-    assert li.aslinearoperator(H) is H
-    identity, d = li.DiagonalOperator(5, like=H.like), torch.linspace(0.1, 0.5, 5).double()
-    for operator, expected in (
-        (H.T, dense),
-        (H + H, 2 * dense),
-        (-H, -dense),
-        (0.5 * H - H, -0.5 * dense),
-        (np.float64(2) * H, 2 * dense),
-        (torch.tensor(2.0) * H, 2 * dense),
-        (H + eye, dense + eye),
-        (eye - H, eye - dense),
-        (H + 0.1 * identity, dense + 0.1 * eye),
-        (2 * (0.1 * identity + H), 2 * dense + 0.2 * eye),
-        (H + li.DiagonalOperator(5, d), dense + torch.diag(d)),
-    ):
-        for block in (d, eye[:, :2] + d[:, None]):
-            torch.testing.assert_close(operator @ block, expected @ block)
-        torch.testing.assert_close(operator.columns([3, 1]), expected[:, [3, 1]])
-    torch.testing.assert_close(H.matvec(d), dense @ d)
-    with pytest.raises(TypeError, match="has no diagonal"):
-        H.diagonal()
-
-
-def test_combined_curvature_is_solved_and_its_products_are_counted():
-    H, _ = quartic_and_gauss_newton()
-    system, b = H + 0.1 * li.DiagonalOperator(5, like=H.like), torch.ones(5, dtype=torch.float64)
-    found = li.solve(system, b, solver=li.Nystrom(rank=5))
-    assert H.num_products == found.num_products
-    expected = torch.linalg.solve(H @ torch.eye(5).double() + 0.1 * torch.eye(5).double(), b)
-    torch.testing.assert_close(found.value, expected)
-
-
 def test_scipy_takes_curvature_by_a_function_of_its_own_arrays():
     linalg = pytest.importorskip("scipy.sparse.linalg")
-    H, _ = quartic_and_gauss_newton()
+    x = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, requires_grad=True)
+    H = HessianOperator(lambda: (x**4).sum() + x.prod(), x)
     dense = (H @ torch.eye(5, dtype=torch.float64)).numpy()
+    assert repr(H) == "HessianOperator(n=5, dtype=torch.float64, num_products=5)"
     A = linalg.LinearOperator(
         H.shape, matvec=lambda v: H.matvec(torch.from_numpy(v)).numpy(), dtype="float64"
     )
@@ -1027,10 +799,3 @@ def test_scipy_takes_curvature_by_a_function_of_its_own_arrays():
     x, info = linalg.cg(A, np.ones(5), rtol=1e-12)
     assert info == 0
     np.testing.assert_allclose(x, np.linalg.solve(dense, np.ones(5)), rtol=1e-8)
-
-
-def test_curvature_prints_its_kind_size_and_products():
-    H, G = quartic_and_gauss_newton()
-    H @ torch.ones(5, 3, dtype=torch.float64)
-    assert repr(H) == "HessianOperator(n=5, dtype=torch.float64, num_products=3)"
-    assert repr(G) == "GaussNewtonOperator(n=5, dtype=torch.float64, num_products=0)"

@@ -19,50 +19,6 @@ F64 = torch.float64
 DIM, NUM = 4, 12
 
 
-def matrix() -> Tensor:
-    X = torch.from_numpy(np.random.default_rng(0).standard_normal((NUM, DIM)))
-    return X.mT @ X / NUM + 0.1 * torch.eye(DIM, dtype=F64)
-
-
-def blocks(v: Any) -> Tensor:
-    return torch.cat([v["a"].reshape(-1), v["b"]])
-
-
-def in_blocks(v: Tensor) -> Any:
-    return {"a": v[:2].reshape(1, 2), "b": v[2:]}
-
-
-@pytest.mark.parametrize("scale", [1.0, -0.3])
-@pytest.mark.parametrize("sign", [None, "given"])
-@pytest.mark.parametrize(
-    "solver", [li.CG(rtol=1e-13), li.NystromCG(rank=3, rtol=1e-13), li.Exact()], ids=str
-)
-def test_it_solves_systems_of_either_sign_in_the_structure_of_b(solver, sign, scale):
-    A, b = scale * matrix(), torch.arange(1.0, DIM + 1, dtype=F64)
-    given = int(np.sign(scale)) if sign else None
-    solve = as_solve(solver, rng=0, sign=given)
-    x = solve(lambda v: in_blocks(A @ blocks(v)), in_blocks(b), init=None)
-    assert x["a"].shape == (1, 2)
-    assert torch.allclose(blocks(x), torch.linalg.solve(A, b), rtol=1e-10)
-
-
-def test_a_tensor_is_a_structure_too_and_seeds_choose_the_columns():
-    A, b = matrix(), torch.ones(DIM, dtype=F64)
-    solver = li.Nystrom(rank=2, damping=0.1)
-    xs = [as_solve(solver, rng=seed)(lambda v: A @ v, b) for seed in (0, 0, 3)]
-    assert torch.equal(xs[0], xs[1])
-    assert not torch.equal(xs[0], xs[2])
-
-
-def test_bad_arguments_are_refused_by_name():
-    with pytest.raises(ValueError, match="`sign` must be 1, -1 or None; got 2"):
-        as_solve(li.CG(), sign=2)
-    with pytest.raises(TypeError, match="`solver` must be settings"):
-        as_solve("cg")
-    with pytest.raises(TypeError, match=r"`b` must be a tensor of floats.*int64"):
-        as_solve(li.CG())(lambda v: v, [torch.arange(3)])
-
-
 # Ridge regression with a penalty for each coefficient: what custom_root is to differentiate.
 
 
