@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lowrank_inverse as li
 from lowrank_inverse.low_rank.column_sampling import sample_columns
 from lowrank_inverse_jax import hypergradient
 
@@ -60,7 +59,7 @@ class JaxCleaning:
     ) -> tuple[np.ndarray, int]:
         """Differentiate the validation loss by the weights; also the products it took."""
         indices = None
-        if isinstance(solver, (li.Nystrom, li.NystromCG)):  # drawn on the host, as torch draws them
+        if getattr(solver, "sampling", "") == "uniform":  # drawn on the host, as torch draws them
             shape = np.broadcast_to(0.0, (theta.size, theta.size))
             indices = sample_columns(shape, solver.rank, rng=seed)
         gradient, num_products = self._differentiate(

@@ -1,4 +1,4 @@
-"""Data hyper-cleaning on scikit-learn's digits, by six ways to invert the Hessian.
+"""Data hyper-cleaning on scikit-learn's digits, by seven ways to invert the Hessian.
 
 Half of the training labels are replaced by random ones. Every training example has a weight,
 ``sigmoid(w_i)``, and the weights are learned: the inner problem fits a softmax regression to the

@@ -180,7 +180,7 @@ def test_what_is_done_is_not_run_again(name, settings, request):
 class Singular:
     """Fails as Eq. (6) does where a sampled column is zero."""
 
-    def prepare(self, A, *, rng=0):
+    def prepare(self, A, *, rng=0, b=None):
         torch.linalg.solve(torch.zeros(2, 2), torch.zeros(2))
 
 

