@@ -130,7 +130,7 @@ def _orthonormal(X: Array, S: Array, largest: Array) -> Array:
     Directions shorter than rounding, measured by `largest`, become zero.
     """
     xp = array_namespace(X)
-    negligible = max(X.shape[0] ** 0.5, 100.0) * eps(X) * largest
+    negligible = min(max(X.shape[0] ** 0.5, 100.0) * eps(X), eps(X) ** 0.5) * largest
     for _ in range(2):
         if S.shape[0]:
             X = X - S.T @ (S @ X)
