@@ -751,7 +751,7 @@ def test_hparams_that_move_no_minimum_are_refused_with_the_reason():
         hypergradient(lambda: (w**2).sum(), lambda: w.sum(), w, rate, solver=li.CG())
 
 
-@pytest.mark.parametrize("rng", [torch.Generator(), "0", -1], ids=repr)
+@pytest.mark.parametrize("rng", [torch.Generator(), "0", -1], ids=["generator", "text", "negative"])
 def test_a_seed_of_another_kind_is_refused_by_name(rng):
     with pytest.raises(TypeError, match="`rng` must be a whole number >= 0"):
         Problem().hypergradient(solver=li.NystromCG(rank=2), rng=rng)
