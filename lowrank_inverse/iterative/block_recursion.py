@@ -112,7 +112,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         None,
         0 * norm[0],
         xp.zeros_like(R),
-        xp.full_like(norm, float("inf")),  # any step is better than none
+        norm,  # of no step: where all made it worse, the start is returned
         start.num_steps,
         flag,
         start.num_products,
