@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -103,7 +104,9 @@ def implicit_minimizer(
                 A = H if known is None else ShiftedOperator(H, known)
 
                 def solve(_: Any, b: jax.Array) -> jax.Array:
-                    return settings.prepare(A, rng=rng, b=b).solve(b).value
+                    # Traced more than once: each time the same columns.
+                    same = copy.deepcopy(rng)
+                    return settings.prepare(A, rng=same, b=b).solve(b).value
 
                 _, change = jax.jvp(gradient, (inputs,), (tangents[1],))
                 # The solve as one linear and symmetric step, so that jax can transpose it.

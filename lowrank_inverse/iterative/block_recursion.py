@@ -65,10 +65,15 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         usable = w > noise
         inverse = (V * xp.where(usable, 1 / xp.where(usable, w, xp.ones_like(w)), 0 * w)) @ V.T
         PR = tall_dot(P, state.r)
-        # Where the residual has a part along what rounding alone may have left of a curvature.
-        flat = V.T @ PR * astype(~usable, V.dtype)[:, None]
-        stuck = column_norm(flat) > astype(target, flat.dtype)
-        negative = xp.any(w < -noise)
+        along = V.T @ PR
+
+        def met(directions: Array) -> Array:
+            """Whether a residual has a part along such directions."""
+            part = along * astype(directions, V.dtype)[:, None]
+            return column_norm(part) > astype(target, part.dtype)
+
+        # Of what rounding alone may have left there is nothing to divide by.
+        stuck, negative = met(~usable & (w >= -noise)), met(w < -noise)
         ok = active & sound & ~negative & ~stuck
         flag = xp.where(active & stuck, code(state.flag, Reason.SINGULAR), state.flag)
         flag = xp.where(active & negative, code(flag, Reason.NEGATIVE_CURVATURE), flag)

@@ -77,6 +77,7 @@ def cg(
         Columns of `b` that search one Krylov space together [2]_, [3]_: fewer products, for every
         column profits from those of the others. Those that are done leave the block, and so do
         directions that depend on others. More columns are solved one block after the other.
+        Negative curvature ends all columns of a block whose residuals have a part along it.
         1: each column on its own, with its own step lengths.
     keep : int
         Of how many directions, the first ones, to return the products with `A`, as `directions`

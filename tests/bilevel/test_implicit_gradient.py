@@ -203,7 +203,7 @@ def test_a_state_is_where_the_next_solve_starts(solver, ridge):
 
 def test_one_seed_gives_one_answer():
     def answer(rng: Any) -> np.ndarray:
-        solver = li.Nystrom(rank=3, damping=1e-2)
+        solver = li.Nystrom(rank=3, sampling="uniform", damping=1e-2)
         ridge = np.linspace(0.1, 1, N)
         H, b = hessian(), right_hand_side()
         return inverse_product(H, b, solver=solver, ridge=ridge, rng=rng)[0].value
@@ -464,7 +464,9 @@ def test_bad_input_is_refused_by_name(options, kind, message):
 
 
 @pytest.mark.parametrize(
-    "solver", [li.CG(), li.Nystrom(rank=2, damping=1e-2)], ids=["cg", "nystrom"]
+    "solver",
+    [li.CG(), li.Nystrom(rank=2, sampling="uniform", damping=1e-2)],
+    ids=["cg", "nystrom"],
 )
 def test_a_ridge_of_zeros_is_none_where_the_damping_does_without(solver):
     H, b = hessian(), right_hand_side()

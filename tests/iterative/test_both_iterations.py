@@ -152,7 +152,8 @@ def test_num_products_is_what_the_operator_counted(width, condition, options):
         method = li.cg if "rtol" in options or "x0" in options else li.neumann
         solution = method(A, b, damping=1e-6, **options)
         assert solution.num_products == A.num_products
-        assert solution.num_products >= np.max(solution.num_steps) * (width or 1)
+        alone = width or 1 if method is li.neumann else 1  # a block has fewer directions in the end
+        assert solution.num_products >= np.max(solution.num_steps) * alone
 
 
 # Bad input.

@@ -502,11 +502,11 @@ def test_a_damping_that_outweighs_the_negative_curvature_makes_the_system_solvab
     assert solution.converged
 
 
-def test_negative_curvature_of_one_column_leaves_the_others_alone(backend):
+def test_negative_curvature_leaves_alone_the_columns_that_search_on_their_own(backend):
     A = np.diag(np.where(np.arange(N) < N - 1, np.linspace(1, 2, N), -1.0))
     B = rhs(width=WIDTH)
     B[-1, 0] = 0
-    solution = backend.run(run_cg, A, B)
+    solution = backend.run(lambda A, b: li.cg(A, b, block_size=1), A, B)
     assert solution.reason.tolist() == [
         Reason.CONVERGED,
         Reason.NEGATIVE_CURVATURE,
@@ -742,7 +742,7 @@ def test_an_absolute_tolerance_above_the_right_hand_side_is_met_by_zero(library)
         assert not np.any(host(solution.value))
 
 
-@pytest.mark.parametrize("max_steps", [1, 3, 10])
+@pytest.mark.parametrize("max_steps", [1, 3, 6])
 def test_no_more_than_max_steps_are_taken(library, max_steps):
     A, B = conditioned(1e4), rhs(width=WIDTH)
     solution = host(li.cg(library.asarray(A), library.asarray(B), max_steps=max_steps))

@@ -237,14 +237,6 @@ def test_seeds_reproduce_and_differ(framework):
 
 
 @pytest.mark.filterwarnings("ignore::lowrank_inverse.bilevel.diagnostics.HypergradientWarning")
-@pytest.mark.parametrize(
-    "framework",
-    [
-        "torch",
-        pytest.param("jax", marks=pytest.mark.xfail(reason="each trace of the solve draws anew")),
-    ],
-    indirect=True,
-)
 def test_a_generator_draws_what_its_seed_draws(framework):
     assert np.array_equal(drawn(framework, np.random.default_rng(0)), drawn(framework, 0))
 
