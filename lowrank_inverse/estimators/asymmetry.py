@@ -19,30 +19,30 @@ PROBE_SEED = (2**31 - 1, 1)
 def warn_of_asymmetry(matvec: Callable[[Array], Array], b: Array, product: Array) -> None:
     """Warn where ``u.T A b`` and ``b.T A u`` differ by more than rounding.
 
-    One product, with a Gaussian u. Of traced arrays nothing is known, and nothing is done.
+    One product, with a Gaussian u for each column. Of traced arrays nothing is known, and nothing is done.
 
     Parameters
     ----------
     matvec : callable
         The product with A.
-    b, product : array, shape (n,)
-        Any vector, and its product.
+    b, product : array, shape (n,) or (n, m)
+        Any vectors, and their products.
     """
     if is_traced(product):
         return
     xp = array_namespace(b)
     n = b.shape[0]
-    u = like(np.random.default_rng(PROBE_SEED).standard_normal(n), b)
+    u = like(np.random.default_rng(PROBE_SEED).standard_normal(tuple(b.shape)), b)
     other = matvec(u)
     length = column_norm(b)
     length = xp.where(length > 0, length, xp.ones_like(length))
     difference = xp.abs(dot(u, product / length) - dot(b / length, other))
     scale = column_norm(product) / length + column_norm(other) / n**0.5
-    if is_traced(difference) or not bool(difference > eps(b) ** 0.5 * scale):
+    if is_traced(difference) or not bool(xp.any(difference > eps(b) ** 0.5 * scale)):
         return
     warnings.warn(
         "`matvec` is not symmetric: u.T A b and b.T A u differ by "
-        f"{float(concrete(difference / scale)):.1g} of their size, and the answer is that of "
+        f"{float(concrete(xp.max(difference / scale))):.1g} of their size, and the answer is that of "
         "another system. Solve A.T A x = A.T b, or take a method for such matrices, like GMRES.",
         RuntimeWarning,
         stacklevel=4,
