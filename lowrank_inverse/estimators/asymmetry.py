@@ -19,7 +19,8 @@ PROBE_SEED = (2**31 - 1, 1)
 def warn_of_asymmetry(matvec: Callable[[Array], Array], b: Array, product: Array) -> None:
     """Warn where ``u.T A b`` and ``b.T A u`` differ by more than rounding.
 
-    One product, with a Gaussian u for each column. Of traced arrays nothing is known, and nothing is done.
+    One product, with a Gaussian u for each column. Of traced arrays nothing is known, and nothing
+    is done.
 
     Parameters
     ----------
@@ -40,9 +41,10 @@ def warn_of_asymmetry(matvec: Callable[[Array], Array], b: Array, product: Array
     scale = column_norm(product) / length + column_norm(other) / n**0.5
     if is_traced(difference) or not bool(xp.any(difference > eps(b) ** 0.5 * scale)):
         return
+    share = float(concrete(xp.max(difference / scale)))
     warnings.warn(
-        "`matvec` is not symmetric: u.T A b and b.T A u differ by "
-        f"{float(concrete(xp.max(difference / scale))):.1g} of their size, and the answer is that of "
+        f"`matvec` is not symmetric: u.T A b and b.T A u differ by {share:.1g} of their size, and "
+        "the answer is that of "
         "another system. Solve A.T A x = A.T b, or take a method for such matrices, like GMRES.",
         RuntimeWarning,
         stacklevel=4,

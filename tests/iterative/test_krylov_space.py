@@ -26,7 +26,7 @@ def krylov_inverse(A, b, rank):
 
 
 @pytest.mark.parametrize("width", [None, 3])
-@pytest.mark.parametrize("name", [*PSD, *INDEFINITE])
+@pytest.mark.parametrize("name", ["polynomial", "rank one", "half"])
 def test_the_vectors_are_orthonormal_and_span_the_krylov_space(backend, name, width):
     A, b = matrix(name), rhs(width=width)
     S, Y, size = backend.run(lambda A, b: vectors_and_products(A, b, 9), A, b)
