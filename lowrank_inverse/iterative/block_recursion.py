@@ -27,7 +27,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
     P.T R`` is the step for all columns, and the next directions are an orthonormal basis of ``Z -
     P K^{-1} (A P).T Z``, Z the preconditioned residuals of the columns still at work.
     """
-    A, damping, preconditioner, max_steps, check_every, callback, num_kept = system
+    A, damping, preconditioner, _, check_every, callback, num_kept = system
     xp = array_namespace(start.x)
     R = start.r / scale
     norm, unit = column_norm(R), eps(R)
@@ -35,7 +35,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
     running = start.reason == RUNNING
 
     def going(state: Sweep) -> Array:
-        more = (state.smallest > target) & (state.num_steps < max_steps)
+        more = (state.smallest > target) & (state.num_steps < start.limit)
         return running & (state.flag == RUNNING) & more
 
     def preconditioned(R: Array, flag: Array, active: Array) -> tuple[Array, Array]:
@@ -99,6 +99,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
             None,
             top,
             copy_where(smaller, D, state.best_d),
+            None,
             smallest,
             num_steps,
             flag,
@@ -117,6 +118,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         None,
         0 * norm[0],
         xp.zeros_like(R),
+        None,
         norm,  # of no step: where all made it worse, the start is returned
         start.num_steps,
         flag,

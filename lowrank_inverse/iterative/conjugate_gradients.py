@@ -104,6 +104,8 @@ def cg(
     recursion claims a tolerance that the true residual does not confirm, it starts again from
     the true residual, for the correction, until that ceases to fall. Residuals are scaled to a
     largest entry of 1, so the scales of `A` and `b` change nothing but the scale of the answer.
+    Under ``jax.jit`` a column on its own that fails takes the steps to its best iterate again, and
+    the products count: keeping a copy of it would cost every step of those that do not fail.
     Memory: 9 blocks of the size of `b`, or of one of its blocks.
 
     References
@@ -169,13 +171,19 @@ def cg(
     def sweep(state: Progress) -> Progress:
         scale = column_scale(state.r)
         swept = sweep_over(system, state, scale, target / scale)
-        x = add_scaled(state.x, scale, choose(swept.flag == RUNNING, swept.d, swept.best_d))
+        back, d = xp.zeros_like(state.reason, dtype=xp.bool), swept.d
+        if swept.best_d is not None:
+            d = choose(swept.flag == RUNNING, d, swept.best_d)
+        else:  # without a copy: the steps to the best iterate are taken again
+            back = (swept.flag != RUNNING) & (swept.best_steps < swept.num_steps)
+        x = add_scaled(state.x, scale, d)
         r = residual(x)
         norm = column_norm(r)
         fell = norm < STAGNATION_FACTOR * state.norm
         reason = xp.where(fell, code(swept.flag, RUNNING), code(swept.flag, Reason.STAGNATED))
         reason = xp.where(swept.num_steps >= max_steps, code(reason, Reason.MAX_STEPS), reason)
         reason = xp.where(swept.flag != RUNNING, swept.flag, reason)
+        reason = xp.where(state.verdict != RUNNING, state.verdict, reason)
         reason = xp.where(norm <= target, code(reason, Reason.CONVERGED), reason)
         finite = xp.isfinite(norm)
         reason = xp.where(finite, reason, code(reason, Reason.NONFINITE))
@@ -183,12 +191,19 @@ def cg(
         # Zero is no answer, though its residual may be smaller than that of an ill-conditioned one.
         sound = (norm < state.norm) | (state.num_products == 0) | ~ended(reason, Reason.STAGNATED)
         active = state.reason == RUNNING
-        accepted = active & finite & sound
+        back = active & back
+        accepted = active & finite & sound & ~back
+        reason = xp.where(back, code(reason, RUNNING), reason)
         return Progress(
             choose(accepted, x, state.x),
-            r,
+            choose(back, state.r, r),
             xp.where(accepted, norm, state.norm),
-            swept.num_steps,
+            xp.where(back, state.num_steps, swept.num_steps),
+            xp.where(swept.num_steps > state.taken, swept.num_steps, state.taken),
+            state.limit
+            if swept.best_d is not None
+            else xp.where(back, swept.best_steps, state.limit),
+            xp.where(back, swept.flag, state.verdict),
             xp.where(active, reason, state.reason),
             swept.num_products + block_width(b),
             swept.kept,
@@ -202,12 +217,14 @@ def cg(
     if keep:
         S, Y = (xp.zeros((keep, n), dtype=b.dtype, device=like_device(b)) for _ in range(2))
         kept = Kept(S, Y, 0)
-    start = Progress(x, r, norm, steps, reason, 0 if x0 is None else block_width(b), kept)
+    limit, verdict = code(steps, max_steps), code(steps, RUNNING)
+    products = 0 if x0 is None else block_width(b)
+    start = Progress(x, r, norm, steps, steps, limit, verdict, reason, products, kept)
     end = while_loop(lambda state: xp.any(state.reason == RUNNING), sweep, start)
     return Solution(
         value=end.x,
         residual_norm=end.norm,
-        num_steps=end.num_steps,
+        num_steps=end.taken,
         num_products=end.num_products,
         converged=ended(end.reason, Reason.CONVERGED),
         reason=end.reason,

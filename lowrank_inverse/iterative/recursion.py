@@ -58,7 +58,10 @@ class Sweep(NamedTuple):
     """The square of the norm of p that the preconditioner defines."""
     top: Array
     """The largest curvature met, over pp."""
-    best_d: Array
+    best_d: Array | None
+    """That of the smallest residual. None while jax traces, for there every step would copy it."""
+    best_steps: Array | None
+    """The steps that it took."""
     smallest: Array
     num_steps: Array
     flag: Array
@@ -73,6 +76,13 @@ class Progress(NamedTuple):
     r: Array
     norm: Array
     num_steps: Array
+    """To `x`."""
+    taken: Array
+    """In all."""
+    limit: Array
+    """Of `num_steps`."""
+    verdict: Array
+    """What a column ended for that goes back to its best iterate; else RUNNING."""
     reason: Array
     num_products: Any
     kept: Kept | None
@@ -80,7 +90,7 @@ class Progress(NamedTuple):
 
 def column_sweep(system: System, start: Progress, scale: Array, target: Array) -> Sweep:
     """Run the recursion for ``start.r / scale`` until every column claims to meet `target`."""
-    A, damping, preconditioner, max_steps, check_every, callback, num_kept = system
+    A, damping, preconditioner, _, check_every, callback, num_kept = system
     xp = array_namespace(start.x)
     r = start.r / scale
     norm, unit = column_norm(r), eps(r)
@@ -88,16 +98,18 @@ def column_sweep(system: System, start: Progress, scale: Array, target: Array) -
     target = xp.where(target > unit * norm, target, unit * norm)
     running = start.reason == RUNNING
     damped = is_traced(damping) or damping != 0
+    traced = is_traced(start.x)
 
     def going(state: Sweep) -> Array:
-        more = (state.smallest > target) & (state.num_steps < max_steps)
+        more = (state.smallest > target) & (state.num_steps < start.limit)
         return running & (state.flag == RUNNING) & more
 
     def step(state: Sweep) -> Sweep:
         active = going(state)
         product = A @ state.p  # of A alone: perhaps an array of the operator's own
-        curvature = dot(state.p, product)
-        if damped:
+        image = product + damping * state.p if damped and traced else product
+        curvature = dot(state.p, image)
+        if damped and not traced:  # spares memory for the sum, which XLA does not need
             curvature = curvature + damping * dot(state.p, state.p)
         top = xp.where(curvature > state.top * state.pp, curvature / state.pp, state.top)
         # Less than this is the rounding of a product, whose sign says nothing.
@@ -111,8 +123,8 @@ def column_sweep(system: System, start: Progress, scale: Array, target: Array) -
         alpha = xp.where(ok, state.rz / xp.where(ok, curvature, one), zero)
         # `d`, `r` and `p` are written over: their former values are not used below.
         d = add_to(state.d, alpha, state.p)
-        r = add_to(state.r, -alpha, product)
-        if damped:
+        r = add_to(state.r, -alpha, image)
+        if damped and not traced:
             r = add_to(r, -alpha * damping, state.p)
         rr = dot(r, r)
         norm = xp.sqrt(rr)
@@ -140,7 +152,8 @@ def column_sweep(system: System, start: Progress, scale: Array, target: Array) -
             xp.where(ok, rz, state.rz),
             xp.where(ok, rz + beta * beta * state.pp, state.pp),
             top,
-            copy_where(smaller, d, state.best_d),
+            None if traced else copy_where(smaller, d, state.best_d),
+            xp.where(smaller, num_steps, state.best_steps),
             xp.where(smaller, norm, state.smallest),
             num_steps,
             flag,
@@ -166,7 +179,8 @@ def column_sweep(system: System, start: Progress, scale: Array, target: Array) -
         rz,
         rz,
         xp.zeros_like(rz),
-        xp.zeros_like(r),
+        None if traced else xp.zeros_like(r),
+        start.num_steps,
         xp.full_like(norm, float("inf")),  # any step is better than none
         start.num_steps,
         flag,

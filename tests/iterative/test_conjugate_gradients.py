@@ -887,3 +887,15 @@ def test_reasons_are_told_in_words():
     assert li.cg(A, b, max_steps=1).message == "max_steps"
     assert li.cg(-A, b).message == "negative_curvature"
     assert li.cg(A, b, preconditioner=-np.eye(N)).message == "indefinite_preconditioner"
+
+
+def test_a_compiled_solve_that_fails_goes_back_to_its_best_iterate(jax_backend):
+    import jax
+
+    A, b = map(jax_backend.asarray, (matrix("slightly"), rhs()))
+    eager = li.cg(matrix("slightly"), rhs())
+    compiled = jax.jit(li.cg)(A, b)
+    assert eager.reason == int(compiled.reason) == Reason.NEGATIVE_CURVATURE
+    assert int(compiled.num_steps) == int(eager.num_steps)
+    assert relative_error(host(compiled.value), eager.value) < 1e-8
+    assert int(compiled.num_products) <= 2 * int(eager.num_products)
