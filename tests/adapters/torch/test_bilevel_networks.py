@@ -20,6 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowrank_inverse_torch import hypergradient, implicit_minimizer
 from tests.adapters.torch.models import Tied, batchnorm, frozen
 
+# The networks are not trained: the formula holds wherever they are.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lowrank_inverse.bilevel.diagnostics.HypergradientWarning"
+)
+
 NUM, DIM = 8, 3
 
 
