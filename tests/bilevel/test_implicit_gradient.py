@@ -378,7 +378,7 @@ def test_the_record_knows_the_rank_where_there_is_one():
         li.CG(),
         li.NystromCG(rank=N, damping=0.01),
         li.Nystrom(rank=N, damping=1e-2),
-        li.Nystrom(rank=N, memory="streamed", damping=1e-2),
+        li.Nystrom(rank=N, memory="streamed", sampling="uniform", damping=1e-2),
     ],
     ids=["exact", "cg", "nystrom-cg", "nystrom", "streamed"],
 )

@@ -17,7 +17,7 @@ K = indices()
 
 
 def by_cg(A, b, damping):
-    return li.cg(A, b, damping=damping)
+    return li.cg(A, b, damping=damping, block_size=1)
 
 
 def by_neumann(A, b, damping):
