@@ -84,6 +84,7 @@ def assert_close(actual: Any, wanted: np.ndarray, rtol: float = 1e-8) -> None:
 # What changed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_a_file_belong_to_one_loss(tmp_path):
     ours = influence()
     ours.scores(query(), checkpoint=tmp_path / "partial")
@@ -138,6 +139,7 @@ def test_a_loss_that_is_random_is_refused():
 # Data
 
 
+@pytest.mark.slow
 def test_a_loader_of_torch_is_read_in_order():
     torch = pytest.importorskip("torch")
     x, y, _ = arrays()
@@ -158,6 +160,7 @@ def test_a_loader_of_torch_is_read_in_order():
         influence(loader(pairs, sampler=bootstrap, collate_fn=collate))
 
 
+@pytest.mark.slow
 def test_single_examples_and_mappings_are_data_too():
     x, y, _ = arrays()
     rows = [{"x": x[i], "y": y[i]} for i in range(NUM)]
@@ -175,6 +178,7 @@ def test_single_examples_and_mappings_are_data_too():
 # Precisions, functions of queries, sums, ridges, copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_in_low_precision_have_their_curvature_in_float32(dtype):
     x, y, w = arrays()
@@ -210,6 +214,7 @@ def test_other_functions_of_the_queries_and_their_sum(tmp_path):
     assert_close(np.load(tmp_path / "scores.npy"), dense())
 
 
+@pytest.mark.slow
 def test_each_parameter_may_have_a_ridge_of_its_own(tmp_path):
     ridge = np.linspace(0.0, 0.5, 12)
     tree = {"w": ridge.reshape(4, 3)}
@@ -232,6 +237,7 @@ def test_a_finite_loss_without_a_finite_gradient_names_the_example():
         influence({"x": x, "y": y}, root)
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_have_the_columns_and_give_the_same_scores():
     ours = influence(solver=li.NystromCG(rank=6, damping=DAMPING), ridge={"w": 0.1}, batch_size=7)
     scores = ours.scores(query())
