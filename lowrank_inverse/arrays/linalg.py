@@ -19,6 +19,7 @@ from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import (
     astype,
     concrete,
+    eps,
     is_traced,
     on_cpu,
     scalar_like,
@@ -215,6 +216,19 @@ def cholesky_solve(L: Array, b: Array) -> Array:
         return sys.modules["jax"].scipy.linalg.cho_solve((L, True), b)
     solve = array_namespace(L).linalg.solve  # the standard has no triangular one
     return solve(L.T, solve(L, b))
+
+
+def gram_whitening(G: Array, unit: float) -> Array:
+    """Return T with ``T T.T = G^+`` for the Gram matrix of vectors known to a precision `unit`.
+
+    Columns of zeros, which come first, stand for what of the vectors is rounding; the tolerance is
+    the square of that of the vectors.
+    """
+    xp = array_namespace(G)
+    g, V = xp.linalg.eigh(G)
+    kept = g > max(1e-12, unit, 16 * eps(G)) * g[-1]
+    root = xp.sqrt(xp.where(kept, g, xp.ones_like(g)))
+    return V * xp.where(kept, 1 / root, 0 * g)[None, :]
 
 
 def symmetric_part(x: Array) -> Array:

@@ -11,12 +11,20 @@ from lowrank_inverse.arrays.linalg import (
     column_norm,
     copy_where,
     dot,
+    gram_whitening,
     symmetric_part,
     tall_dot,
     tall_times,
 )
 from lowrank_inverse.iterative.preconditioning import apply_preconditioner
-from lowrank_inverse.iterative.recursion import RUNNING, Progress, Sweep, System, with_pairs
+from lowrank_inverse.iterative.recursion import (
+    RUNNING,
+    Progress,
+    Sweep,
+    System,
+    with_pairs,
+    work_test,
+)
 from lowrank_inverse.results.solution import Reason, code
 
 
@@ -30,13 +38,8 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
     A, damping, preconditioner, _, check_every, callback, num_kept = system
     xp = array_namespace(start.x)
     R = start.r / scale
-    norm, unit = column_norm(R), eps(R)
-    target = xp.where(target > unit * norm, target, unit * norm)
-    running = start.reason == RUNNING
-
-    def going(state: Sweep) -> Array:
-        more = (state.smallest > target) & (state.num_steps < start.limit)
-        return running & (state.flag == RUNNING) & more
+    norm, unit, running = column_norm(R), eps(R), start.reason == RUNNING
+    target, going = work_test(start, target, unit * norm)
 
     def preconditioned(R: Array, flag: Array, active: Array) -> tuple[Array, Array]:
         if preconditioner is None:
@@ -139,11 +142,9 @@ def _orthonormal(X: Array) -> Array:
     X = X / xp.where((norm > 0) & xp.isfinite(norm), norm, xp.ones_like(norm))
     for _ in range(2):  # once leaves the square of the condition number
         G = symmetric_part(tall_dot(X, X))
-        g, V = xp.linalg.eigh(xp.where(xp.isfinite(G), G, xp.zeros_like(G)))
-        g, V = xp.flip(g), xp.flip(V, axis=1)
-        kept = g > max(1e-12, eps(X), 16 * eps(G)) * g[0]
-        T = V * xp.where(kept, 1 / xp.sqrt(xp.where(kept, g, xp.ones_like(g))), 0 * g)
+        T = gram_whitening(xp.where(xp.isfinite(G), G, xp.zeros_like(G)), eps(X))
+        T = xp.flip(T, axis=1)  # what is left out comes last
         if not is_traced(T):
-            T = T[:, : max(1, int(xp.sum(astype(kept, xp.int32))))]
+            T = T[:, : max(1, int(xp.sum(astype(xp.any(T != 0, axis=0), xp.int32))))]
         X = tall_times(X, T, X.dtype)
     return X

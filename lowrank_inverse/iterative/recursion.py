@@ -88,21 +88,32 @@ class Progress(NamedTuple):
     kept: Kept | None
 
 
+def work_test(
+    start: Progress, target: Array, least: Array
+) -> tuple[Array, Callable[[Sweep], Array]]:
+    """Return the target of a sweep, `least` or more, and the test which columns go on.
+
+    Below eps times its start the recursion says nothing about the true residual.
+    """
+    target = array_namespace(least).where(target > least, target, least)
+    running = start.reason == RUNNING
+
+    def going(state: Sweep) -> Array:
+        more = (state.smallest > target) & (state.num_steps < start.limit)
+        return running & (state.flag == RUNNING) & more
+
+    return target, going
+
+
 def column_sweep(system: System, start: Progress, scale: Array, target: Array) -> Sweep:
     """Run the recursion for ``start.r / scale`` until every column claims to meet `target`."""
     A, damping, preconditioner, _, check_every, callback, num_kept = system
     xp = array_namespace(start.x)
     r = start.r / scale
-    norm, unit = column_norm(r), eps(r)
-    # Below eps times its start the recursion says nothing about the true residual.
-    target = xp.where(target > unit * norm, target, unit * norm)
-    running = start.reason == RUNNING
+    norm, unit, running = column_norm(r), eps(r), start.reason == RUNNING
+    target, going = work_test(start, target, unit * norm)
     damped = is_traced(damping) or damping != 0
     traced = is_traced(start.x)
-
-    def going(state: Sweep) -> Array:
-        more = (state.smallest > target) & (state.num_steps < start.limit)
-        return running & (state.flag == RUNNING) & more
 
     def step(state: Sweep) -> Sweep:
         active = going(state)

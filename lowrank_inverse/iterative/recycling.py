@@ -7,7 +7,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, like_device
-from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
+from lowrank_inverse.arrays.linalg import gram_whitening, symmetric_part, tall_dot, tall_times
 from lowrank_inverse.results.solution import Pairs
 
 DRIFT = 0.5
@@ -46,18 +46,17 @@ def joined_pairs(old: Pairs | None, new: Pairs, size: int) -> Pairs:
     S, Y = new
     xp = array_namespace(S)
     G, W = tall_dot(S, S), symmetric_part(tall_dot(S, Y))
-    tol = max(1e-12, eps(S), 16 * eps(G))  # of the Gram matrix: the square of that of the vectors
     if old is not None:
         cross, G_old = tall_dot(old.vectors, S), tall_dot(old.vectors, old.vectors)
         W_old, W_cross = tall_dot(old.vectors, old.products), tall_dot(old.vectors, Y)
-        change = (W_cross - tall_dot(old.products, S)) @ _whitening(G, tol)
+        change = (W_cross - tall_dot(old.products, S)) @ gram_whitening(G, eps(S))
         lengths = xp.sum(astype(old.products, G.dtype) ** 2, axis=0)
         kept = astype(xp.sum(change**2, axis=1) <= DRIFT**2 * lengths, G.dtype)
         cross, W_cross = kept[:, None] * cross, kept[:, None] * W_cross
         both = kept[:, None] * kept[None, :]
         G = _square(both * G_old, cross, G)
         W = _square(both * symmetric_part(W_old), W_cross, W)
-    T = _whitening(G, tol)
+    T = gram_whitening(G, eps(S))
     theta, Z = xp.linalg.eigh(symmetric_part(T.T @ W @ T))
     order = xp.argsort(-xp.abs(theta))[: min(size, theta.shape[0])]
     M = T @ xp.take(Z, order, axis=1)
@@ -78,15 +77,6 @@ def scaled_pairs(pairs: Pairs, s: Array) -> Pairs:
     """Return the pairs of ``S H S`` for ``S = diag(s)`` that those of H are, orthonormal again."""
     scaled = Pairs(pairs.vectors / s[:, None], s[:, None] * pairs.products)
     return joined_pairs(None, scaled, pairs.vectors.shape[1])
-
-
-def _whitening(G: Array, tol: float) -> Array:
-    """Return T with ``T T.T = G^+``: a zero column for each eigenvalue of rounding."""
-    xp = array_namespace(G)
-    g, V = xp.linalg.eigh(G)
-    kept = g > tol * g[-1]
-    root = xp.sqrt(xp.where(kept, g, xp.ones_like(g)))
-    return V * xp.where(kept, 1 / root, 0 * g)[None, :]
 
 
 def _square(A: Array, B: Array, C: Array) -> Array:

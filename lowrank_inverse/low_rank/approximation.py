@@ -130,12 +130,12 @@ class NystromApproximation(ProductOnly):
             self._map = self.whitening @ rotation
         self.keeps_negative = False if vectors is None else self.num_negative > 0
         if is_traced(self.keeps_negative) or self.keeps_negative:
-            self._keep_negative(vectors, wide)
+            self._keep_negative(vectors)
 
-    def _keep_negative(self, S: Array, W: Array) -> None:
+    def _keep_negative(self, S: Array) -> None:
         """Take ``S W S.T`` for H_k."""
-        xp, V = array_namespace(W), self._rotation()
-        w = xp.flip(xp.linalg.eigvalsh(W))
+        w, V = self._core_spectrum()
+        xp = array_namespace(w)
         root = xp.sqrt(xp.abs(w))
         taken = self._taken
         self.num_dropped = taken(0 * self.num_dropped, self.num_dropped)
@@ -171,13 +171,14 @@ class NystromApproximation(ProductOnly):
             g = s * s
         if never:
             return U, g
-        kept = tall_times(self.vectors, self._rotation(), self.dtype)
+        kept = tall_times(self.vectors, self._core_spectrum()[1], self.dtype)
         return self._taken(kept, U), self._taken(astype(self.eigenvalues, self.dtype), g)
 
-    def _rotation(self) -> Array:
-        """Return the eigenvectors of W, those of the largest eigenvalues first."""
+    def _core_spectrum(self) -> tuple[Array, Array]:
+        """Return eigenvalues and eigenvectors of W, largest first."""
         xp = array_namespace(self.core)
-        return xp.flip(xp.linalg.eigh(astype(self.core, wide_dtype(self.core)))[1], axis=1)
+        w, V = xp.linalg.eigh(astype(self.core, wide_dtype(self.core)))
+        return xp.flip(w), xp.flip(V, axis=1)
 
     def project(self, block: Array) -> Array:
         """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype.
@@ -214,8 +215,7 @@ class NystromApproximation(ProductOnly):
         The best of the span of S in the norm of ``A + damping * I``; for the `b` that the space
         belongs to, the iterate of conjugate gradients. Its product is ``C z`` where x is ``S z``.
         """
-        xp = array_namespace(self.core)
-        w, V = xp.linalg.eigh(astype(self.core, wide_dtype(self.core)))
+        w, V = self._core_spectrum()
         z = V @ over(V.T @ tall_dot(self.vectors, b), w + scalar_like(damping, w))
         x = tall_times(self.vectors, z, self.dtype)
         return x, b - tall_times(self.columns, z, self.dtype) - scalar_like(damping, x) * x
