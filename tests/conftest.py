@@ -35,6 +35,7 @@ COMPILED: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
 
 
 COMPILED_IN_FLOAT64 = (
+    "test_block_conjugate_gradients",
     "test_both_iterations",
     "test_certificate",
     "test_conjugate_gradients",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_finite, check_rng
@@ -104,7 +104,8 @@ class KrylovSpace:
             largest = xp.maximum(basis.largest, xp.max(column_norm(products)))
             S = set_rows(basis.S, basis.size, basis.block.T)
             Y = set_rows(basis.Y, basis.size, products.T)
-            known = S if is_traced(basis.size) else S[: basis.size + width, :]
+            # Of one shape in jax, which compiles for each: the rows not yet filled are zero.
+            known = S if is_jax_array(S) else S[: basis.size + width, :]
             block = _orthonormal(products, known, largest)
             return _Basis(S, Y, block, basis.size + width, largest)
 

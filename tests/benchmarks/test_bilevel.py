@@ -110,6 +110,7 @@ def test_a_number_of_steps_or_draws_that_makes_no_sense_is_refused(capsys):
     refused(minibatch.main, ["--draws", "0"], "--draws must be at least 1; got 0", capsys)
 
 
+@pytest.mark.slow
 def test_with_state_the_error_is_a_tenth_of_cold_cg_at_equal_products(tmp_path):
     assert state.main(["--seeds", "1", "--steps", "8", "--output", str(tmp_path)]) == 0
     content = written(tmp_path, "state")

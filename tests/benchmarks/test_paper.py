@@ -290,6 +290,7 @@ def test_a_choice_makes_no_difference_within_a_tenth_of_the_gain(second, verdict
     assert curves.steady("paper", values, [0.7, 0.7])["verdict"] == verdict
 
 
+@pytest.mark.slow
 def test_figure_2_runs_from_end_to_end_and_is_not_run_twice(tmp_path, tiny):
     arguments = ["--quick", "--seeds", "2", "--workers", "1", "--output", str(tmp_path)]
     assert figure2.main(arguments) == 0
@@ -309,7 +310,7 @@ def test_figure_2_runs_from_end_to_end_and_is_not_run_twice(tmp_path, tiny):
     assert written(tmp_path, "figure2")["claims"] == results["claims"]
 
 
-@pytest.mark.parametrize("name", ["figure3", "figure4"])
+@pytest.mark.parametrize("name", ["figure3", pytest.param("figure4", marks=pytest.mark.slow)])
 def test_figures_3_and_4_have_a_curve_for_every_choice(tmp_path, tiny, name):
     assert getattr(choices, name)(["--quick", "--seeds", "1", "--output", str(tmp_path)]) == 0
     results = written(tmp_path, name)

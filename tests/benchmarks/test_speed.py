@@ -144,6 +144,7 @@ def test_the_peers_are_compared_with_the_converged_answer(tmp_path, monkeypatch,
     assert_picture(tmp_path / "peers.png")
 
 
+@pytest.mark.slow
 def test_the_same_problem_in_jax_has_the_same_hypergradient(tmp_path):
     pytest.importorskip("jax")
     from benchmarks.speed import jax_methods
@@ -163,7 +164,7 @@ def test_the_slope_of_a_power_is_its_exponent():
 
 def test_scaling_says_what_a_budget_chose(tmp_path, monkeypatch, calls):
     monkeypatch.setattr(scaling, "DAMPING", 10.0)
-    options = ["--sizes", "1000", "4000", "--ranks", "2", "4", "--size", "2000", "--rank", "4"]
+    options = ["--sizes", "500", "1000", "--ranks", "2", "4", "--size", "1000", "--rank", "4"]
     assert scaling.main([*options, "--repeats", "1", "--output", str(tmp_path)]) == 0
     lines = text(tmp_path, "scaling")
     assert "stored: slope" in lines

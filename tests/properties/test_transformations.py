@@ -152,7 +152,7 @@ def test_indices_may_be_traced():
 
 
 @every_solver
-@pytest.mark.parametrize("constant", ["A", "b"])
+@pytest.mark.parametrize("constant", ["A", pytest.param("b", marks=slow)])
 def test_a_matrix_or_right_hand_side_may_be_a_constant_of_the_compiled_function(function, constant):
     with open_backend("jax", "float32") as backend:
         A, b, damping = (backend.asarray(x) for x in (conditioned(10), rhs(width=WIDTH), 0.25))

@@ -150,6 +150,7 @@ def test_the_default_takes_what_the_operator_can_do():
     X = np.random.default_rng(0).standard_normal((1100, 2))
     kernel, b = li.KernelOperator(X), rhs(1100)
     dense = kernel @ np.eye(1100)
+    expected = np.linalg.solve(dense + 0.1 * np.eye(1100), b)
     for A, method in (
         (kernel, "NystromCG: columns and diagonal of A can be read"),
         (dense, "NystromCG: columns and diagonal of A can be read"),
@@ -157,7 +158,7 @@ def test_the_default_takes_what_the_operator_can_do():
     ):
         solution = li.solve(A, b, damping=0.1, rtol=1e-8)
         assert solution.method == method
-        assert relative_error(solution.value, damped_solve(dense, 0.1, b)) < 1e-6
+        assert relative_error(solution.value, expected) < 1e-6
     given = li.solve(dense, b, damping=0.1, preconditioner=li.DiagonalOperator(1100))
     assert given.method == "CG: a preconditioner was given"
 

@@ -102,6 +102,7 @@ def test_a_checkpoint_and_a_file_belong_to_one_loss(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_leaves_that_are_not_differentiated_by_belong_to_a_checkpoint(tmp_path):
     _, _, w = arrays()
 

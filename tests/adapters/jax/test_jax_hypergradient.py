@@ -147,7 +147,11 @@ def test_an_offset_of_the_inner_loss_is_no_path():
 # Which columns.
 
 
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["key", "PRNGKey"])
+@pytest.mark.parametrize(
+    "make",
+    [jax.random.key, pytest.param(jax.random.PRNGKey, marks=pytest.mark.slow)],
+    ids=["key", "PRNGKey"],
+)
 @pytest.mark.parametrize(
     "solver", [li.Nystrom(rank=5, damping=1e-2), li.NystromCG(rank=5, max_steps=1)]
 )

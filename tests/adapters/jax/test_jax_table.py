@@ -387,7 +387,11 @@ def test_a_loss_that_mixes_its_dtypes_by_hand_is_checked_in_its_own():
 # The minimiser's options.
 
 
-@pytest.mark.parametrize("ridge", [lambda h: h[0], lambda h: jnp.full(N, h[0])])
+@pytest.mark.parametrize(
+    "ridge",
+    [lambda h: h[0], pytest.param(lambda h: jnp.full(N, h[0]), marks=pytest.mark.slow)],
+    ids=["one number", "one for each parameter"],
+)
 def test_a_ridge_of_implicit_minimizer_equals_the_term_inside_the_loss(ridge):
     def train(init: Any, h: Any) -> Any:
         return h * C / (D + h[0])

@@ -9,7 +9,7 @@ import pytest
 from array_api_compat import array_namespace
 
 import lowrank_inverse as li
-from tests.adapters.shared.frameworks import each, relative
+from tests.adapters.shared.frameworks import each, relative, slow_in_jax
 from tests.conftest import host
 
 NUM_ROWS, N = 7, 4
@@ -122,6 +122,7 @@ def test_at_the_minimum_it_equals_differences_of_the_problem_solved_anew(framewo
     assert relative(found[1], by_w) < 1e-8
 
 
+@slow_in_jax
 def test_it_is_the_hypergradient_of_the_same_losses(framework):
     problem, weights = Problem.of(framework), framework.array(WEIGHTS)
     out = framework.hypergradient(
@@ -209,6 +210,7 @@ def test_a_scalar_problem_has_the_textbook_answer(framework):
     assert float(found) == pytest.approx(-0.75, rel=1e-12)
 
 
+@slow_in_jax
 def test_vmap_over_hparams_equals_a_loop(framework):
     problem, w = Problem.of(framework), framework.array(WEIGHTS)
     minimizer = problem.minimizer()
@@ -237,6 +239,7 @@ def test_seeds_reproduce_and_differ(framework):
 
 
 @pytest.mark.filterwarnings("ignore::lowrank_inverse.bilevel.diagnostics.HypergradientWarning")
+@slow_in_jax
 def test_a_generator_draws_what_its_seed_draws(framework):
     assert np.array_equal(drawn(framework, np.random.default_rng(0)), drawn(framework, 0))
 

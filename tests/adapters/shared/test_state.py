@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 
 import lowrank_inverse as li
 from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
-from tests.adapters.shared.frameworks import flat
+from tests.adapters.shared.frameworks import flat, slow_in_jax
 from tests.adapters.shared.problem import sigmoid
 
 RIDGE, N, RANK, NUM_ROWS = 0.01, 12, 6, 30
@@ -51,6 +51,7 @@ def names(out: Any) -> set[str]:
     return {finding.name for finding in out.info.findings()}
 
 
+@slow_in_jax
 def test_an_outer_loop_pays_for_columns_once(framework):
     loop, h, state = Loop(framework), START, None
     for i in range(4):
