@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -15,14 +16,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def quietly(function: F) -> F:
-    """Silence NumPy's floating-point warnings: what goes wrong is a field of the result."""
+    """Compute in `full_precision` and without NumPy's floating-point warnings.
+
+    What goes wrong is a field of the result.
+    """
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"), full_precision():
             return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def full_precision() -> AbstractContextManager[Any]:
+    """Return a context in which jax multiplies matrices in the precision of their entries.
+
+    By default it takes TF32, with 10 bits, for float32 on a GPU.
+    """
+    jax = sys.modules.get("jax")
+    return nullcontext() if jax is None else jax.default_matmul_precision("highest")
 
 
 State = TypeVar("State", bound=tuple[Any, ...])

@@ -8,6 +8,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_damping, check_finite
+from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
     astype,
     concrete,
@@ -268,6 +269,7 @@ class NystromApproximation(ProductOnly):
         rank = xp.where(enough < self.shape[0], enough, self.shape[0] + 0 * enough)
         return concrete(astype(rank, xp.int32))
 
+    @quietly
     def solve_path(self, b: Array, dampings: Any) -> Array:
         """Return ``(H_k + damping * I)^{-1} b`` for each of `dampings`.
 

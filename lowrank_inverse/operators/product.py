@@ -8,6 +8,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.checks import check_block, describe
+from lowrank_inverse.arrays.control_flow import full_precision
 from lowrank_inverse.arrays.conversion import concrete, is_traced
 
 
@@ -25,7 +26,8 @@ class ProductOnly:
     def __matmul__(self, block: Array) -> Array:
         """Return the product with `block`, shape (n,) or (n, m)."""
         self._check(block)
-        return self._multiply(block)
+        with full_precision():
+            return self._multiply(block)
 
     def matvec(self, block: Array) -> Array:
         """Return the product: the name under which SciPy looks for it, with ``M=`` and elsewhere.

@@ -91,7 +91,7 @@ def warn_of_nothing(solution: Solution, solver: Solver | SolveFunction, b: Array
             f"{np.sum(useless)} of {useless.size} solutions are no better than zero "
             f"({solution.message}): {advice}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

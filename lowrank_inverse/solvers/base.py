@@ -84,6 +84,7 @@ class PreparedInverse(ProductOnly):
     def _multiply(self, block: Array) -> Array:
         return self._apply(block) if self._apply is not None else self._run(block, None).value
 
+    @quietly
     def solve(self, b: Array, *, x0: Array | None = None, keep: int = 0) -> Solution:
         """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone.
 

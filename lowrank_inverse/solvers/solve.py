@@ -10,6 +10,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_scalar
+from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
 from lowrank_inverse.estimators.asymmetry import warn_of_asymmetry
 from lowrank_inverse.estimators.norm import certificate_cost
@@ -25,6 +26,7 @@ from lowrank_inverse.solvers.iterative import CG
 from lowrank_inverse.solvers.state import HypergradientState, solve_from
 
 
+@quietly
 def solve(
     A: Any,
     b: Array,

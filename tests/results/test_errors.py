@@ -190,8 +190,9 @@ def test_without_a_solver_an_answer_that_is_no_better_than_zero_warns(n):
     diagonal[1::2] = -1.0
     diagonal[0] = 0.0
     A, b = np.diag(diagonal), np.eye(n)[0]
-    with pytest.warns(RuntimeWarning, match="1 of 1 solutions are no better than zero"):
+    with pytest.warns(RuntimeWarning, match="1 of 1 solutions are no better than zero") as warned:
         solution = li.solve(A, b)
+    assert warned[0].filename == __file__
     assert not solution.converged
     assert li.solve(np.eye(n), b).converged  # and no other does
     assert not li.solve(A, b, solver=li.CG()).converged

@@ -120,3 +120,17 @@ def compilations() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = True
+
+
+def precisions(jaxpr: Any) -> list[Any]:
+    """Precisions of all matrix products in a jaxpr and in what it calls."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.params["precision"])
+        for value in equation.params.values():
+            for one in value if isinstance(value, tuple) else (value,):
+                inside = getattr(one, "jaxpr", one)
+                if hasattr(inside, "eqns"):
+                    found += precisions(inside)
+    return found

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lowrank_inverse_jax import GaussNewtonOperator, HessianOperator, hvp
 from lowrank_inverse_jax.parameters import as_parameters
-from tests.adapters.jax.jax_oracle import Counted, Problem, flat, relative
+from tests.adapters.jax.jax_oracle import Counted, Problem, flat, precisions, relative
 from tests.adapters.shared.problem import N, forward
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -136,19 +136,6 @@ def test_outputs_may_be_a_pytree():
 
 def squares(z: Any) -> Any:
     return jnp.sum(z**2)
-
-
-def precisions(jaxpr: Any) -> list[Any]:
-    """Precisions of all matrix products in a jaxpr and in what it calls."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            found.append(equation.params["precision"])
-        for value in equation.params.values():
-            inside = getattr(value, "jaxpr", value)
-            if hasattr(inside, "eqns"):
-                found += precisions(inside)
-    return found
 
 
 @pytest.mark.parametrize("default", [None, "bfloat16"])
