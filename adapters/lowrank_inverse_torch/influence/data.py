@@ -51,7 +51,12 @@ class Moved:
         if not isinstance(leaf, Tensor):
             return leaf
         floating |= self.widen and leaf.dtype in LOW_PRECISION
-        return leaf.detach().to(self.like.device, self.like.dtype if floating else leaf.dtype)
+        # From pinned memory a copy to an accelerator runs beside the work there.
+        return leaf.detach().to(
+            self.like.device,
+            self.like.dtype if floating else leaf.dtype,
+            non_blocking=self.like.device.type != "cpu",
+        )
 
 
 def as_examples(
