@@ -31,7 +31,8 @@ hypothesis.settings.load_profile("repeatable")
 EAGER = ["numpy", "array_api_strict", "torch", "jax"]
 EAGER_JAX = pytest.param("jax", marks=pytest.mark.slow)  # compiles operation by operation
 ON_DEVICE = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cuda")]
-COMPILED: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
+JAX_ON_DEVICE = pytest.param("jax_gpu", marks=pytest.mark.gpu)  # needs JAX_PLATFORMS=cuda,cpu
+COMPILED: dict[tuple[Callable[..., Any], str, bool], Callable[..., Any]] = {}
 
 
 COMPILED_IN_FLOAT64 = (
@@ -81,11 +82,11 @@ class Backend:
         Compilations are kept by function: hand over one of the module, not a new lambda.
         """
         arrays = tuple(self.asarray(x) for x in arrays)
-        if self.name != "jax_jit":
+        if self.name not in ("jax_jit", "jax_gpu"):
             return host(function(*arrays))
         import jax
 
-        key = (function, bool(jax.config.jax_enable_x64))
+        key = (function, self.name, bool(jax.config.jax_enable_x64))
         if key not in COMPILED:
             COMPILED[key] = jax.jit(function)
         return host(COMPILED[key](*arrays))
@@ -129,6 +130,16 @@ def x64(enabled: bool) -> Any:
     return enable_x64() if enabled else disable_x64()
 
 
+def on_gpu() -> Any:
+    """Return a context in which jax makes arrays on a GPU, or skip the test."""
+    import jax
+
+    try:
+        return jax.default_device(jax.devices("gpu")[0])
+    except RuntimeError:
+        pytest.skip("jax has no GPU")
+
+
 @contextlib.contextmanager
 def open_backend(name: str, dtype: str, *, wide: bool | None = None) -> Iterator[Backend]:
     """Yield a backend; `wide` says whether jax has 64-bit types, by default only for float64."""
@@ -152,7 +163,7 @@ def open_backend(name: str, dtype: str, *, wide: bool | None = None) -> Iterator
     else:
         jnp = pytest.importorskip("jax.numpy")
         wide = dtype == "float64" if wide is None else wide
-        with x64(wide):
+        with x64(wide), on_gpu() if name == "jax_gpu" else contextlib.nullcontext():
             yield Backend(name, jnp, dtype, jnp.asarray, is_narrow=not wide)
 
 
@@ -162,7 +173,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[*EAGER[:-1], "jax_jit", EAGER_JAX, *ON_DEVICE])
+@pytest.fixture(params=[*EAGER[:-1], "jax_jit", EAGER_JAX, *ON_DEVICE, JAX_ON_DEVICE])
 def backend(request: pytest.FixtureRequest, dtype: str) -> Iterator[Backend]:
     """Every library; jax with the function under test in ``jax.jit``, and, slow, without."""
     with open_backend(request.param, dtype) as opened:
