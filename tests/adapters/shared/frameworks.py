@@ -131,6 +131,10 @@ class Torch(Framework):
     def variables(self, tree: Tree, dtype: str | None = None) -> Tree:
         return mapped(lambda x: self.array(x, dtype).requires_grad_(), tree)
 
+    def to_host(self) -> None:
+        """Put arrays on the CPU from now on."""
+        self.device = "cpu"
+
     def to_accelerator(self) -> None:
         """Put arrays on an accelerator from now on, or skip the test."""
         if not self.framework.cuda.is_available():
@@ -225,6 +229,9 @@ class Jax(Framework):
         x = np.asarray(x)
         x = x.astype(dtype or x.dtype) if x.dtype.kind == "f" else x
         return self.framework.device_put(self.framework.numpy.asarray(x), self.device)
+
+    def to_host(self) -> None:
+        self.device = self.framework.devices("cpu")[0]
 
     def to_accelerator(self) -> None:
         try:
