@@ -11,18 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness.processes import Found
+from benchmarks.harness.timing import MIB
+from benchmarks.speed.jax_networks import OUTPUTS
 
 
 def losses(data: Mapping[str, Any]) -> tuple[Any, Any, Any, jax.Array]:
-    """Return both losses of a perceptron, its parameters and the weights of the examples."""
+    """Return both losses of a network, its parameters and the weights of the examples."""
     x, y, outer_x, outer_y = (jnp.asarray(data[name]) for name in ("x", "y", "outer_x", "outer_y"))
     flat = [jnp.asarray(data[f"p{i}"]) for i in range(int(data["num_params"]))]
 
-    def outputs(params: Any, x: jax.Array) -> jax.Array:
-        for i in range(0, len(params), 2):  # as torch stores them: (out, in)
-            x = x @ params[i].T + params[i + 1]
-            x = jnp.tanh(x) if i + 2 < len(params) else x
-        return x
+    outputs = OUTPUTS[str(data.get("model", "mlp"))]
 
     def entropies(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         logs = jax.nn.log_softmax(outputs(params, x))
@@ -62,23 +60,35 @@ def function(
 
 
 def measure(
-    path: str, method: str, k: int, damping: float, step: float, repeats: int, limit: float
+    path: str,
+    method: str,
+    k: int,
+    damping: float,
+    step: float,
+    repeats: int,
+    limit: float,
+    further: bool = True,
 ) -> Found:
     """Measure a method on the problem in the file `path`; compilation is not timed."""
     from benchmarks.speed.measure import timed
 
     with np.load(path) as data:
         inner, outer, params, w = losses(data)
-        reference = data["reference"]
+        reference = data.get("reference")
     hvp = jax.jit(lambda p, v: jax.jvp(lambda q: jax.grad(inner)(q, w), (p,), (v,))[1])
+
+    held = {}
 
     def make(k: int) -> Callable[[], Any]:
         run = jax.jit(function(method, inner, outer, damping, step, k))
         program = run.lower(params, w).compile()
+        held[k] = program.memory_analysis().temp_size_in_bytes / MIB
         return lambda: jax.block_until_ready(program(params, w))
 
     def product() -> Callable[[], Any]:
         jax.block_until_ready(hvp(params, params))
         return lambda: jax.block_until_ready(hvp(params, params))
 
-    return timed(make, k, product, repeats=repeats, limit=limit, reference=reference)
+    limits = {"repeats": repeats, "limit": limit, "further": further}
+    found = timed(make, k, product, reference=reference, **limits)
+    return found | {"n": sum(p.size for p in params), "program mib": held[k]}

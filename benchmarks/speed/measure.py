@@ -69,31 +69,35 @@ def write_problem(path: str, batch: int, seed: int, small: bool, training: int) 
     problem.train(training)
     lowest, highest = spectrum(problem)
     damping, step = damping_and_step(lowest, highest, least=1e-2 * highest)
-    arrays = {f"p{i}": p.detach().numpy().copy() for i, p in enumerate(problem.params)}
-    for name in ("x", "y", "outer_x", "outer_y", "w"):
-        arrays[name] = getattr(problem, name).detach().numpy().copy()
+    numbers = arrays(problem)
     found = {"n": problem.n, "loss": problem.inner().item(), "lowest": lowest, "highest": highest}
-    wide = load(arrays, small, torch.float64)
+    wide = load(numbers, small, torch.float64)
     solver = li.CG(damping=damping, rtol=1e-10, max_steps=1000)
     out = lit.hypergradient(wide.inner, wide.outer, wide.model, wide.w, solver=solver)
     if not out.solution.converged:
         raise RuntimeError(f"the reference did not converge: {out.solution.message}")
-    np.savez(path, reference=out.grads.numpy(), num_params=len(problem.params), **arrays)
+    np.savez(path, reference=out.grads.numpy(), **numbers)
     return found | {"damping": damping, "step": step, "steps": int(out.solution.num_steps)}
+
+
+def arrays(problem: Reweighting) -> dict[str, Any]:
+    """Return all numbers of a problem on the CPU, for `load` and for jax."""
+    found: dict[str, Any] = {"num_params": len(problem.params)}
+    found |= {f"p{i}": p.detach().cpu().numpy().copy() for i, p in enumerate(problem.params)}
+    for name in ("x", "y", "outer_x", "outer_y", "w"):
+        found[name] = getattr(problem, name).detach().cpu().numpy().copy()
+    return found
 
 
 def load(arrays: Any, small: bool, dtype: torch.dtype = torch.float32) -> Reweighting:
     """Return the problem whose numbers were written."""
     problem = build("mlp", len(arrays["y"]), seed=0, device="cpu", small=small)
-    problem.model.to(dtype)
     with torch.no_grad():
         for i, p in enumerate(problem.params):
             p.copy_(torch.as_tensor(arrays[f"p{i}"]))
-    for name in ("x", "outer_x", "w"):
-        setattr(problem, name, torch.as_tensor(arrays[name]).to(dtype))
-    for name in ("y", "outer_y"):
+    for name in ("x", "y", "outer_x", "outer_y", "w"):
         setattr(problem, name, torch.as_tensor(arrays[name]))
-    problem.w.requires_grad_()
+    problem.to(dtype)
     return problem
 
 
@@ -150,17 +154,18 @@ def timed(
     limit: float,
     device: str = "cpu",
     reference: np.ndarray | None = None,
+    further: bool = True,
 ) -> Found:
     """Measure memory and error of the first call of ``make(k)``, then times in turn with products.
 
-    The call for one column or step is timed beside it, for what each further one costs.
+    The call for one column or step is timed beside it, for what each `further` one costs.
     """
     run, answers = make(k), []
     with Peak(device) as peak:
         first = seconds(lambda: answers.append(run()), device)
     info, answer = getattr(answers[0], "info", None), gradient(answers.pop())
     runs = {"run": run, "product": product()}
-    if first < limit / 30 and k > 1:
+    if further and first < limit / 30 and k > 1:
         runs["one"] = make(1)
     times = in_turn(runs, device, repeats=repeats, budget=limit / 10, known={"run": first})
     found: Found = {

@@ -18,6 +18,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 CLASSES = 10
+WIDENED = {"wrn": 2, "wrn10": 10}
+"""Factors of the widths of a WideResNet-28."""
 
 
 class Block(nn.Module):
@@ -90,9 +92,9 @@ def network(name: str, small: bool = False) -> tuple[nn.Module, tuple[int, ...]]
         return perceptron(widths), widths[:1]
     if name == "lenet":
         return lenet(), (1, 28, 28)
-    if name == "wrn":
-        return (wide_resnet(10, 1) if small else wide_resnet()), (3, 32, 32)
-    raise ValueError(f"`name` must be 'mlp', 'lenet' or 'wrn'; got {name!r}.")
+    if name in WIDENED:
+        return (wide_resnet(10, 1) if small else wide_resnet(28, WIDENED[name])), (3, 32, 32)
+    raise ValueError(f"`name` must be 'mlp', 'lenet', 'wrn' or 'wrn10'; got {name!r}.")
 
 
 class Reweighting:
@@ -160,6 +162,12 @@ class Reweighting:
         grads = torch.autograd.grad(self.inner(), self.params, create_graph=True)
         v = [torch.randn_like(p) for p in self.params]
         return lambda: torch.autograd.grad(grads, self.params, v, retain_graph=True)
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Convert parameters and data."""
+        self.model.to(dtype)
+        self.x, self.outer_x = self.x.to(dtype), self.outer_x.to(dtype)
+        self.w = self.w.detach().to(dtype).requires_grad_()
 
     def train(self, steps: int, rate: float = 1e-3) -> None:
         """Lower the inner loss by Adam, so that its Hessian comes close to semidefinite."""

@@ -52,7 +52,7 @@ def test_the_networks_have_the_sizes_of_the_paper():
         assert small(torch.zeros(2, *small_shape)).shape == (2, 10)
         assert len(shape) == len(small_shape)
     assert sizes == {"mlp": 1267530, "lenet": 61706, "wrn": 1467610}
-    with pytest.raises(ValueError, match="`name` must be 'mlp', 'lenet' or 'wrn'; got 'vgg'"):
+    with pytest.raises(ValueError, match="`name` must be 'mlp', 'lenet', 'wrn' or 'wrn10'; got 'v"):
         network("vgg")
 
 
