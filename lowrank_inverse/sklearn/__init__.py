@@ -1,0 +1,14 @@
+"""Regressions with kernels as scikit-learn estimators; this package needs scikit-learn."""
+
+try:
+    from sklearn.utils.validation import validate_data  # noqa: F401 (came with 1.6)
+except ImportError as error:
+    raise ImportError(
+        "lowrank_inverse.sklearn needs scikit-learn 1.6 or newer: "
+        'pip install "lowrank-inverse[sklearn]".'
+    ) from error
+
+from lowrank_inverse.sklearn.kernel_ridge import KernelRidge
+from lowrank_inverse.sklearn.nystrom_ridge import NystromRidge
+
+__all__ = ["KernelRidge", "NystromRidge"]
