@@ -9,6 +9,7 @@ except ImportError as error:
     ) from error
 
 from lowrank_inverse.sklearn.kernel_ridge import KernelRidge
+from lowrank_inverse.sklearn.kernel_ridge_cv import KernelRidgeCV
 from lowrank_inverse.sklearn.nystrom_ridge import NystromRidge
 
-__all__ = ["KernelRidge", "NystromRidge"]
+__all__ = ["KernelRidge", "KernelRidgeCV", "NystromRidge"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -12,8 +12,8 @@ from lowrank_inverse._typing import Sampling
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.operators.composition import scaled_by_diagonal
-from lowrank_inverse.operators.kernel import KernelOperator
-from lowrank_inverse.sklearn.regressor import KernelRegressor, row_blocks
+from lowrank_inverse.results.solution import Solution
+from lowrank_inverse.sklearn.regressor import KernelRegressor, kernel_matrix
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.low_rank import NystromCG
 from lowrank_inverse.solvers.solve import solve
@@ -33,12 +33,17 @@ class KernelRidge(KernelRegressor):
 
     Parameters
     ----------
-    alpha : float
-        Strength of the ridge; positive.
-    kernel, nu, degree, coef0, chunk_size
+    alpha : float or array, shape (m,)
+        Strength of the ridge, or one for each target; positive.
+    kernel : str or callable
+        As in :class:`lowrank_inverse.KernelOperator`; or ``"linear"``, ``x @ y``, of which `X` may
+        be sparse; or ``"precomputed"``, where `X` is the kernel itself.
+    nu, degree, coef0, chunk_size
         As in :class:`lowrank_inverse.KernelOperator`.
     lengthscale : float, array of shape (d,), or "scale"
-        ``"scale"``: the root of the summed variances of the features.
+        ``"scale"``: the root of the summed variances of the features. Not of ``"linear"``.
+    fit_intercept : bool
+        Add a constant to f, which costs nothing in the norm.
     rank : int
         Columns of the preconditioner. Up to that many points are solved directly.
     sampling : str
@@ -55,10 +60,11 @@ class KernelRidge(KernelRegressor):
 
     Attributes
     ----------
-    X_fit_ : ndarray, shape (n, d)
-        Points with a positive weight.
+    X_fit_ : ndarray or sparse matrix, shape (n, d)
+        Points with a positive weight. None is kept of a precomputed kernel.
     dual_coef_ : ndarray, shape (n,) or (n, m)
-        ``f(z) = sum_j kernel(z, X_fit_[j]) * dual_coef_[j]``.
+        ``f(z) = sum_j kernel(z, X_fit_[j]) * dual_coef_[j] + intercept_``.
+    intercept_ : float or ndarray of shape (m,)
     lengthscale_ : float or array
     n_iter_ : int
         Steps of the slowest target.
@@ -66,7 +72,7 @@ class KernelRidge(KernelRegressor):
     Notes
     -----
     ``n * rank`` numbers, twice while the columns are chosen, and ``n**2 / 2`` kernel evaluations
-    a step for all targets at once.
+    a step for all targets at once; targets of another `alpha` are another solve.
 
     Examples
     --------
@@ -80,10 +86,11 @@ class KernelRidge(KernelRegressor):
 
     def __init__(
         self,
-        alpha: float = 1.0,
+        alpha: Any = 1.0,
         *,
         kernel: Any = "rbf",
         lengthscale: Any = "scale",
+        fit_intercept: bool = False,
         nu: float = 2.5,
         degree: int = 3,
         coef0: float = 1.0,
@@ -98,6 +105,7 @@ class KernelRidge(KernelRegressor):
         self.alpha = alpha
         self.kernel = kernel
         self.lengthscale = lengthscale
+        self.fit_intercept = fit_intercept
         self.nu = nu
         self.degree = degree
         self.coef0 = coef0
@@ -112,68 +120,99 @@ class KernelRidge(KernelRegressor):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelRidge:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
-        Zero weights leave their points out. Warns with a ``ConvergenceWarning`` where `tol` was
-        not met.
+        Zero weights leave their points out. With kernel="precomputed", `X` is the kernel of the
+        training points, shape (n, n). Warns with a ``ConvergenceWarning`` where `tol` was not met.
         """
         X, y, root = self._training(X, y, sample_weight)
-        check_scalar("alpha", self.alpha, positive=True)
+        alphas = _checked_alpha(self.alpha, y.shape[1])
         check_count("rank", self.rank)
-        n = len(X)
         K: Any = self._operator(X, self.lengthscale_)
-        if n**2 * X.dtype.itemsize <= self.memory_budget:
-            K = _matrix(K)
-        unit = float(np.finfo(X.dtype).eps)
+        if X.shape[0] ** 2 * X.dtype.itemsize <= self.memory_budget:
+            K = kernel_matrix(K)
+        K, rng = _weighted(K, root), self._rng()
+        coefficients, intercept = np.empty_like(y), np.zeros(y.shape[1], dtype=y.dtype)
+        self.n_iter_, missed = 1, ""
+        for alpha in np.unique(alphas):
+            chosen = alphas == alpha
+            found = self._solve(K, y[:, chosen], root, float(alpha), rng)
+            coefficients[:, chosen], intercept[chosen] = found.coefficients, found.intercept
+            self.n_iter_ = max(self.n_iter_, found.num_steps)
+            missed = found.missed or missed
+        if missed:
+            warnings.warn(missed, ConvergenceWarning, stacklevel=2)
+        self._keep(X, coefficients)
+        self.intercept_ = self._shaped(intercept) if self.fit_intercept else 0.0
+        return self
+
+    def _solve(
+        self, K: Any, y: np.ndarray, root: np.ndarray, alpha: float, rng: np.random.Generator
+    ) -> _Found:
+        """Solve for the targets of one `alpha`; `K` is weighted."""
+        n, m = y.shape
+        unit = float(np.finfo(y.dtype).eps)
         tol = max(self.tol, UNREACHABLE * unit)
-        b = root * y
         # What the residual of the weighted system may be, for the error of the lightest point.
         allowed = tol * float(root.min()) * column_norm(y)
+        mean = np.zeros(m, dtype=y.dtype)
+        targets = allowed
+        b = root * y
+        if self.fit_intercept:
+            # G c + root * intercept = b and root.T c = 0 by two solves with G.
+            mean = np.average(y, axis=0, weights=root[:, 0] ** 2).astype(y.dtype)
+            b = np.hstack([root * (y - mean), root])
+            targets = np.append(allowed, tol * float(root.min()) * n**0.5) / 2
         sizes = column_norm(b)
-        shares = allowed[sizes > 0] / sizes[sizes > 0]
-        solver: Any = Exact(damping=self.alpha)
+        shares = targets[sizes > 0] / sizes[sizes > 0]
+        solver: Any = Exact(damping=alpha)
         if n > self.rank:
             solver = NystromCG(
                 rank=self.rank,
-                damping=self.alpha,
+                damping=alpha,
                 sampling=self.sampling,
                 rtol=max(float(shares.min(initial=tol)), unit),
                 max_steps=self.max_iter,
             )
-        K = _weighted(K, root)
-        solution = solve(K, b, solver=solver, rng=self._rng())
-        met = solution.residual_norm <= allowed if n > self.rank else solution.converged
+        solution = solve(K, b, solver=solver, rng=rng)
+        c, shift, residual = _without_mean(solution, root, m)
+        met = residual <= allowed if n > self.rank else _met(solution, m)
         held = isinstance(K, np.ndarray) and FACTORED * K.nbytes <= self.memory_budget
         if not met.all() and held and n > self.rank and self.max_iter is None:
-            solution = solve(K, b, solver=Exact(damping=self.alpha))
-            met = solution.converged
+            solution = solve(K, b, solver=Exact(damping=alpha))
+            c, shift, residual = _without_mean(solution, root, m)
+            met = _met(solution, m)
+        missed = ""
         if not met.all():
-            warnings.warn(
+            missed = (
                 f"the tolerance was not met: {solution.message}. Raise `max_iter`, `rank` or "
                 "`alpha`, or loosen `tol`. The fit is known to "
-                f"{tol * np.max(solution.residual_norm[~met] / allowed[~met]):.1g} of the targets.",
-                ConvergenceWarning,
-                stacklevel=2,
+                f"{tol * np.max(residual[~met] / allowed[~met]):.1g} of the targets."
             )
-        self.X_fit_, self.dual_coef_ = X, self._shaped(root * solution.value)
-        self.n_iter_ = max(1, int(solution.num_steps.max()))
-        return self
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Return the regression function at points `X` (p, d): shape (p,) or (p, m)."""
-        X = self._points(X)
-        return self._operator(self.X_fit_, self.lengthscale_).cross(X, self.dual_coef_)
+        return _Found(root * c, mean + shift, int(solution.num_steps.max()), missed)
 
 
-def _matrix(A: KernelOperator) -> np.ndarray:
-    """Return the whole matrix; each tile is computed once, and nothing is held twice."""
-    n = A.shape[0]
-    K = np.empty((n, n), dtype=A.dtype)
-    slices = row_blocks(n, A.chunk_size)
-    for i, rows in enumerate(slices):
-        for others in slices[i:]:
-            tile = A.evaluate(A.X[rows], A.X[others])
-            K[rows, others] = tile
-            K[others, rows] = tile.T
-    return K
+class _Found(NamedTuple):
+    coefficients: np.ndarray
+    intercept: np.ndarray
+    num_steps: int
+    missed: str
+
+
+def _without_mean(solution: Solution, root: np.ndarray, m: int) -> tuple[Any, Any, Any]:
+    """Return coefficients, intercepts and residual norms of m targets.
+
+    A column beyond them is the solution for `root`, of which so much is taken off that the
+    coefficients are orthogonal to `root`.
+    """
+    c, residual = solution.value, solution.residual_norm
+    if c.shape[1] == m:
+        return c, np.zeros(m, dtype=c.dtype), residual
+    s = root[:, 0]
+    shift = (s @ c[:, :m]) / (s @ c[:, m])
+    return c[:, :m] - c[:, m:] * shift, shift, residual[:m] + np.abs(shift) * residual[m]
+
+
+def _met(solution: Solution, m: int) -> np.ndarray:
+    return solution.converged[:m] & solution.converged[m:].all()
 
 
 def _weighted(K: Any, root: np.ndarray) -> Any:
@@ -183,3 +222,19 @@ def _weighted(K: Any, root: np.ndarray) -> Any:
     if isinstance(K, np.ndarray):
         return root * K * root.T
     return scaled_by_diagonal(K, root[:, 0])
+
+
+def _checked_alpha(alpha: Any, m: int) -> np.ndarray:
+    """Return one positive strength for each target, shape (m,)."""
+    if np.ndim(alpha) == 0:
+        check_scalar("alpha", alpha, positive=True)
+        return np.full(m, float(alpha))
+    alphas = np.asarray(alpha, dtype=np.float64)
+    if alphas.shape != (m,):
+        raise ValueError(
+            f"`alpha` must be a number or one for each of {m} targets, shape ({m},); got shape "
+            f"{alphas.shape}."
+        )
+    for entry in alphas:
+        check_scalar("alpha", float(entry), positive=True)
+    return alphas

@@ -30,7 +30,10 @@ class NystromRidge(KernelRegressor):
         Strength of the ridge; positive.
     rank : int
         Points to sample; all, where there are fewer.
-    kernel, nu, degree, coef0, chunk_size
+    kernel : str or callable
+        As in :class:`lowrank_inverse.KernelOperator`; or ``"linear"``, ``x @ y``, of which `X` may
+        be sparse.
+    nu, degree, coef0, chunk_size
         As in :class:`lowrank_inverse.KernelOperator`.
     lengthscale : float, array of shape (d,), or "scale"
         ``"scale"``: the root of the summed variances of the features.
@@ -100,9 +103,13 @@ class NystromRidge(KernelRegressor):
 
         Zero weights leave their points out.
         """
+        if self._is("precomputed"):
+            raise ValueError(
+                "`kernel` must be evaluated at few points here: 'precomputed' is for KernelRidge."
+            )
         X, y, root = self._training(X, y, sample_weight)
         check_scalar("alpha", self.alpha, positive=True)
-        rank = min(check_count("rank", self.rank), len(X))
+        rank = min(check_count("rank", self.rank), X.shape[0])
         A = self._operator(X, self.lengthscale_)
         self.indices_ = sample_columns(A, rank, sampling=self.sampling, rng=self._rng())
         self.X_fit_ = X[self.indices_]
@@ -113,7 +120,7 @@ class NystromRidge(KernelRegressor):
         squared = np.finfo(np.float64).eps * trace <= GRAM_ERROR * self.alpha
 
         def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for rows in row_blocks(len(X), A.chunk_size if squared else 4 * A.chunk_size):
+            for rows in row_blocks(X.shape[0], A.chunk_size if squared else 4 * A.chunk_size):
                 chosen = order[rows]
                 F = A.evaluate(X[chosen], self.X_fit_) @ T
                 yield root[chosen] * F, (root[chosen] * y[chosen]).astype(np.float64)
@@ -129,6 +136,6 @@ class NystromRidge(KernelRegressor):
         # In float64: where the kernel is ill-conditioned, large coefficients cancel.
         parts = [
             A.evaluate(X[rows], self.X_fit_) @ self.dual_coef_
-            for rows in row_blocks(len(X), A.chunk_size)
+            for rows in row_blocks(X.shape[0], A.chunk_size)
         ]
         return np.concatenate(parts, axis=0).astype(X.dtype, copy=False)

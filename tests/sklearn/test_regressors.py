@@ -15,7 +15,7 @@ pytest.importorskip("sklearn", minversion="1.6", reason="scikit-learn 1.6 is not
 import sklearn.kernel_ridge
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from lowrank_inverse.sklearn import KernelRidge, NystromRidge
+from lowrank_inverse.sklearn import KernelRidge, KernelRidgeCV, NystromRidge
 from tests.oracles import LONG, relative_error, solve
 from tests.sklearn.friedman import NEW, SCALE, X, Y
 
@@ -23,8 +23,24 @@ ALPHAS = [1e-10, 1e-7, 1e-4, 1e-1, 1e2]
 LENGTHSCALES = [0.05, 0.3, 3.0]
 
 
-@parametrize_with_checks([KernelRidge(), NystromRidge()])
+@parametrize_with_checks([KernelRidge(), KernelRidgeCV(), NystromRidge()])
 def test_scikit_learn_accepts_the_estimators(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the tolerance was not met")  # in float32, by a factor of 20
+@parametrize_with_checks(
+    [
+        KernelRidge(kernel="linear"),
+        KernelRidge(kernel="precomputed"),
+        KernelRidge(fit_intercept=True, rank=5, memory_budget=0, tol=1e-12),
+        KernelRidgeCV([1.0], kernel="linear", fit_intercept=True),
+        KernelRidgeCV(kernel="precomputed"),
+        NystromRidge(kernel="linear"),
+    ]
+)
+def test_scikit_learn_accepts_their_other_ways(estimator, check):
     check(estimator)
 
 
