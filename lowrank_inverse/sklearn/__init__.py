@@ -8,8 +8,9 @@ except ImportError as error:
         'pip install "lowrank-inverse[sklearn]".'
     ) from error
 
+from lowrank_inverse.sklearn.gaussian_process import GaussianProcessRegressor
 from lowrank_inverse.sklearn.kernel_ridge import KernelRidge
 from lowrank_inverse.sklearn.kernel_ridge_cv import KernelRidgeCV
 from lowrank_inverse.sklearn.nystrom_ridge import NystromRidge
 
-__all__ = ["KernelRidge", "KernelRidgeCV", "NystromRidge"]
+__all__ = ["GaussianProcessRegressor", "KernelRidge", "KernelRidgeCV", "NystromRidge"]

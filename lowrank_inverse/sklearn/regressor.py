@@ -73,7 +73,7 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
                     f"`lengthscale` must be positive or 'scale'; got {self.lengthscale!r}."
                 )
             scaled = not self._is("linear") and not self._is("precomputed")
-            self.lengthscale_ = _spread(X, weight) if scaled else 1.0
+            self.lengthscale_ = spread(X, weight) if scaled else 1.0
         return X, y, np.sqrt(weight)[:, None]
 
     def _rng(self) -> np.random.Generator:
@@ -116,7 +116,7 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return values[..., 0] if self._one_target else values
 
 
-def _spread(X: np.ndarray, weight: np.ndarray) -> float:
+def spread(X: np.ndarray, weight: np.ndarray) -> float:
     """Return the root of the summed variances of the features."""
     centred = X - np.average(X, axis=0, weights=weight)
     spread = np.average((centred**2).sum(axis=1, dtype=np.float64), weights=weight)

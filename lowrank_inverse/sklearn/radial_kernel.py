@@ -1,0 +1,80 @@
+"""Kernels of a distance, and the derivatives of their matrices by tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lowrank_inverse.operators.distances import MAX_DIFFERENCES, squared_distances
+from lowrank_inverse.operators.kernel import CPU_CHUNK, KernelOperator
+from lowrank_inverse.sklearn.regressor import row_blocks
+
+Weight = Callable[[slice, slice], np.ndarray]
+"""A tile of a symmetric matrix M, at slices of rows and columns."""
+
+
+def radial_derivative(squares: np.ndarray, kernel: str, nu: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return k and ``-2 dk/dr²`` at squared distances r², in units of the lengthscale.
+
+    With u the part of one feature in r², the derivative of k with respect to the logarithm of its
+    lengthscale is u times the latter. Where that is infinite, for the Matérn kernel of order 1/2
+    at distance 0, it is 0 here, and so is u.
+    """
+    if kernel == "rbf":
+        k = np.exp(-0.5 * squares)
+        return k, k
+    s = np.sqrt(2 * nu * squares)
+    decay = np.exp(-s)
+    if nu == 0.5:
+        return decay, np.divide(decay, s, out=np.zeros_like(s), where=s > 0)
+    if nu == 1.5:
+        return (1 + s) * decay, 3 * decay
+    return (1 + s + s * s / 3) * decay, 5 / 3 * (1 + s) * decay
+
+
+def contract(K: KernelOperator, weight: Weight) -> tuple[float, np.ndarray]:
+    """Return ``sum(M * K)`` and ``sum(M * dK/dlog(lengthscale))`` for a symmetric M.
+
+    Parameters
+    ----------
+    K : KernelOperator
+        Of "rbf" or "matern", with one lengthscale, or one for each of d features.
+    weight : callable
+        ``weight(rows, columns)`` is a tile of M; those below the diagonal are not asked for.
+
+    Returns
+    -------
+    float, and ndarray of shape (1,) or (d,)
+
+    Notes
+    -----
+    ``n**2 / 2`` evaluations of the kernel and of M, and with a lengthscale for each feature d times
+    as many products; memory for a few tiles.
+    """
+    each = np.ndim(K.lengthscale) == 1
+    x = np.asarray(K.X / K.lengthscale)
+    x = x - x.mean(axis=0)  # what is common to the points cancels, and would take digits along
+    value, slope = 0.0, np.zeros(x.shape[1] if each else 1)
+    slices = row_blocks(len(x), CPU_CHUNK)
+    for i, rows in enumerate(slices):
+        for columns in slices[i:]:
+            squares = squared_distances(x[rows], x[columns])
+            k, h = radial_derivative(squares, str(K.kernel), K.nu)
+            M = weight(rows, columns)
+            times = 1 if rows is columns else 2
+            value += times * float(np.sum(M * k))
+            h = M * h
+            part = _by_feature(x[rows], x[columns], h) if each else np.sum(h * squares)
+            slope += times * part
+    return value, slope
+
+
+def _by_feature(x: np.ndarray, y: np.ndarray, W: np.ndarray) -> np.ndarray:
+    """Return ``sum_ij W[i, j] * (x[i, l] - y[j, l])**2`` for each feature l, shape (d,)."""
+    d = x.shape[1]
+    if d <= MAX_DIFFERENCES:
+        pairs = zip(x.T, y.T, strict=True)
+        return np.array([np.sum(W * (u[:, None] - v) ** 2) for u, v in pairs])
+    across = np.sum(x * (W @ y), axis=0)
+    return W.sum(axis=1) @ (x * x) + W.sum(axis=0) @ (y * y) - 2 * across
