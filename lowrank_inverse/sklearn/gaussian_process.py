@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -15,14 +14,19 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.sklearn.exact_covariance import ExactCovariance
-from lowrank_inverse.sklearn.hyperparameters import Hyperparameters, checked_bounds, checked_fixed
+from lowrank_inverse.sklearn.hyperparameters import (
+    checked_bounds,
+    checked_fixed,
+    checked_start,
+    maximiser,
+)
 from lowrank_inverse.sklearn.iterative_covariance import IterativeCovariance
 from lowrank_inverse.sklearn.kernel_ridge import MEMORY_BUDGET
-from lowrank_inverse.sklearn.regressor import KernelRegressor, row_blocks, spread
+from lowrank_inverse.sklearn.posterior import covariance, draw, variance
+from lowrank_inverse.sklearn.regressor import KernelRegressor
 
 MATRICES = 4
 """What a factorisation and its derivatives take."""
-BLOCK_NUMBERS = 2**22
 KERNELS = ("rbf", "matern")
 
 
@@ -88,14 +92,12 @@ class GaussianProcessRegressor(KernelRegressor):
 
     Notes
     -----
-    Factored: ``n**3`` operations for the likelihood and its derivatives, and four matrices.
-    Iterative: ``n**2 / 2`` kernel evaluations for each product, with all targets and probes at
-    once, and ``n * rank`` numbers.
+    Factored: ``n**3`` operations for the likelihood and its derivatives, and four matrices. Else:
+    ``n**2 / 2`` kernel evaluations a product, for all targets and probes; ``n * rank`` numbers.
 
-    Without the factorisation, the variance at a point is that of the best predictor of f there
-    whose weights lie in a space of dimension `rank`: never too small, and right for ``rank = n``.
-    With `exact_variance`, a solve to `tol` gives the weights: never too small either, and too large
-    by ``norm(r)**2 / noise`` at most, where r is the residual.
+    Not factored, the variance is that of the best predictor whose weights lie in a space of
+    dimension `rank`: never too small, and right for ``rank = n``. With `exact_variance`, weights
+    come from a solve: never too small either, and too large by ``norm(residual)**2 / noise``.
 
     References
     ----------
@@ -165,17 +167,28 @@ class GaussianProcessRegressor(KernelRegressor):
         self._mean, self._scale = np.zeros(y.shape[1]), np.ones(y.shape[1])
         if self.normalize_y:
             self._mean, deviation = y.mean(axis=0), y.std(axis=0)
-            self._scale = np.where(deviation > 0, deviation, 1.0)
+            rounding = 16 * np.finfo(float).eps * np.abs(y).max(axis=0)
+            self._scale = np.where(deviation > rounding, deviation, 1.0)
         self.X_fit_, self._y = X, (y - self._mean) / self._scale
         rng = check_random_state(self.random_state)
         self._seed = rng.randint(2**31 - 1)
-        self._fixed = checked_fixed(self.fixed)
-        self._start = self._checked_start(X)
-        theta = self._optimised(rng)
-        self._covariance = self._at(theta)
-        if self._covariance.missed:
-            warnings.warn(self._covariance.missed, ConvergenceWarning, stacklevel=2)
-        self.theta_ = theta
+        for name in ("rank", "num_probes", "max_iter"):
+            check_count(name, getattr(self, name))
+        check_scalar("tol", self.tol, positive=True)
+        if self.kernel not in KERNELS:
+            raise ValueError(f"`kernel` must be 'rbf' or 'matern'; got {self.kernel!r}.")
+        if self.optimizer not in (how := "fmin_l_bfgs_b", None):
+            raise ValueError(f"`optimizer` must be {how!r} or None; got {self.optimizer!r}.")
+        self._fixed, bounds = checked_fixed(self.fixed), checked_bounds(self.bounds)
+        self._start = checked_start(self.signal_variance, self.lengthscale, self.noise, X)
+        self.theta_, missed = self._start.free(self._fixed), ""
+        if self.optimizer is not None and self.theta_.size:
+            self.theta_, missed = maximiser(
+                self._likelihood, self.theta_, bounds, self.n_restarts_optimizer, rng
+            )
+        self._covariance = self._at(self.theta_)
+        for reason in filter(None, (missed, self._covariance.missed)):
+            warnings.warn(reason, ConvergenceWarning, stacklevel=2)
         self.signal_variance_, self.lengthscale_, self.noise_ = self._covariance.at
         self.log_marginal_likelihood_value_ = self._covariance.log_likelihood
         self.log_marginal_likelihood_error_ = self._covariance.error
@@ -193,6 +206,9 @@ class GaussianProcessRegressor(KernelRegressor):
     ) -> Any:
         """Return the mean of f at points `X` (p, d), with its standard deviations or covariance.
 
+        With `exact_variance`, warns with a ``ConvergenceWarning`` where a solve did not meet `tol`:
+        the result is too large then.
+
         Parameters
         ----------
         X : array, shape (p, d)
@@ -205,56 +221,33 @@ class GaussianProcessRegressor(KernelRegressor):
         -------
         mean : ndarray, shape (p,) or (p, m)
         std or cov : ndarray, shape (p,) or (p, m); (p, p) or (p, p, m)
-
-        Warns
-        -----
-        ConvergenceWarning
-            With `exact_variance`, where a solve did not meet `tol`; the result is too large then.
         """
         check_is_fitted(self)
         if return_std and return_cov:
             raise ValueError("one of `return_std` and `return_cov` may be asked for; got both.")
         X = validate_data(self, X, reset=False, dtype=np.float64)
         G = self._covariance
-        mean = self.signal_variance_ * G.K.cross(X, G.coefficients) * self._scale + self._mean
-        mean = self._shaped(mean)
+        mean = self.signal_variance_ * G.K.cross(X, G.coefficients)
+        mean = self._shaped(mean * self._scale + self._mean)
         if not return_std and not return_cov:
             return mean
         noise = self.noise_ if include_noise else 0.0
         if return_cov:
-            explained, missed = G.explained(X, diagonal=False)
-            prior = KernelOperator(X, self.kernel, lengthscale=self.lengthscale_, nu=self.nu)
-            cov = self.signal_variance_ * prior.evaluate(X, X) - explained
-            cov = (cov + cov.T) / 2 + noise * np.eye(len(X))
-            cov[np.diag_indices_from(cov)] = np.maximum(np.diagonal(cov), noise)
-            result = cov[..., None] * self._scale**2
+            cov, missed = covariance(G, X)
+            result = (cov + noise * np.eye(len(X)))[..., None] * self._scale**2
         else:
-            size = max(1, BLOCK_NUMBERS // len(self.X_fit_))
-            parts = [G.explained(X[rows], diagonal=True) for rows in row_blocks(len(X), size)]
-            missed = max((reason for _, reason in parts), key=len)
-            variance = self.signal_variance_ - np.concatenate([part for part, _ in parts])
-            result = np.sqrt(np.maximum(variance, 0.0) + noise)[:, None] * self._scale
+            each, missed = variance(G, X)
+            result = np.sqrt(each + noise)[:, None] * self._scale
         if missed:
             warnings.warn(missed, ConvergenceWarning, stacklevel=2)
         return mean, self._shaped(result)
 
     def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
-        """Draw functions from the posterior, at points `X` (p, d).
-
-        Returns
-        -------
-        ndarray, shape (p, n_samples) or (p, m, n_samples)
-        """
+        """Draw functions at points `X` (p, d): shape (p, n_samples) or (p, m, n_samples)."""
         rng = check_random_state(random_state)
         mean, cov = self.predict(X, return_cov=True)
         p = len(mean)
-        mean, cov = mean.reshape(p, -1), cov.reshape(p, p, -1)
-        samples = np.empty((*mean.shape, n_samples))
-        for target in range(mean.shape[1]):
-            values, vectors = np.linalg.eigh(cov[..., target])
-            root = vectors * np.sqrt(np.maximum(values, 0.0))
-            normal = rng.standard_normal((p, n_samples))
-            samples[:, target] = mean[:, target, None] + root @ normal
+        samples = draw(mean.reshape(p, -1), cov.reshape(p, p, -1), n_samples, rng)
         return samples[:, 0] if self._one_target else samples
 
     def log_marginal_likelihood(self, theta: Any = None, eval_gradient: bool = False) -> Any:
@@ -274,34 +267,13 @@ class GaussianProcessRegressor(KernelRegressor):
             ``-inf`` and zeros where the covariance is not positive definite in float64.
         """
         check_is_fitted(self)
+        if theta is None and not eval_gradient:
+            return self.log_marginal_likelihood_value_
+        theta = self.theta_ if theta is None else theta
         try:
-            G = self._covariance if theta is None else self._at(theta)
+            return self._likelihood(theta) if eval_gradient else self._at(theta).log_likelihood
         except np.linalg.LinAlgError:
             return (-math.inf, np.zeros_like(self.theta_)) if eval_gradient else -math.inf
-        return (G.log_likelihood, self._gradient(G)) if eval_gradient else G.log_likelihood
-
-    def _checked_start(self, X: np.ndarray) -> Hyperparameters:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"`kernel` must be 'rbf' or 'matern'; got {self.kernel!r}.")
-        for name in ("signal_variance", "noise"):
-            check_scalar(name, getattr(self, name), positive=True)
-        check_scalar("tol", self.tol, positive=True)
-        check_count("rank", self.rank)
-        check_count("num_probes", self.num_probes)
-        check_count("max_iter", self.max_iter)
-        lengthscale = self.lengthscale
-        if isinstance(lengthscale, str):
-            if lengthscale not in ("scale", "features"):
-                raise ValueError(
-                    f"`lengthscale` must be positive, 'scale' or 'features'; got {lengthscale!r}."
-                )
-            each = X.std(axis=0) * X.shape[1] ** 0.5
-            each = np.where(each > 0, each, 1.0)
-            lengthscale = each if lengthscale == "features" else spread(X, np.ones(len(X)))
-        elif np.ndim(lengthscale) == 1:
-            lengthscale = np.asarray(lengthscale, dtype=np.float64)
-        checked = KernelOperator(X, self.kernel, lengthscale=lengthscale, nu=self.nu).lengthscale
-        return Hyperparameters(float(self.signal_variance), checked, float(self.noise))
 
     def _at(self, theta: Any) -> Any:
         """Return the covariance at some hyperparameters."""
@@ -323,40 +295,7 @@ class GaussianProcessRegressor(KernelRegressor):
             seed=self._seed,
         )
 
-    def _gradient(self, G: Any) -> np.ndarray:
-        parts = dict(zip(Hyperparameters._fields, G.gradient(), strict=True))
-        free = [np.atleast_1d(part) for name, part in parts.items() if name not in self._fixed]
-        return np.concatenate([np.zeros(0), *free])
-
-    def _optimised(self, rng: Any) -> np.ndarray:
-        """Return the logarithms with the largest likelihood that was found."""
-        start = self._start.free(self._fixed)
-        low, high = checked_bounds(self.bounds)
-        if self.optimizer not in ("fmin_l_bfgs_b", None):
-            raise ValueError(
-                f"`optimizer` must be 'fmin_l_bfgs_b' or None; got {self.optimizer!r}."
-            )
-        if self.optimizer is None or start.size == 0 or low == high:
-            return start
-
-        def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            try:
-                G = self._at(theta)
-            except np.linalg.LinAlgError:
-                return math.inf, np.zeros_like(theta)
-            return -G.log_likelihood, -self._gradient(G)
-
-        limits = [(x + low, x + high) for x in start]
-        starts = [start]
-        for _ in range(self.n_restarts_optimizer):
-            starts.append(rng.uniform(start + low, start + high))
-        found = [minimize(loss, x, jac=True, method="L-BFGS-B", bounds=limits) for x in starts]
-        best = min(found, key=lambda result: result.fun)
-        if not best.success:
-            warnings.warn(
-                f"the optimiser ended early: {best.message}. Raise `noise`, narrow `bounds`, or "
-                "scale the data.",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
-        return best.x
+    def _likelihood(self, theta: Any) -> tuple[float, np.ndarray]:
+        """Return the likelihood and its gradient."""
+        G = self._at(theta)
+        return G.log_likelihood, G.at.of_free(G.gradient(), self._fixed)

@@ -25,11 +25,12 @@ NUM_STEPS = 100
 class IterativeCovariance:
     """``G = s (K + damping * I)``, with s the signal variance and ``s * damping`` the noise.
 
-    With ``P = K_k + damping * I`` from a Nyström approximation, ``B = P^{-1/2} (K + damping * I)
-    P^{-1/2}``, and probes w of random signs [1]_, [2]_: the logarithm of the determinant is that of
-    ``s P``, plus the mean of ``w.T log(B) w``, by Lanczos' quadrature; and the trace of ``G^{-1}
-    dG`` is that of ``(s P)^{-1} dG``, plus a mean over the same probes of what ``B^{-1} - I`` adds.
-    Both means vanish with ``K - K_k``, and so do their variances.
+    With ``P = K_k + level * I`` from a Nyström approximation and of the trace of ``K + damping *
+    I``, ``B = P^{-1/2} (K + damping * I) P^{-1/2}``, and probes w of random signs [1]_, [2]_: the
+    logarithm of the determinant is that of ``s P``, plus the mean of ``w.T log(B) w``, by Lanczos'
+    quadrature; and the trace of ``G^{-1} dG`` is that of ``(s P)^{-1} dG``, plus a mean over the
+    same probes of what ``B^{-1} - I`` adds. Both means vanish with ``K - K_k``, and so do their
+    variances. A level of `damping` alone would make those of derivatives many times as large.
 
     Attributes
     ----------
@@ -70,6 +71,7 @@ class IterativeCovariance:
         rng = np.random.default_rng(seed)
         approx = nystrom(self._A, min(rank, n), sampling="rpcholesky", rng=rng)
         self._U, self._g = approx.eigenvectors()
+        self._level = self.damping + approx.residual_trace / n
         self._signs = rng.choice([-1.0, 1.0], (n, num_probes))
         self._solve = partial(
             cg,
@@ -92,7 +94,7 @@ class IterativeCovariance:
 
     def _root(self, block: np.ndarray, power: float) -> np.ndarray:
         """Return ``P**power @ block``."""
-        inside, outside = (self._g + self.damping) ** power, self.damping**power
+        inside, outside = (self._g + self._level) ** power, self._level**power
         return outside * block + self._U @ ((inside - outside)[:, None] * (self._U.T @ block))
 
     @cached_property
@@ -105,7 +107,7 @@ class IterativeCovariance:
             return self._root(self._A @ half + self.damping * half, -0.5)
 
         forms = log_quadratic_forms(product, self._signs, NUM_STEPS)
-        known = float(np.sum(np.log(self._g + self.damping))) + (n - k) * math.log(self.damping)
+        known = float(np.sum(np.log(self._g + self._level))) + (n - k) * math.log(self._level)
         error = float(np.std(forms, ddof=1)) / forms.size**0.5
         return n * math.log(self.at.signal_variance) + known + float(np.mean(forms)), error
 
@@ -126,8 +128,8 @@ class IterativeCovariance:
         n, m = self.y.shape
         u = self._root(self._signs, -0.5)  # P^{-1} z for z = P^{1/2} w
         v = (self._solved_probes - u) * (-m / (2 * u.shape[1]))
-        shares = self._g / (self._g + self.damping) * (m / self.damping)
-        # The matrix that dK is weighted with is left @ right.T - m / damping * I.
+        shares = self._g / (self._g + self._level) * (m / self._level)
+        # The matrix that dK is weighted with is left @ right.T - m / level * I.
         left = np.hstack([self._solved / self.at.signal_variance, self._U * shares, v, u])
         right = np.hstack([self._solved, self._U, u, v])
 
@@ -135,7 +137,7 @@ class IterativeCovariance:
             return left[rows] @ right[columns].T
 
         value, slope = contract(self.K, weight)
-        all_of_it = n * m / self.damping
+        all_of_it = n * m / self._level
         trace = float(np.sum(left * right)) - all_of_it
         return (value - all_of_it) / 2, slope / 2, self.damping / 2 * trace
 

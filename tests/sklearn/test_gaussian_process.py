@@ -195,6 +195,22 @@ def test_its_error_falls_with_rank_and_its_variance_is_never_too_small(kernel):
     assert (np.diff(errors, axis=0) < 0).all(), errors
 
 
+@pytest.mark.slow
+def test_estimates_are_right_on_average_and_as_uncertain_as_they_say():
+    exact = ours("matern 2.5", EACH).fit(X, Y)
+    value, slope = exact.log_marginal_likelihood(exact.theta_, eval_gradient=True)
+    errors, claimed = [], []
+    for seed in range(60):
+        model = ours("matern 2.5", EACH, rank=20, num_probes=8, memory_budget=0, random_state=seed)
+        found, its_slope = model.fit(X, Y).log_marginal_likelihood(eval_gradient=True)
+        errors.append([found - value, *(its_slope - slope)])
+        claimed.append(model.log_marginal_likelihood_error_)
+    spread = np.std(errors, axis=0)
+    assert (np.abs(np.mean(errors, axis=0)) < 4 * spread / 60**0.5).all()
+    assert 0.5 < np.mean(claimed) / spread[0] < 1.5
+    assert (spread[1:] < 0.1 * np.linalg.norm(slope)).all()
+
+
 def test_a_solve_for_each_variance_bounds_it_as_closely_as_the_residual():
     exact = ours("matern 1.5", EACH).fit(X, Y)
     std = exact.predict(NEW, return_std=True)[1]
@@ -317,7 +333,7 @@ def test_bad_calls_are_refused():
 
 
 def test_an_optimiser_that_ends_early_warns(monkeypatch):
-    import lowrank_inverse.sklearn.gaussian_process as module
+    import lowrank_inverse.sklearn.hyperparameters as module
 
     minimize = module.minimize
     monkeypatch.setattr(
