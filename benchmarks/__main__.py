@@ -18,6 +18,7 @@ COMMANDS = {
     "psd": ("systems.psd", "steps and time to solve positive semidefinite systems"),
     "kernel-ridge": ("systems.kernel_ridge", "kernel ridge regression: error, time, memory"),
     "gpu": ("gpu.everything", "all that needs a GPU, in one call of minutes"),
+    "gp": ("systems.gaussian_process", "Gaussian processes: error, time, memory"),
     "jax-cg": ("systems.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
     "table5": ("speed.table5", "Table 5 of the paper: time and memory of a hypergradient"),
     "peers": ("speed.peers", "a hypergradient against those of other packages"),
