@@ -38,10 +38,29 @@ def is_traced(x: Any) -> bool:
     return jax is not None and isinstance(x, jax.core.Tracer)
 
 
+def carries_gradient(x: Any) -> bool:
+    """Whether `x` is a jax array that is traced, or a torch tensor with a derivative to take."""
+    if not is_torch_array(x):
+        return is_traced(x)
+    torch = sys.modules["torch"]
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    functorch, forward = torch._C._functorch, torch.autograd.forward_ad
+    if functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x):
+        return True
+    return forward._current_level >= 0 and forward.unpack_dual(x).tangent is not None
+
+
+def is_batched(x: Any) -> bool:
+    """Whether `x` is a tensor inside ``torch.vmap``, which shows no values."""
+    return is_torch_array(x) and sys.modules["torch"]._C._functorch.is_batchedtensor(x)
+
+
 def concrete(x: Any) -> Any:
     """Return a 0-d array as a Python number; anything else, and a traced array, as it is."""
     if is_traced(x) or not is_array(x) or x.ndim != 0:
         return x
+    x = x.detach() if is_torch_array(x) else x
     xp = array_namespace(x)
     if xp.isdtype(x.dtype, "bool"):
         return bool(x)
@@ -128,5 +147,5 @@ def is_narrow(x: Array) -> bool:
 
 
 def scalar_like(x: Any, array: Array) -> Any:
-    """Return a traced 0-d array in the dtype of `array`, any other number as a Python float."""
-    return astype(x, array.dtype) if is_traced(x) else float(concrete(x))
+    """Return a number as a Python float; in the dtype of `array` if it is traced or has a graph."""
+    return astype(x, array.dtype) if carries_gradient(x) else float(concrete(x))

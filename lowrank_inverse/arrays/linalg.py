@@ -18,6 +18,7 @@ from array_api_compat import (
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import (
     astype,
+    carries_gradient,
     concrete,
     eps,
     is_traced,
@@ -250,10 +251,14 @@ def times_diagonal(d: Any, block: Array) -> Array:
     return d * block if block.ndim == 1 else d[:, None] * block
 
 
+def _number(x: Scalar) -> Scalar:
+    return x if carries_gradient(x) else concrete(x)
+
+
 def scaled_diagonal(factor: Scalar, d: Any) -> Any:
     """Return ``factor * d`` for a number or a vector d, in the dtype of a vector."""
     if getattr(d, "ndim", 0) == 0:
-        return concrete(factor) * concrete(d)
+        return _number(factor) * _number(d)
     return scalar_like(factor, d) * d
 
 
@@ -262,5 +267,5 @@ def added_diagonals(d: Any, e: Any) -> Any:
     if getattr(d, "ndim", 0) == 0:
         d, e = e, d
     if getattr(d, "ndim", 0) == 0:
-        return concrete(d) + concrete(e)
+        return _number(d) + _number(e)
     return d + e if getattr(e, "ndim", 0) == 1 else d + scalar_like(e, d)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
-from lowrank_inverse.arrays.checks import check_damping, check_finite
+from lowrank_inverse.arrays.checks import check_finite
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
     astype,
@@ -16,23 +18,30 @@ from lowrank_inverse.arrays.conversion import (
     is_array,
     is_narrow,
     is_traced,
+    like,
     scalar_like,
     take,
     wide_dtype,
 )
+from lowrank_inverse.arrays.graph import (
+    constant,
+    is_recorded,
+    with_derivatives_of,
+)
 from lowrank_inverse.arrays.linalg import relative_asymmetry, symmetric_part, tall_dot, tall_times
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
+    SpectralFunctions,
+    differentiable_whitening,
     left_singular,
     spectrum,
     whiten,
     whitened_gram,
 )
 from lowrank_inverse.low_rank.woodbury import over, woodbury_inverse
-from lowrank_inverse.operators.product import ProductOnly
 
 
-class NystromApproximation(ProductOnly):
+class NystromApproximation(SpectralFunctions):
     """``H_k = C W^+ C.T``, a symmetric `H` approximated from k of its columns (Eq. 4 of [1]_).
 
     Made by :func:`nystrom`. It is an operator (``approx @ v``) and knows nothing of a damping:
@@ -86,6 +95,11 @@ class NystromApproximation(ProductOnly):
     none (jax without x64), the left singular vectors of F are kept beside C: orthogonal to
     rounding, they lose the least.
 
+    In torch and jax, products, inverses and :meth:`logdet`, :meth:`trace_inverse` and
+    :meth:`effective_dimension` are differentiable, where eigenvalues are equal or zero too: their
+    derivatives are those of functions of the matrix, for fixed `indices` and a fixed rank. Only
+    those of single eigenvectors, and second ones of single eigenvalues, need distinct ones.
+
     References
     ----------
     .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
@@ -112,23 +126,30 @@ class NystromApproximation(ProductOnly):
         self.like = C[:0, 0]
         self.shape, self.dtype = (n, n), self.like.dtype
         core = take(C, indices) if core is None else core
-        self.asymmetry = concrete(relative_asymmetry(core))
+        self.asymmetry = concrete(relative_asymmetry(constant(core)))
         self.core = symmetric_part(core)
         wide = astype(self.core, wide_dtype(core))
         # Entries of a sketch are sums over n rows, whose rounding grows with the root of n.
         unit = eps(C) if indices is not None else max(eps(C), n**0.5 * eps(wide))
-        whitening = whiten(wide, unit, indefinite_pivot_rtol, indefinite=indefinite)
-        self.whitening = whitening.matrix
+        whitening = whiten(constant(wide), unit, indefinite_pivot_rtol, indefinite=indefinite)
+        self.whitening = differentiable_whitening(whitening.matrix, wide)
         self.num_negative = whitening.num_negative
         self.num_dropped = whitening.num_dropped
         self.core_eigenvalues = whitening.core_eigenvalues
         self._basis: tuple[Array, Array] | None = None
         if is_narrow(C):
-            self._basis = left_singular(astype(C, wide.dtype) @ self.whitening)
-            self.eigenvalues = self._basis[1] ** 2
+            F = astype(C, wide.dtype) @ self.whitening
+            U, s, rotation = left_singular(constant(F))
+            self._basis = U, s
+            self.eigenvalues = with_derivatives_of(s * s, lambda: spectrum(F.T @ F)[0], F)
+            gram = F.T @ F if is_recorded(F) else None
         else:
-            self.eigenvalues, rotation = spectrum(whitened_gram(C, self.whitening))
-            self._map = self.whitening @ rotation
+            gram = whitened_gram(C, self.whitening)
+            self.eigenvalues, rotation = spectrum(gram)
+        rotation = constant(rotation)
+        self._map = self.whitening @ rotation
+        if is_recorded(gram):
+            self._gram = rotation.T @ gram @ rotation
         self.keeps_negative = False if vectors is None else self.num_negative > 0
         if is_traced(self.keeps_negative) or self.keeps_negative:
             self._keep_negative(vectors)
@@ -136,16 +157,20 @@ class NystromApproximation(ProductOnly):
     def _keep_negative(self, S: Array) -> None:
         """Take ``S W S.T`` for H_k."""
         w, V = self._core_spectrum()
+        V = constant(V)
         xp = array_namespace(w)
-        root = xp.sqrt(xp.abs(w))
+        root = constant(xp.sqrt(xp.abs(w)))
         taken = self._taken
         self.num_dropped = taken(0 * self.num_dropped, self.num_dropped)
         self.eigenvalues = taken(w, self.eigenvalues)
         if self._basis is not None:
             U, s = self._basis
-            self._basis = taken(S @ V, U), taken(root, s)
-        else:
-            self._map = taken(V * root[None, :], self._map)
+            self._basis = taken(constant(S) @ V, U), taken(root, s)
+        self._map = taken(V * root[None, :], self._map)
+        if self._gram is not None:
+            # In units of the root, as the coefficients are.
+            safe = xp.where(root > 0, root, xp.ones_like(root))[:, None]
+            self._gram = taken(V.T @ astype(self.core, V.dtype) @ V / safe * root, self._gram)
 
     def _taken(self, kept: Any, dropped: Any) -> Any:
         """Return `kept` if negative eigenvalues are kept, else `dropped`."""
@@ -168,7 +193,7 @@ class NystromApproximation(ProductOnly):
             return self._basis[0], self.eigenvalues
         never, U, g = self.keeps_negative is False, None, None
         if never or is_traced(self.keeps_negative):
-            U, s = left_singular(tall_times(self.columns, self.whitening, self.dtype))
+            U, s, _ = left_singular(tall_times(self.columns, self.whitening, self.dtype))
             g = s * s
         if never:
             return U, g
@@ -186,25 +211,54 @@ class NystromApproximation(ProductOnly):
 
         Rows of negative eigenvalues have the sign changed.
         """
-        if self._basis is not None:
-            U, s = self._basis
-            projected = _rows_times(s, U.T @ astype(block, U.dtype))
-        else:
-            projected = self._map.T @ tall_dot(self._taken(self.vectors, self.columns), block)
+        projected = self._by_basis(
+            lambda U, s: _rows_times(s, U.T @ astype(block, U.dtype)),
+            lambda: self._map.T @ tall_dot(self._taken(self.vectors, self.columns), block),
+        )
         if self.vectors is None:
             return projected
-        return _rows_times(array_namespace(projected).sign(self.eigenvalues), projected)
+        g, G, xp = constant(self.eigenvalues), self._gram, array_namespace(projected)
+        value = _rows_times(xp.sign(g), projected)
+        if G is None:
+            return value
+        safe = xp.where(g == 0, xp.ones_like(g), xp.abs(g))
+        return with_derivatives_of(value, lambda: self._taken(G / safe @ projected, value), G)
 
     def expand(self, coefficients: Array) -> Array:
         """Return ``(F Z) @ coefficients``, shape (n,) or (n, m), in the dtype of the columns."""
-        if self._basis is not None:
-            U, s = self._basis
-            return astype(U @ _rows_times(s, coefficients), self.dtype)
         base = self._taken(self.vectors, self.columns)
-        return tall_times(base, self._map @ coefficients, self.dtype)
+        return self._by_basis(
+            lambda U, s: astype(U @ _rows_times(s, coefficients), self.dtype),
+            lambda: tall_times(base, self._map @ coefficients, self.dtype),
+        )
+
+    def _by_basis(
+        self, kept: Callable[[Array, Array], Array], mapped: Callable[[], Array]
+    ) -> Array:
+        """Return a product by the singular vectors if they are kept, differentiated as by C."""
+        if self._basis is None:
+            return mapped()
+        value = kept(*self._basis)
+        return value if self._gram is None else with_derivatives_of(value, mapped, self._gram)
 
     def _multiply(self, block: Array) -> Array:
         return self.expand(self.project(block))
+
+    def over(self, projected: Array, damping: Array) -> Array:
+        """Return what :meth:`project` returned, each row over its eigenvalue plus `damping`."""
+        divisors, G = self.eigenvalues + damping, self._gram
+        value = over(projected, divisors)
+        if G is None:
+            return value
+        # What is not positive has no place in the inverse: see `over`.
+        kept = astype(divisors > 0, G.dtype)
+
+        def smooth() -> Array:
+            identity = like(np.eye(self.num_columns), G)
+            M = kept[:, None] * (G + damping * identity) * kept + (1 - kept) * identity
+            return _rows_times(kept, array_namespace(G).linalg.solve(M, projected))
+
+        return with_derivatives_of(value, smooth, G, projected)
 
     def inverse(self, damping: Scalar, *, chunk_size: int | None = None) -> Any:
         """Return ``(H_k + damping * I)^{-1}`` as an operator; see :func:`woodbury_inverse`."""
@@ -230,44 +284,8 @@ class NystromApproximation(ProductOnly):
         if self.trace is None:
             return None
         xp = array_namespace(self.eigenvalues)
-        rest = self.trace - xp.sum(self.eigenvalues)
+        rest = self.trace - xp.sum(constant(self.eigenvalues))
         return concrete(xp.where(rest > 0, rest, xp.zeros_like(rest)))
-
-    def logdet(self, damping: Scalar) -> Any:
-        """Return ``log det(H_k + damping * I)``; `damping` must be positive."""
-        g, damping = self._at(damping)
-        xp = array_namespace(g)
-        rest = self.shape[0] - self.num_columns
-        return concrete(xp.sum(xp.log(g + damping)) + rest * xp.log(damping))
-
-    def trace_inverse(self, damping: Scalar) -> Any:
-        """Return the trace of ``(H_k + damping * I)^{-1}``; `damping` must be positive."""
-        g, damping = self._at(damping)
-        rest = self.shape[0] - self.num_columns
-        return concrete(array_namespace(g).sum(1 / (g + damping)) + rest / damping)
-
-    def effective_dimension(self, damping: Scalar) -> Any:
-        """Return ``trace(H_k (H_k + damping * I)^{-1})``: how many eigenvalues exceed `damping`.
-
-        Eigenvalues near `damping` count in part. It is at most that of a positive semidefinite A,
-        and grows with the columns.
-        """
-        g, damping = self._at(damping)
-        return concrete(array_namespace(g).sum(g / (g + damping)))
-
-    def sufficient_rank(self, damping: Scalar) -> Any:
-        """Return ``2 * ceil(1.5 * d) + 1``, at most n, for the effective dimension d at `damping`.
-
-        With that many columns of a Gaussian sketch, Nyström-preconditioned conjugate gradients
-        meet a condition number of 28 or less in the mean (Theorem 1.1 of Frangella, Tropp, Udell.
-        Randomized Nyström Preconditioning. SIAM J. Matrix Anal. Appl. 44, 2023). From too few
-        columns d is found too small: what counts is whether this is below the columns there are.
-        """
-        g, damping = self._at(damping)
-        xp = array_namespace(g)
-        enough = 2 * xp.ceil(1.5 * xp.sum(g / (g + damping))) + 1
-        rank = xp.where(enough < self.shape[0], enough, self.shape[0] + 0 * enough)
-        return concrete(astype(rank, xp.int32))
 
     @quietly
     def solve_path(self, b: Array, dampings: Any) -> Array:
@@ -304,9 +322,7 @@ class NystromApproximation(ProductOnly):
         projected = self.project(b)
         path = []
         for damping in dampings:
-            g, wide = self._at(damping)
-            weights = 1 / (g + wide)
-            y = self.expand(projected * (weights if b.ndim == 1 else weights[:, None]))
+            y = self.expand(self.over(projected, self._at(damping)[1]))
             path.append((b - y) / scalar_like(damping, b))
         return array_namespace(b).stack(path)
 
@@ -334,12 +350,6 @@ class NystromApproximation(ProductOnly):
                 f"are {self.num_columns}: {verdict}"
             )
         return "\n".join(lines)
-
-    def _at(self, damping: Scalar) -> tuple[Array, Array]:
-        """Return the eigenvalues, and `damping` as a 0-d array that goes with them."""
-        check_damping(damping)
-        g = self.eigenvalues
-        return g, scalar_like(damping, g) + 0 * g[0]
 
     def __repr__(self) -> str:
         return (

@@ -17,7 +17,7 @@ from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.nystrom_columns import nystrom
 
 FILE = Format("lowrank_inverse.save")
-DERIVED = {"dtype", "like"}
+DERIVED = {"dtype", "like", "_gram"}
 """Attributes that follow from the columns."""
 OPTIONAL = {"_map", "asymmetry"}
 """Attributes that not every form of an approximation has."""

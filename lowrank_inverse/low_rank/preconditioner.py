@@ -8,6 +8,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import astype, eps, is_traced, scalar_like
+from lowrank_inverse.arrays.graph import constant
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.operators.product import ProductOnly
 
@@ -27,6 +28,8 @@ class NystromPreconditioner(ProductOnly):
     no negative eigenvalue was met, the level is ``m**2 / min(g)``: as far below m, on a
     logarithmic scale, as min(g) is above. It takes up to 15 % fewer steps.
 
+    To derivatives it is a constant: no solution depends on it.
+
     Parameters
     ----------
     approx : NystromApproximation
@@ -42,9 +45,10 @@ class NystromPreconditioner(ProductOnly):
     def __init__(self, approx: NystromApproximation, damping: Scalar) -> None:
         self.shape, self.dtype, self.like = approx.shape, approx.dtype, approx.like
         self.approx = approx
-        (self._vectors, g), unit = approx.eigenvectors(), eps(approx.columns)
+        (vectors, g), unit = approx.eigenvectors(), eps(approx.columns)
+        self._vectors, g = constant(vectors), constant(g)
         xp = array_namespace(g)
-        damping = scalar_like(damping, g)
+        damping = constant(scalar_like(damping, g))
         noise = unit * g[0]
         level = xp.min(xp.where(g > noise, g, g[0] + xp.zeros_like(g)))
         kept = (xp.abs(g) > noise) & (g + damping > 0)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import is_torch_array
 
 from lowrank_inverse._typing import RNG, Array, Sampling
 from lowrank_inverse.arrays.checks import check_finite, check_rng
 from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.arrays.linalg import tall_dot
 from lowrank_inverse.iterative.krylov_space import KrylovSpace
 from lowrank_inverse.low_rank.column_sampling import sample_columns
@@ -149,7 +151,8 @@ class KrylovSketch:
     residual_trace = None
 
     def __init__(self, A: Any, start: Array | None, rng: RNG, trace: float | None = None) -> None:
-        self._space, self.trace = KrylovSpace(A, start, rng), trace
+        self._A, self.trace = A, trace
+        self._space = KrylovSpace(A, start, rng)
 
     @property
     def size(self) -> Any:
@@ -168,6 +171,9 @@ class KrylovSketch:
     def sketch(self) -> Sketch:
         """Return the products, and W."""
         S, Y = self._space.vectors, self._space.products
+        if is_torch_array(Y) and is_recorded(Y):  # of A in a fixed space, not of the steps to it
+            S = constant(S)
+            Y = self._A @ S
         check_finite("products of A", Y)
         return Sketch(Y, core=tall_dot(S, Y), trace=self.trace, num_products=self.size, vectors=S)
 

@@ -10,6 +10,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping
 from lowrank_inverse.arrays.conversion import like, scalar_like, wide_dtype
+from lowrank_inverse.arrays.graph import is_recorded
 from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
 from lowrank_inverse.operators.base import Operator
 
@@ -29,8 +30,10 @@ class WoodburyInverse(Operator):
         return {"rank": self.approx.rank, "damping": self.damping, "num_products": products}
 
     def _multiply(self, block: Array) -> Array:
-        coefficients = over(self.approx.project(block), self.approx.eigenvalues + self.damping)
+        coefficients = self.approx.over(self.approx.project(block), self.damping)
         rest = block - self.approx.expand(coefficients)
+        if is_recorded(self.damping):
+            return rest / self.damping
         rest /= self.damping  # in place, but for jax
         return rest
 

@@ -1,4 +1,4 @@
-"""Squared distances between points."""
+"""Squared distances between points, and kernels that are functions of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from array_api_compat import array_namespace, is_jax_array
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import astype, eps, is_narrow, is_traced, wide_dtype
+from lowrank_inverse.arrays.graph import constant, is_recorded
 
 MAX_DIFFERENCES = 16
 CANCELLED = 1e-4
@@ -36,7 +37,9 @@ def squared_distances(x: Array, y: Array) -> Array:
     if is_traced(squares):
         # The pairs are unknown: what is below the rounding of the three sums is taken for 0.
         noise = 2 * (d + 2) * eps(x) * terms
-        return astype(xp.where(squares > noise, squares, xp.zeros_like(squares)), dtype)
+        # The derivatives stay those of the squares: the second do not vanish with the distance.
+        zero = squares - constant(squares)
+        return astype(xp.where(squares > noise, squares, zero), dtype)
     terms *= CANCELLED
     close = ~(squares > terms)  # and where the terms overflow
     if bool(xp.any(close)):
@@ -46,6 +49,25 @@ def squared_distances(x: Array, y: Array) -> Array:
         else:
             squares[close] = exact
     return astype(squares, dtype)
+
+
+def matern(nu: float, squares: Array) -> Array:
+    """Return the Matérn kernel of order `nu` for squared distances over squared lengthscales.
+
+    The root has no derivative at 0, the kernel has. Where derivatives are recorded, below the
+    rounding of 1 it is the polynomial in the squares that it begins with: so are they.
+    """
+    xp = array_namespace(squares)
+    squares = 2 * nu * squares
+    small = squares <= (0.0 if nu == 0.5 else eps(squares)) if is_recorded(squares) else None
+    s = xp.sqrt(squares if small is None else xp.where(small, xp.ones_like(squares), squares))
+    values = xp.exp(-s)
+    if nu != 0.5:
+        values = (1 + s if nu == 1.5 else 1 + s + squares / 3) * values
+    if small is None:
+        return values
+    slope = {0.5: 0.0, 1.5: -1 / 2, 2.5: -1 / 6}[nu]
+    return xp.where(small, 1 + slope * squares, values)
 
 
 def _square(difference: Array) -> Array:

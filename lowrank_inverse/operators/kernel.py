@@ -31,8 +31,9 @@ from lowrank_inverse.arrays.conversion import (
     take,
     wide_dtype,
 )
+from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.operators.base import Operator
-from lowrank_inverse.operators.distances import by_features, squared_distances
+from lowrank_inverse.operators.distances import by_features, matern, squared_distances
 
 KERNELS = ("rbf", "laplacian", "matern", "polynomial")
 NUS = (0.5, 1.5, 2.5)
@@ -52,13 +53,15 @@ class KernelOperator(Operator):
         ``(u @ v + coef0) ** degree``. A callable takes blocks of points of shapes (p, d) and
         (q, d) and returns their kernel, shape (p, q); it must be symmetric and positive
         semidefinite, and is given the points as they are.
-    lengthscale : float, or array or list of d numbers
+    lengthscale : float or 0-d array, or array or list of d numbers
         One for all features, or one for each. ``1 / sqrt(2 gamma)`` in the notation of
         scikit-learn's "rbf", ``1 / gamma`` for "laplacian", ``1 / sqrt(gamma)`` for "polynomial".
     nu : {0.5, 1.5, 2.5}
         Order of the Matérn kernel.
-    degree, coef0 : int, float
-        Of the polynomial kernel: at least 1, and 0 or more.
+    degree : int
+        Of the polynomial kernel: at least 1.
+    coef0 : float or 0-d array
+        Of the polynomial kernel: 0 or more.
     chunk_size : int, optional
         Tiles have up to ``chunk_size ** 2`` entries. Default: 512, on an accelerator 8192.
 
@@ -78,6 +81,11 @@ class KernelOperator(Operator):
     (d + 2)`` of themselves: where more digits would cancel, and where there is no float64, from
     differences. Where jax traces, they are 0 below ``4e-16 (d + 2)`` times the squared norms.
 
+    In torch and jax, products and entries are differentiable with respect to the points,
+    `lengthscale` and `coef0`. First and second derivatives are finite and right, between equal
+    points too; "laplacian" and the Matérn kernel of order 1/2, which have a kink there, take the
+    derivative 0 of the distance, the mean of both sides.
+
     References
     ----------
     .. [1] C. E. Rasmussen, C. K. I. Williams. Gaussian Processes for Machine Learning. MIT
@@ -95,6 +103,7 @@ class KernelOperator(Operator):
     converged True
     """
 
+    _parts: tuple[str, ...] | None = ("X", "lengthscale", "coef0")
     entry_operations = 50  # of a matrix product, about: what an entry takes
 
     def __init__(
@@ -116,11 +125,13 @@ class KernelOperator(Operator):
             )
         if nu not in NUS:
             raise ValueError(f"`nu` must be one of 0.5, 1.5, 2.5; got {nu!r}.")
-        check_scalar("coef0", coef0)
-        self.X, self.kernel, self.nu, self.coef0 = X, kernel, nu, coef0
+        self.X, self.kernel, self.nu = X, kernel, nu
+        if callable(kernel):
+            self._parts = None  # it reads what it likes
         self.degree = check_count("degree", degree)
         n = int(X.shape[0])
-        self.shape, self.dtype, self.like = (n, n), X.dtype, _in_memory(X[:0, 0])
+        self.shape, self.dtype, self.like = (n, n), X.dtype, constant(_in_memory(X[:0, 0]))
+        self.coef0 = _checked_number("coef0", coef0, self.like)
         self.lengthscale = _checked_lengthscale(lengthscale, self.like, int(X.shape[1]))
         on_cpu = "cpu" in str(like_device(self.like)).lower() or is_traced(X)
         default = CPU_CHUNK if on_cpu else DEVICE_CHUNK
@@ -222,7 +233,7 @@ class KernelOperator(Operator):
         if callable(self.kernel):
             return xp.linalg.diagonal(self.evaluate(x, x))
         x = astype(x / self.lengthscale, wide_dtype(x))
-        return astype((xp.sum(x * x, axis=1) + self.coef0) ** self.degree, self.dtype)
+        return self._polynomial(xp.sum(x * x, axis=1))
 
     def evaluate(self, x: Array, y: Array) -> Array:
         """Return the kernel between points `x` (p, d) and `y` (q, d), shape (p, q), at once."""
@@ -232,18 +243,17 @@ class KernelOperator(Operator):
         x, y = x / self.lengthscale, y / self.lengthscale
         if self.kernel == "polynomial":
             wide = wide_dtype(x)
-            inner = astype(x, wide) @ astype(y, wide).T
-            return astype((inner + self.coef0) ** self.degree, self.dtype)
+            return self._polynomial(astype(x, wide) @ astype(y, wide).T)
         if self.kernel == "laplacian":
             return xp.exp(-by_features(xp.abs, x, y))
         squares = squared_distances(x, y)
         if self.kernel == "rbf":
             squares *= -0.5
             return xp.exp(squares)
-        s = xp.sqrt(2 * self.nu * squares)
-        if self.nu == 0.5:
-            return xp.exp(-s)
-        return (1 + s if self.nu == 1.5 else 1 + s + s * s / 3) * xp.exp(-s)
+        return matern(self.nu, squares)
+
+    def _polynomial(self, inner: Array) -> Array:
+        return astype((inner + scalar_like(self.coef0, inner)) ** self.degree, self.dtype)
 
     def _checked(self, block: Any, shape: tuple[int, int]) -> Array:
         if not is_array(block) or block.dtype != self.dtype or tuple(block.shape) != shape:
@@ -280,12 +290,19 @@ def _check_points(name: str, points: Any, others: Array | None = None) -> None:
         )
 
 
+def _checked_number(name: str, x: Any, empty: Array, *, positive: bool = False) -> Any:
+    """Return a number as a Python float; as a 0-d array where its derivatives are recorded."""
+    check_scalar(name, x, positive=positive)
+    if is_recorded(x):
+        namespace(**{"X": empty, name: x})
+    return scalar_like(x, empty)
+
+
 def _checked_lengthscale(lengthscale: Any, empty: Array, d: int) -> Any:
     if isinstance(lengthscale, (list, tuple)):
         lengthscale = like(lengthscale, empty)
     if not is_array(lengthscale) or lengthscale.ndim == 0:
-        check_scalar("lengthscale", lengthscale, positive=True)
-        return scalar_like(lengthscale, empty)
+        return _checked_number("lengthscale", lengthscale, empty, positive=True)
     check_block("lengthscale", lengthscale, d)
     namespace(X=empty, lengthscale=lengthscale)
     positive = array_namespace(lengthscale).all(lengthscale > 0)
