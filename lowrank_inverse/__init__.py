@@ -1,6 +1,7 @@
 """Approximate inverses of large symmetric operators, on any array library."""
 
 from lowrank_inverse.estimators.diagonal import DiagonalEstimate, estimate_diagonal
+from lowrank_inverse.estimators.trace import TraceEstimate, trace
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.iterative.neumann_series import neumann
 from lowrank_inverse.low_rank.approximation import NystromApproximation
@@ -22,6 +23,7 @@ from lowrank_inverse.solvers.iterative import CG, Neumann
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 from lowrank_inverse.solvers.solve import as_solve, solve
 from lowrank_inverse.solvers.state import HypergradientState
+from lowrank_inverse.spectral.log_determinant import LogDeterminant, logdet
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "HypergradientState",
     "Identity",
     "KernelOperator",
+    "LogDeterminant",
     "Neumann",
     "Nystrom",
     "NystromApproximation",
@@ -43,6 +46,7 @@ __all__ = [
     "Reason",
     "Solution",
     "SolveError",
+    "TraceEstimate",
     "as_solve",
     "aslinearoperator",
     "certify",
@@ -52,6 +56,7 @@ __all__ = [
     "diagonal",
     "estimate_diagonal",
     "load",
+    "logdet",
     "neumann",
     "nystrom",
     "pivoted_cholesky",
@@ -59,5 +64,6 @@ __all__ = [
     "shifted",
     "solve",
     "streamed_inverse",
+    "trace",
     "woodbury_inverse",
 ]

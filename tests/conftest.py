@@ -41,8 +41,10 @@ COMPILED_IN_FLOAT64 = (
     "test_certificate",
     "test_conjugate_gradients",
     "test_kernel",
+    "test_log_determinant",
     "test_neumann_series",
     "test_solve",
+    "test_trace",
 )
 
 

@@ -20,6 +20,7 @@ LAYERS = {
     "estimators": 3,
     "iterative": 4,
     "low_rank": 5,
+    "spectral": 6,
     "solvers": 6,
     "bilevel": 7,
     "influence": 7,

@@ -69,11 +69,22 @@ def concrete(x: Any) -> Any:
     return float(x) if xp.isdtype(x.dtype, "real floating") else x
 
 
+def without_graph(x: Array) -> Array:
+    """Return a torch tensor without a graph, a tangent or the wrapping of ``torch.func``."""
+    torch = sys.modules["torch"]
+    x = torch.autograd.forward_ad.unpack_dual(x).primal.detach()
+    while torch._C._functorch.is_gradtrackingtensor(x):  # after any operation, which wraps
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def to_host(x: Any) -> np.ndarray:
     """Return `x` as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if is_torch_array(x):
-        x = x.detach().cpu()
         x = x.float() if str(x.dtype) == "torch.bfloat16" else x
+        x = without_graph(x.cpu())
+        if sys.modules["torch"]._C._functorch.peek_interpreter_stack() is not None:
+            return np.from_dlpack(x)  # Tensor.numpy would wrap it again
     return x.get() if is_cupy_array(x) else np.asarray(x)
 
 

@@ -10,7 +10,12 @@ from typing import Any
 from array_api_compat import is_jax_array, is_torch_array
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import carries_gradient, concrete, is_traced
+from lowrank_inverse.arrays.conversion import (
+    carries_gradient,
+    concrete,
+    is_traced,
+    without_graph,
+)
 
 
 def is_recorded(*arrays: Any) -> bool:
@@ -25,9 +30,7 @@ def constant(x: Array) -> Array:
     """Return `x` as a constant, which derivatives do not go through."""
     if is_traced(x):
         return sys.modules["jax"].lax.stop_gradient(x)
-    if is_torch_array(x):
-        return sys.modules["torch"].autograd.forward_ad.unpack_dual(x.detach()).primal
-    return x
+    return without_graph(x) if is_torch_array(x) else x
 
 
 def with_derivatives_of(value: Array, other: Callable[[], Array], *inputs: Any) -> Array:
@@ -38,7 +41,11 @@ def with_derivatives_of(value: Array, other: Callable[[], Array], *inputs: Any) 
     """
     if not is_recorded(value, *inputs):
         return value
-    smooth = other()
+    return substituted(value, other())
+
+
+def substituted(value: Array, smooth: Array) -> Array:
+    """Return `value` with the derivatives of `smooth`."""
     if is_jax_array(smooth):
         return _jax_substitute()(value, smooth)
     return constant(value) + (smooth - constant(smooth))

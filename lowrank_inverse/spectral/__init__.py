@@ -1,0 +1,1 @@
+"""Functions of all eigenvalues of an operator, estimated by Lanczos quadrature."""
