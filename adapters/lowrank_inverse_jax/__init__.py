@@ -17,6 +17,7 @@ from lowrank_inverse_jax.curvature.operators import (
 )
 from lowrank_inverse_jax.influence.function import InfluenceFunction
 from lowrank_inverse_jax.interop import as_lineax, as_solve
+from lowrank_inverse_jax.minimization import minimize_bilevel
 from lowrank_inverse_jax.minimizer import implicit_minimizer
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "hvp",
     "hypergradient",
     "implicit_minimizer",
+    "minimize_bilevel",
 ]

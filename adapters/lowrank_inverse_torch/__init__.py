@@ -18,6 +18,7 @@ from lowrank_inverse_torch.curvature.operators import (
 )
 from lowrank_inverse_torch.influence.function import InfluenceFunction
 from lowrank_inverse_torch.interop import as_solve
+from lowrank_inverse_torch.minimization import minimize_bilevel
 from lowrank_inverse_torch.minimizer import implicit_minimizer
 
 if hasattr(_torch.serialization, "add_safe_globals"):  # for torch.load of checkpoints with a state
@@ -34,4 +35,5 @@ __all__ = [
     "hvp",
     "hypergradient",
     "implicit_minimizer",
+    "minimize_bilevel",
 ]
