@@ -67,8 +67,8 @@ def load_cleaning(data_dir: str, ratio: float, num_train: int, seed: int) -> Cle
     count = num_train + num_train // 4
     chosen = rng.permutation(len(images))[:count]
     x, y = images[chosen], labels[chosen].astype(np.int32)
-    deviation = x.std(axis=0)
-    x = (x - x.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    deviation = x[:num_train].std(axis=0)
+    x = (x - x[:num_train].mean(axis=0)) / np.where(deviation > 0, deviation, 1)
     anew = rng.random(num_train) < ratio
     y[:num_train][anew] = rng.integers(0, NUM_CLASSES, int(anew.sum()))
     parts = x[:num_train], y[:num_train], x[num_train:], y[num_train:]
@@ -92,21 +92,17 @@ def outer_loss(z: jax.Array, w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Ar
     return losses(z, x, y).mean()
 
 
+def problem(cleaning: Cleaning) -> Problem:
+    """Return what `minimize_bilevel` makes of it."""
+    w, z = map(as_parameters, cleaning.start)
+    options = {"ridge": RIDGE, "solver": None, "rng": 0, "chunk_size": 1}
+    args = tuple(cleaning[:2]), tuple(cleaning[2:])
+    return Problem((inner_loss, outer_loss), args, z, w, **options)
+
+
 def outer_values(cleaning: Cleaning, weights: list[np.ndarray]) -> list[float]:
     """Return the outer loss at the exact inner minimum of each of several weights."""
-    w, z = cleaning.start
-    args = cleaning[:2], cleaning[2:]
-    problem = Problem(
-        (inner_loss, outer_loss),
-        args,
-        as_parameters(z),
-        as_parameters(w),
-        ridge=RIDGE,
-        solver=None,
-        rng=0,
-        chunk_size=1,
-    )
-    evaluate = Evaluator(problem, None, 1000, 0)
+    evaluate = Evaluator(problem(cleaning), None, 1000, 0)
     evaluate.progress = 1e-2  # tolerances of 1e-4, whose error is taken off to first order
     values = []
     for each in weights:
