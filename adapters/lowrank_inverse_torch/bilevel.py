@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, autograd, nn
 
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse.bilevel.hessian_check import HessianCheck
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient, implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.state import HypergradientState
+from lowrank_inverse_torch.curvature.check import check_along
 from lowrank_inverse_torch.curvature.gradient_graph import dense, refuse_cut_graphs
 from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched, warn_of_ranks
@@ -119,8 +122,9 @@ def hypergradient(
     Notes
     -----
     Two gradients, the products of the solver (about two gradients each; see ``info``), and one
-    more for the mixed derivative. Training mode, buffers, random state and ``.grad`` of the
-    parameters come back as they were.
+    more for the mixed derivative; another and two gradients to check an inner loss that detaches
+    what it depends on. Training mode, buffers, random state and ``.grad`` of the parameters come
+    back as they were.
 
     References
     ----------
@@ -205,7 +209,18 @@ def record(
         asymmetry=None if info.asymmetry is None else float(info.asymmetry),
         num_zeros=int(info.num_zeros),
         support_grad_norm=info.support_grad_norm.item(),
+        hessian_check=_checked(H, result.solution.value),
     )
+
+
+def _checked(H: HessianOperator, q: Tensor) -> HessianCheck | None:
+    """Compare H q with a difference of gradients where the loss detaches what it depends on."""
+    theta = H.params.flatten(H.params.tensors)
+    scale = (theta.norm() / q.norm()).item()
+    movable = all(tensor.is_leaf for tensor in H.params.tensors)
+    if not H.detached or not movable or not math.isfinite(scale) or scale == 0:
+        return None
+    return check_along(H, scale * q)
 
 
 def _outer_gradients(

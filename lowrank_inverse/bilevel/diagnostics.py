@@ -7,6 +7,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from lowrank_inverse.arrays.conversion import is_traced, to_host
+from lowrank_inverse.bilevel.hessian_check import UNCERTAIN
 from lowrank_inverse.results.solution import Reason
 
 INNER_STEP = 0.1
@@ -35,8 +36,9 @@ class Finding(NamedTuple):
     Attributes
     ----------
     name : str
-        ``"negative_curvature"``, ``"asymmetric"``, ``"not_smooth"``, ``"not_stationary"``,
-        ``"worse_than_identity"``, ``"unconverged"``, ``"nonfinite"`` or ``"no_path"``.
+        ``"negative_curvature"``, ``"asymmetric"``, ``"wrong_hessian"``, ``"not_smooth"``,
+        ``"not_stationary"``, ``"worse_than_identity"``, ``"unconverged"``, ``"nonfinite"`` or
+        ``"no_path"``.
     message, remedy : str
     """
 
@@ -103,6 +105,9 @@ def findings(info: Any) -> tuple[Finding, ...]:
                 "the parameter.",
             )
         )
+    check = info.hessian_check
+    if check is not None and not check.ok and check.uncertainty <= UNCERTAIN:
+        found.append(Finding("wrong_hessian", check.difference, check.remedy))
     norm, on_support = _number(info, "inner_grad_norm"), _number(info, "support_grad_norm")
     if step > SMALLEST_STEP and on_support < ON_SUPPORT * norm:
         found.append(

@@ -56,12 +56,24 @@ class HessianCheck(NamedTuple):
                 "float64 parameters and data; a loss that returns the same at each call; and look "
                 "for kinks and overflows."
             )
+        return f"{self.difference} {self.remedy}"
+
+    @property
+    def difference(self) -> str:
+        """What differs, in a sentence."""
         return (
-            f"products with the Hessian differ by {self.relative_error:.0%} from differences of "
+            f"Products with the Hessian differ by {self.relative_error:.0%} from differences of "
             f"gradients, most in {self.worst!r}: they are not the derivative of the gradient that "
-            "training follows. Look there for a weight that depends on a detached (stopped) "
-            "value, a custom derivative that saves one, spectral normalisation in training mode, "
-            "and hooks on activations."
+            "training follows."
+        )
+
+    @property
+    def remedy(self) -> str:
+        """Where to look for it."""
+        return (
+            "Look there for a weight that depends on a detached (stopped) value, a custom "
+            "derivative that saves one, spectral normalisation in training mode, and hooks on "
+            "activations."
         )
 
 

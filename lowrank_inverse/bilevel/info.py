@@ -12,6 +12,7 @@ from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import astype, is_traced
 from lowrank_inverse.arrays.linalg import column_norm, dot
 from lowrank_inverse.bilevel import diagnostics
+from lowrank_inverse.bilevel.hessian_check import HessianCheck
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient
 from lowrank_inverse.results.solution import Reason
 from lowrank_inverse.solvers.column_memory import MemoryPlan
@@ -60,6 +61,9 @@ class HypergradientInfo:
     memory : MemoryPlan or None
         How the columns of a Nystrom solver were held; see
         :func:`lowrank_inverse.solvers.column_memory.plan_memory`.
+    hessian_check : HessianCheck or None
+        The product along the answer against a difference of gradients; from torch alone, where
+        the inner loss detaches what it depends on.
     """
 
     num_products: Any
@@ -77,6 +81,7 @@ class HypergradientInfo:
     num_zeros: Any = None
     support_grad_norm: Any = None
     memory: MemoryPlan | None = None
+    hessian_check: HessianCheck | None = None
 
     def findings(self) -> tuple[diagnostics.Finding, ...]:
         """Return what is wrong; see :func:`lowrank_inverse.bilevel.diagnostics.findings`."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from torch import Tensor
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.bilevel.hessian_check import HessianCheck, compare, directions
 from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
-from lowrank_inverse_torch.parameters import Parameters, as_parameters
+from lowrank_inverse_torch.parameters import as_parameters
 
-__all__ = ["check_hessian"]
+__all__ = ["check_along", "check_hessian"]
 
 
 def check_hessian(
@@ -72,39 +71,28 @@ def check_hessian(
         raise ValueError(
             "`params` must be leaf tensors, which can be moved; some are results of operations."
         )
+    theta = params.flatten(params.tensors)
+    direction = directions(to_host(theta.double()), params.sizes, seed)
+    H = HessianOperator(loss, params, module=module)
+    return check_along(H, torch.as_tensor(direction, dtype=params.dtype, device=params.device))
+
+
+def check_along(H: HessianOperator, direction: Tensor) -> HessianCheck:
+    """Compare the product of `H` with a direction of about the length of the parameters."""
+    params = H.params
     unit = float(torch.finfo(params.dtype).eps)
     step = unit**0.5
     theta = params.flatten(params.tensors)
-    move = step * directions(to_host(theta.double()), params.sizes, seed)
-    offset = torch.as_tensor(move, dtype=params.dtype, device=params.device)
-    H = HessianOperator(loss, params, module=module)
-    above, below = theta + offset, theta - offset
-    gradients = []
-    for vector in (below, above):
-        with _moved(params, vector):
-            gradients.append(_wide(HessianOperator(loss, params, module=module).gradient))
+    above, below = theta + step * direction, theta - step * direction
     product = H @ ((above - below) / (2 * step))  # along what rounding made of the direction
     return compare(
         _wide(product),
-        (gradients[0], _wide(H.gradient), gradients[1]),
+        (_wide(H.gradient_at(below)), _wide(H.gradient), _wide(H.gradient_at(above))),
         step,
         params.names,
         params.sizes,
         unit,
     )
-
-
-@contextmanager
-def _moved(params: Parameters, vector: Tensor) -> Iterator[None]:
-    """Put other values in the place of the parameters, without a write to their memory."""
-    kept = [tensor.data for tensor in params.tensors]
-    try:
-        for tensor, value in zip(params.tensors, params.unflatten(vector), strict=True):
-            tensor.data = value.clone()
-        yield
-    finally:
-        for tensor, value in zip(params.tensors, kept, strict=True):
-            tensor.data = value
 
 
 def _wide(vector: Tensor) -> np.ndarray:

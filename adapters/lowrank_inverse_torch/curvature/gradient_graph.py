@@ -27,10 +27,23 @@ _WEIGHT_NORM = (
 )
 
 
+_DETACHING = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
 class TwiceDifferentiable(TorchFunctionMode):
-    """Within, its formula takes the place of torch's fused weight_norm, whose Hessian is wrong."""
+    """Within, its formula takes the place of torch's fused weight_norm, whose Hessian is wrong.
+
+    Attributes
+    ----------
+    detached : bool
+        Whether a tensor that requires grad was detached: a gradient may depend on it all the same.
+    """
+
+    detached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DETACHING and args[0].requires_grad:
+            self.detached = True
         return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
 

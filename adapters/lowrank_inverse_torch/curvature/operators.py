@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,6 +59,9 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         Products with one vector so far; a column counts as one.
     params : Parameters
         With `restore` and `flatten` between vectors and the user's structure.
+    detached : bool
+        Whether the loss detached a tensor that requires grad, so that its second derivative may
+        be another one than that of the gradient; `check_hessian` tells.
 
     Raises
     ------
@@ -103,13 +107,28 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
 
         def builder(loss: Loss) -> Callable[[], GradientGraph]:
             def build() -> GradientGraph:
-                with TwiceDifferentiable():
+                with TwiceDifferentiable() as mode:
                     value = evaluate_loss(loss, name=name)
+                self.detached |= mode.detached
                 return GradientGraph(value, params.tensors, name=name)
 
             return build
 
+        self.detached = False
+        self._again = partial(HessianOperator, loss, params, module=module)
         super().__init__([builder(one) for one in losses], params, chunk_size, module)
+
+    def gradient_at(self, theta: Tensor) -> Tensor:
+        """Return the gradient at other parameters, shape (n,), from closures over leaf tensors."""
+        kept = [tensor.data for tensor in self.params.tensors]
+        try:
+            values = self.params.unflatten(theta)
+            for tensor, value in zip(self.params.tensors, values, strict=True):
+                tensor.data = value.clone()  # no write to their memory
+            return self._again().gradient
+        finally:
+            for tensor, value in zip(self.params.tensors, kept, strict=True):
+                tensor.data = value
 
     def vjp(self, v: Tensor, wrt: Sequence[Tensor]) -> Values:
         """Differentiate ``<v, gradient>`` by any tensors that the loss uses.

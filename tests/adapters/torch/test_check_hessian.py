@@ -203,3 +203,37 @@ def test_a_solver_that_sees_entries_finds_them_asymmetric(solver):
     right = run(lambda w: w / w.norm(dim=0))
     assert right.asymmetry < 1e-12
     assert "asymmetric" not in [one.name for one in right.findings()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_weight_that_depends_on_a_detached_loss_is_a_finding(dtype):
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 3, dtype=dtype), torch.randn(30, dtype=dtype)
+    a = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    w = torch.randn(3, dtype=dtype, requires_grad=True)
+    at = w.detach().clone()
+
+    def weighted(detached: bool) -> Any:
+        losses = (x @ w - y) ** 2
+        kept = losses.detach() if detached else losses
+        assert losses.detach().shape == losses.shape  # to look at: no fault
+        return (torch.sigmoid(-a * kept) * losses).mean() + 0.05 * (w**2).sum()
+
+    def run(detached: bool) -> Any:
+        return hypergradient(
+            lambda: weighted(detached), lambda: ((w - 1) ** 2).sum(), w, a, solver=li.Exact()
+        ).info
+
+    wrong, right = run(True), run(False)
+    assert "wrong_hessian" in [one.name for one in wrong.findings()]
+    assert wrong.hessian_check.relative_error > 0.1
+    assert right.hessian_check.ok
+    assert "wrong_hessian" not in [one.name for one in right.findings()]
+    assert torch.equal(w, at)
+
+
+def test_a_loss_that_detaches_nothing_is_not_checked():
+    w = torch.randn(3, dtype=F64, requires_grad=True)
+    a = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    out = hypergradient(lambda: (w**2).sum() * a, lambda: w.sum(), w, a)
+    assert out.info.hessian_check is None
