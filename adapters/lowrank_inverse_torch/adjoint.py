@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lowrank_inverse_torch.model_guard import (
     set_random_states,
     untouched,
 )
+from lowrank_inverse_torch.recomputation import by_loop
 from lowrank_inverse_torch.ridge import sums
 
 _SECOND = (
@@ -61,7 +63,7 @@ class _Minimizer(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, problem: Any, *tensors: Tensor) -> Any:
-        return _by_loop(_Minimizer, info, in_dims, problem, *tensors)
+        return by_loop(partial(_Minimizer.apply, problem), info, in_dims[1:], *tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -129,25 +131,20 @@ class _Adjoint(torch.autograd.Function):
         raise RuntimeError(_SECOND)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _by_loop(_Adjoint, info, in_dims, *arguments)
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        problem: Any,
+        wanted: tuple[bool, ...],
+        num_params: int,
+        *tensors: Tensor,
+    ) -> Any:
+        one = partial(_Adjoint.apply, problem, wanted, num_params)
+        return by_loop(one, info, in_dims[3:], *tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(_FORWARD)
-
-
-def _by_loop(function: Any, info: Any, in_dims: Any, *arguments: Any) -> Any:
-    """Apply a Function to each of a batch: solves end after numbers of steps of their own."""
-    results = []
-    for i in range(info.batch_size):
-        one = [
-            argument.select(dim, i) if isinstance(dim, int) else argument
-            for argument, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results.append(function.apply(*one))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
 
 
 def apply(problem: Any, *tensors: Tensor) -> Any:

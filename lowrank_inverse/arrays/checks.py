@@ -17,6 +17,7 @@ from lowrank_inverse.arrays.conversion import (
     concrete,
     eps,
     is_array,
+    is_known,
     is_traced,
     take,
     to_host,
@@ -83,15 +84,8 @@ def _conversion(x: Any) -> str | None:
             return "Its bytes are in another order: use .astype(x.dtype.newbyteorder('='))."
         if x.dtype.type not in (np.float32, np.float64):
             return "Use .astype(numpy.float64): there is no algebra in this dtype."
-    if is_torch_array(x):
-        torch = sys.modules["torch"]
-        if x.layout is not torch.strided:
-            return "It is sparse: use .to_dense()."
-        if torch._C._functorch.is_batchedtensor(x):
-            return (
-                "torch.vmap cannot follow loops that look at values: put the right-hand sides "
-                "side by side in one block of shape (n, m)."
-            )
+    if is_torch_array(x) and x.layout is not sys.modules["torch"].strided:
+        return "It is sparse: use .to_dense()."
     return None
 
 
@@ -112,7 +106,7 @@ def check_finite(name: str, x: Array) -> None:
     xp = array_namespace(x)
     # The extremes tell, NaN among them, and take no memory of the size of x.
     finite = xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x))
-    if not is_traced(finite) and not bool(finite):
+    if is_known(finite) and not bool(finite):
         raise ValueError(
             f"`{name}` must be finite; it holds NaN or Inf. Look for an overflow or a division "
             "by zero where it is computed."
@@ -121,7 +115,7 @@ def check_finite(name: str, x: Array) -> None:
 
 def check_scalar(name: str, x: Any, *, positive: bool = False, remedy: str = "") -> None:
     """Raise unless `x` is a finite real number >= 0 (> 0 if `positive`). Traced: unchecked."""
-    if is_traced(x):
+    if not is_known(x):
         return
     value = concrete(x)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
@@ -197,7 +191,7 @@ def check_symmetric(name: str, A: Array) -> None:
     difference = xp.max(xp.abs(across - down))
     # NaN passes here: it is reported where the values are used. Traced values are unknown.
     asymmetric = difference > eps(A) ** 0.5 * xp.max(xp.abs(across))
-    if not is_traced(asymmetric) and bool(asymmetric):
+    if is_known(asymmetric) and bool(asymmetric):
         raise ValueError(
             f"`{name}` must be symmetric; {name} and {name}.T differ by {float(difference):.2g}. "
             f"Use ({name} + {name}.T) / 2 if the difference is rounding, or solve "

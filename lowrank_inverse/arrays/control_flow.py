@@ -73,5 +73,9 @@ def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]
 
 
 def map_traced(function: Callable[[Any], Any], values: Any) -> Any:
-    """Return what a function returns for each of `values`, as ``jax.lax.map``, while tracing."""
-    return sys.modules["jax"].lax.map(function, values)
+    """Return what a function returns for each of `values`, as ``jax.lax.map``, while tracing.
+
+    A derivative evaluates the function again, and holds nothing inside it.
+    """
+    jax = sys.modules["jax"]
+    return jax.lax.map(jax.checkpoint(function), values)

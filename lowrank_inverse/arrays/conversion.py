@@ -53,12 +53,22 @@ def carries_gradient(x: Any) -> bool:
 
 def is_batched(x: Any) -> bool:
     """Whether `x` is a tensor inside ``torch.vmap``, which shows no values."""
-    return is_torch_array(x) and sys.modules["torch"]._C._functorch.is_batchedtensor(x)
+    if not is_torch_array(x):
+        return False
+    functorch = sys.modules["torch"]._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return bool(functorch.is_batchedtensor(x))
+
+
+def is_known(x: Any) -> bool:
+    """Whether the values of `x` can be looked at."""
+    return not is_traced(x) and not is_batched(x)
 
 
 def concrete(x: Any) -> Any:
     """Return a 0-d array as a Python number; anything else, and a traced array, as it is."""
-    if is_traced(x) or not is_array(x) or x.ndim != 0:
+    if not is_array(x) or x.ndim != 0 or not is_known(x):
         return x
     x = x.detach() if is_torch_array(x) else x
     xp = array_namespace(x)

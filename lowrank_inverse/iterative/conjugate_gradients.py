@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -17,6 +18,7 @@ from lowrank_inverse.iterative.block_recursion import block_sweep
 from lowrank_inverse.iterative.preconditioning import checked_preconditioner
 from lowrank_inverse.iterative.recursion import RUNNING, Kept, Progress, System, column_sweep
 from lowrank_inverse.operators.base import block_width
+from lowrank_inverse.operators.differentiation import constant, implicit
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import (
     Pairs,
@@ -32,7 +34,6 @@ STAGNATION_FACTOR = 0.9
 BLOCK_SIZE = 32
 
 
-@quietly
 def cg(
     A: Any,
     b: Array,
@@ -99,6 +100,8 @@ def cg(
 
     Notes
     -----
+    In torch and jax, `value` has the derivatives of the exact solution by all that the system is
+    made of, as accurate as one more solve to the same tolerance: no step is differentiated.
     One product a step and column at work, one more to confirm, and one to start from `x0`; the
     preconditioner is applied as often, the start from `x0` apart. When the
     recursion claims a tolerance that the true residual does not confirm, it starts again from
@@ -125,6 +128,39 @@ def cg(
     [1.   0.5  0.25] 3 converged
     """
     A = aslinearoperator(A)
+    options = {
+        "preconditioner": constant(preconditioner, silent=True),
+        "rtol": rtol,
+        "atol": atol,
+        "max_steps": max_steps,
+        "check_every": check_every,
+        "callback": callback,
+        "block_size": block_size,
+    }
+
+    def make(A: Any, damping: Scalar) -> Any:
+        return partial(conjugate_gradients, A, damping=damping, **options)
+
+    return implicit(A, damping, b, make, x0=x0, keep=keep)
+
+
+@quietly
+def conjugate_gradients(
+    A: Any,
+    b: Array,
+    x0: Array | None,
+    keep: int = 0,
+    *,
+    damping: Scalar,
+    preconditioner: LinearOperator | None = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_steps: int | None = None,
+    check_every: int = 1,
+    callback: Callable[[Array, Array], object] | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> Solution:
+    """Return what :func:`cg` does, for an operator of constants and with no derivative."""
     n = int(A.shape[0])
     check_system(A, b, damping, x0)
     max_steps = 10 * n if max_steps is None else check_count("max_steps", max_steps)
@@ -146,9 +182,8 @@ def cg(
             "check_every": check_every,
             "callback": callback,
             "block_size": block_size,
-            "keep": keep,
         }
-        return _one_block_after_the_other(A, b, x0, options)
+        return _one_block_after_the_other(A, b, x0, keep, options)
     sweep_over = block_sweep if blockwise else column_sweep
     xp = array_namespace(b)
     damping = scalar_like(damping, b)
@@ -233,7 +268,9 @@ def cg(
     )
 
 
-def _one_block_after_the_other(A: Any, b: Array, x0: Array | None, options: Any) -> Solution:
+def _one_block_after_the_other(
+    A: Any, b: Array, x0: Array | None, keep: int, options: Any
+) -> Solution:
     """Solve for blocks of columns of about equal widths; the first one's directions are kept."""
     xp, width = array_namespace(b), b.shape[1]
     count = -(-width // options["block_size"])
@@ -241,8 +278,8 @@ def _one_block_after_the_other(A: Any, b: Array, x0: Array | None, options: Any)
     solutions: list[Solution] = []
     for start, stop in itertools.pairwise(edges):
         part = None if x0 is None else x0[:, start:stop]
-        solutions.append(cg(A, b[:, start:stop], x0=part, **options))
-        options |= {"keep": 0}
+        solutions.append(conjugate_gradients(A, b[:, start:stop], part, keep, **options))
+        keep = 0
 
     def joined(name: str) -> Array:
         return xp.concat([getattr(solution, name) for solution in solutions], axis=-1)

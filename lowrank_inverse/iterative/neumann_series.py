@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -12,6 +13,7 @@ from lowrank_inverse.arrays.control_flow import quietly, while_loop
 from lowrank_inverse.arrays.conversion import astype, eps, scalar_like
 from lowrank_inverse.arrays.linalg import add_scaled, choose, column_norm, column_scale, dot
 from lowrank_inverse.estimators.extreme_eigenvalues import NUM_POWER_STEPS, largest_eigenvalue
+from lowrank_inverse.operators.differentiation import constant, implicit
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, ended, tolerance
 
@@ -28,7 +30,6 @@ class _State(NamedTuple):
     num_blocks: Any
 
 
-@quietly
 def neumann(
     A: Any,
     b: Array,
@@ -67,7 +68,8 @@ def neumann(
 
     Notes
     -----
-    One product a term and column, 8 more for the default step size.
+    One product a term and column, 8 more for the default step size. In torch and jax, derivatives
+    are those of the exact solution, with the truncated series in the place of the inverse.
 
     References
     ----------
@@ -83,6 +85,27 @@ def neumann(
     [1.  0.5] converged
     """
     A = aslinearoperator(A)
+    options = {"num_terms": num_terms, "step_size": constant(step_size), "rtol": rtol}
+
+    def make(A: Any, damping: Scalar) -> Any:
+        return partial(neumann_series, A, damping=damping, **options)
+
+    return implicit(A, damping, b, make)
+
+
+@quietly
+def neumann_series(
+    A: Any,
+    b: Array,
+    x0: Array | None = None,
+    keep: int = 0,
+    *,
+    damping: Scalar,
+    num_terms: int,
+    step_size: Scalar,
+    rtol: float,
+) -> Solution:
+    """Return what :func:`neumann` does, for an operator of constants and with no derivative."""
     check_system(A, b, damping)
     num_terms = check_count("num_terms", num_terms)
     xp = array_namespace(b)

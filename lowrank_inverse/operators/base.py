@@ -117,6 +117,8 @@ def _check_alike(A: Any, B: Any) -> None:
 class SumOperator(Operator):
     """``A + B``."""
 
+    _parts = ("parts",)
+
     def __init__(self, A: Any, B: Any) -> None:
         if is_array(B):
             check_floating("B", B)
@@ -150,6 +152,8 @@ class SumOperator(Operator):
 
 class ScaledOperator(Operator):
     """``c * A`` for a number c."""
+
+    _parts = ("A", "factor")
 
     def __init__(self, A: Any, factor: Scalar) -> None:
         self.A, self.factor = A, factor
@@ -192,6 +196,8 @@ class DiagonalOperator(Operator):
     [2.5 2.5]
     """
 
+    _parts = ("entries",)
+
     def __init__(self, n: int, entries: Any = 1.0, *, like: Array | None = None) -> None:
         n = check_count("n", n)
         number = is_number(entries)
@@ -232,6 +238,8 @@ class ShiftedOperator(Operator):
     base : operator
     shift : float, 0-d array or array of shape (n,)
     """
+
+    _parts = ("base", "shift")
 
     def __init__(self, A: Any, shift: Scalar) -> None:
         self.base, self.shift = A, shift

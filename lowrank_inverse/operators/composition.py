@@ -8,7 +8,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
-from lowrank_inverse.arrays.conversion import is_traced, take
+from lowrank_inverse.arrays.conversion import is_known, is_traced, take
 from lowrank_inverse.arrays.linalg import added_diagonals, times_diagonal
 from lowrank_inverse.operators.base import Operator, ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
@@ -36,6 +36,8 @@ def shifted(A: Any, damping: Scalar) -> Operator:
 
 class DiagonallyScaledOperator(Operator):
     """``diag(s) A diag(s)``, for `s` of shape (n,)."""
+
+    _parts = ("A", "s")
 
     def __init__(self, A: Any, s: Array) -> None:
         self.A, self.s, self.like = A, s, s[:0]
@@ -72,7 +74,7 @@ def split_shift(A: Any, damping: Scalar) -> tuple[Any, Any]:
     """
     if isinstance(A, ShiftedOperator) and getattr(A.shift, "ndim", 0) == 0:
         total = added_diagonals(A.shift, damping)
-        if is_traced(total) or total >= 0:
+        if not is_known(total) or total >= 0:
             return A.base, total
     return A, damping
 

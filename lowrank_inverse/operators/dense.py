@@ -15,6 +15,8 @@ from lowrank_inverse.operators.base import Operator, check_square
 class DenseOperator(Operator):
     """A symmetric matrix held as an array of shape (n, n)."""
 
+    _parts = ("matrix",)
+
     def __init__(self, matrix: Array) -> None:
         check_floating("A", matrix)
         check_square(matrix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,10 @@ class FunctionOperator(Operator):
         Default: products with unit vectors.
     diagonal : callable, optional
         Takes nothing and returns the diagonal, shape (n,).
+    parameters : sequence of arrays
+        Given to each of the functions after its own argument, as ``matvec(v, *parameters)``: then
+        solutions have derivatives of any order by them, also under ``torch.func``. By tensors that
+        a function reads beside them, torch takes first derivatives; jax takes all.
 
     Raises
     ------
@@ -62,14 +66,15 @@ class FunctionOperator(Operator):
 
     def __init__(
         self,
-        matvec: Callable[[Array], Array],
+        matvec: Callable[..., Array],
         n: int,
         *,
         dtype: Any = None,
         like: Array | None = None,
-        matmat: Callable[[Array], Array] | None = None,
-        columns: Callable[[np.ndarray], Array] | None = None,
-        diagonal: Callable[[], Array] | None = None,
+        matmat: Callable[..., Array] | None = None,
+        columns: Callable[..., Array] | None = None,
+        diagonal: Callable[..., Array] | None = None,
+        parameters: Sequence[Array] = (),
     ) -> None:
         if not callable(matvec):
             raise TypeError(f"`matvec` must be callable; got {describe(matvec)}.")
@@ -84,14 +89,18 @@ class FunctionOperator(Operator):
         self.shape, self.dtype = (n, n), self.like.dtype
         self._matvec, self._matmat = matvec, matmat
         self._columns, self._diagonal = columns, diagonal
+        self.parameters = tuple(parameters)
+        # Without them, the functions read what they like.
+        self._parts = ("parameters",) if self.parameters else None
 
     def _multiply(self, block: Array) -> Array:
         if block.ndim == 1:
-            return self._checked(self._matvec(block), block.shape)
+            return self._checked(self._matvec(block, *self.parameters), block.shape)
         if self._matmat is not None:
-            return self._checked(self._matmat(block), block.shape)
+            return self._checked(self._matmat(block, *self.parameters), block.shape)
         products = [
-            self._checked(self._matvec(block[:, j]), block.shape[:1]) for j in range(block.shape[1])
+            self._checked(self._matvec(block[:, j], *self.parameters), block.shape[:1])
+            for j in range(block.shape[1])
         ]
         return array_namespace(block).stack(products, axis=1)
 
@@ -108,11 +117,14 @@ class FunctionOperator(Operator):
         if self._columns is None:
             return super().columns(indices)
         indices = check_indices(indices, self.shape[0])
-        return self._checked(self._columns(indices), (self.shape[0], indices.size))
+        chosen = self._columns(indices, *self.parameters)
+        return self._checked(chosen, (self.shape[0], indices.size))
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
-        return self._diagonal() if self._diagonal is not None else super().diagonal()
+        if self._diagonal is None:
+            return super().diagonal()
+        return self._diagonal(*self.parameters)
 
 
 def aslinearoperator(A: Any) -> Any:

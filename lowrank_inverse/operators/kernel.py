@@ -24,6 +24,7 @@ from lowrank_inverse.arrays.conversion import (
     astype,
     copied,
     is_array,
+    is_known,
     is_traced,
     like,
     like_device,
@@ -31,8 +32,10 @@ from lowrank_inverse.arrays.conversion import (
     take,
     wide_dtype,
 )
+from lowrank_inverse.arrays.differentiation import recomputed
 from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.operators.base import Operator
+from lowrank_inverse.operators.differentiation import made_of, parts
 from lowrank_inverse.operators.distances import by_features, matern, squared_distances
 
 KERNELS = ("rbf", "laplacian", "matern", "polynomial")
@@ -103,7 +106,7 @@ class KernelOperator(Operator):
     converged True
     """
 
-    _parts: tuple[str, ...] | None = ("X", "lengthscale", "coef0")
+    _parts = ("X", "lengthscale", "coef0")
     entry_operations = 50  # of a matrix product, about: what an entry takes
 
     def __init__(
@@ -199,11 +202,25 @@ class KernelOperator(Operator):
         for i, rows in enumerate(slices):
             x = _in_memory(self.X[rows, ...])
             for j in range(i, len(slices)):
-                tile = self.evaluate(x, x if i == j else _in_memory(self.X[slices[j], ...]))
-                parts[i] = parts[i] + tile @ block[slices[j], ...]
+                y = x if i == j else _in_memory(self.X[slices[j], ...])
+                right, left = self._tile_products(x, y, block[slices[j], ...], block[rows, ...])
+                parts[i] = parts[i] + right
                 if i < j:  # the tile on the other side of the diagonal is this one, transposed
-                    parts[j] = parts[j] + tile.T @ block[rows, ...]
+                    parts[j] = parts[j] + left
         return array_namespace(block).concat(parts, axis=0)
+
+    def _tile_products(self, x: Array, y: Array, *blocks: Array) -> tuple[Array, Array]:
+        """Return the products of a tile and of its transpose, whose derivatives compute it anew."""
+        parameters = self.lengthscale, self.coef0
+
+        def products(x: Array, y: Array, right: Array, left: Array, *own: Array) -> Any:
+            lengthscale, coef0 = made_of(parameters, own)
+            tile = self._with_parts({"lengthscale": lengthscale, "coef0": coef0}).evaluate(x, y)
+            return tile @ right, tile.T @ left
+
+        if callable(self.kernel):
+            return products(x, y, *blocks, *parts(parameters)[0])
+        return recomputed(products, x, y, *blocks, *parts(parameters)[0])
 
     def _mapped(self, Z: Array, block: Array) -> Array:
         """Return ``K(Z, X) @ block`` by a compiled loop over blocks of rows of `Z`."""
@@ -312,6 +329,6 @@ def _checked_lengthscale(lengthscale: Any, empty: Array, d: int) -> Any:
             f"{describe(lengthscale)}."
         )
     check_finite("lengthscale", lengthscale)
-    if not is_traced(positive) and not bool(positive):
+    if is_known(positive) and not bool(positive):
         raise ValueError("`lengthscale` must be > 0 for every feature; an entry is not.")
     return lengthscale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -19,6 +20,19 @@ class ProductOnly:
     dtype: Any
     like: Array
     """An empty array whose library, dtype and device the products have."""
+    _parts: tuple[str, ...] | None = None
+    """Attributes with all that products depend on: arrays, numbers, operators, tuples of them.
+
+    None where that is unknown, as with functions that read what they like.
+    """
+
+    def _with_parts(self, parts: dict[str, Any]) -> Any:
+        """Return a copy with other parts of the same kinds; itself where they are the same."""
+        if all(getattr(self, name) is part for name, part in parts.items()):
+            return self
+        other = copy.copy(self)
+        other.__dict__.update(parts)
+        return other
 
     def _multiply(self, block: Array) -> Array:
         raise NotImplementedError

@@ -14,6 +14,8 @@ from lowrank_inverse.operators.base import Operator
 class SparseOperator(Operator):
     """A symmetric sparse matrix or array of SciPy, of shape (n, n), whose entries can be read."""
 
+    _parts = ()  # of SciPy's own arrays there are no derivatives
+
     def __init__(self, matrix: Any) -> None:
         if not np.issubdtype(matrix.dtype, np.floating):
             raise TypeError(

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import astype, concrete, is_traced, scalar_like
+from lowrank_inverse.arrays.conversion import (
+    astype,
+    concrete,
+    is_batched,
+    is_traced,
+    scalar_like,
+)
 from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot, times_diagonal
 from lowrank_inverse.operators.base import apply_cost, block_width
+from lowrank_inverse.operators.differentiation import constant, implicit, noting, parts
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.operators.product import ProductOnly
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, tolerance
@@ -28,7 +37,8 @@ DEFAULT_RTOL = 1e-5
 class PreparedInverse(ProductOnly):
     """An approximate inverse of ``A + damping * I``: what ``settings.prepare(A)`` returns.
 
-    ``inverse @ b`` applies it; ``inverse.solve(b)`` applies it and says how well it did.
+    ``inverse @ b`` applies it; ``inverse.solve(b)`` applies it and says how well it did. Both are
+    differentiable as :func:`lowrank_inverse.solve` is, by what the settings were given, too.
 
     Attributes
     ----------
@@ -73,6 +83,9 @@ class PreparedInverse(ProductOnly):
         self.negative_curvature, self.nystrom_inverse = negative_curvature, nystrom_inverse
         self.preconditioner = preconditioner
         self.memory, self.approximation, self.asymmetry = memory, approximation, asymmetry
+        self._system: tuple[Any, Scalar] | None = None
+        self._make: Callable[[Any, Scalar], Any] | None = None
+        self._noted = False
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -81,8 +94,9 @@ class PreparedInverse(ProductOnly):
             "negative_curvature": self.negative_curvature,
         }
 
-    def _multiply(self, block: Array) -> Array:
-        return self._apply(block) if self._apply is not None else self._run(block, None).value
+    def __matmul__(self, block: Array) -> Array:
+        """Return what is taken for the solution, shape (n,) or (n, m)."""
+        return self._differentiable(block, "block", self._applied).value
 
     @quietly
     def solve(self, b: Array, *, x0: Array | None = None, keep: int = 0) -> Solution:
@@ -91,10 +105,66 @@ class PreparedInverse(ProductOnly):
         Conjugate gradients start from `x0`, of the shape of `b`, and keep the products with `keep`
         of their directions; other methods need no start and keep nothing.
         """
-        self._check(b, "b")
-        if keep and self._keeps:
-            return self._run(b, x0, keep)
-        return self._run(b, x0)
+        return self._differentiable(b, "b", self._solved, x0=x0, keep=keep * self._keeps)
+
+    def _solved(self, b: Array, x0: Array | None, keep: int) -> Solution:
+        return self._run(b, x0, keep) if keep else self._run(b, x0)
+
+    def _applied(self, b: Array, x0: Array | None, keep: int) -> Solution:
+        if self._apply is None:
+            return self._run(b, None)
+        untold: Any = None
+        return Solution(self._apply(b), untold, untold, 0, untold, untold)
+
+    def _differentiable(self, b: Array, name: str, run: Any, **start: Any) -> Any:
+        self._check(b, name)
+        if self._system is None:
+            return run(b, start.get("x0"), start.get("keep", 0))
+        make = self._make or (lambda A, damping: run)
+        return implicit(*self._system, b, make, noted=self._noted, **start)
+
+
+Prepare = TypeVar("Prepare", bound=Callable[..., PreparedInverse])
+
+
+def differentiable(prepare: Prepare) -> Prepare:
+    """Let what the `prepare` of settings returns have the derivatives of a solution.
+
+    By the implicit function theorem: `prepare` itself is given constants.
+    """
+
+    @wraps(prepare)
+    def prepared(
+        settings: Any, A: Any, *, rng: RNG = 0, b: Array | None = None, **pairs: Any
+    ) -> PreparedInverse:
+        A, damping = aslinearoperator(A), settings.damping
+        seen = None if is_batched(b) else constant(b)
+
+        def fixed(A: Any, damping: Scalar, rng: RNG = rng) -> PreparedInverse:
+            same = damping is settings.damping
+            own = settings if same else replace(settings, damping=damping)
+            return prepare(own, A, rng=rng, b=seen, **pairs)
+
+        def each(A: Any, damping: Scalar) -> Any:
+            one = fixed(A, damping, copy.deepcopy(rng))  # the same columns in its derivative
+
+            def run(b: Array, x0: Array | None, keep: int) -> Solution:
+                solution = one._solved(b, x0, keep)
+                return solution._replace(num_products=one.num_products + solution.num_products)
+
+            return run
+
+        if any(is_batched(x) for x in parts((A, damping))[0]):  # one for each of the batch
+            inverse = PreparedInverse(A, each)
+            inverse._make = each
+        else:
+            with noting() as notes:
+                inverse = fixed(constant(A), constant(damping))
+            inverse._noted = bool(notes)
+        inverse._system = A, damping
+        return inverse
+
+    return prepared  # type: ignore[return-value]
 
 
 @quietly
@@ -172,10 +242,9 @@ class CallableSolver:
     def __init__(self, function: Callable[[Callable[[Array], Array], Array], Array]) -> None:
         self.function = function
 
+    @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return what calls the function with the product of `A`, and counts its calls."""
-        A = aslinearoperator(A)
-
         return PreparedInverse(A, partial(_solve_by_function, self.function, A))
 
 

@@ -24,9 +24,15 @@ from lowrank_inverse.arrays.linalg import (
 )
 from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.composition import split_shift
+from lowrank_inverse.operators.differentiation import constant
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution, check_system
-from lowrank_inverse.solvers.base import PreparedInverse, direct_solution, is_positive
+from lowrank_inverse.solvers.base import (
+    PreparedInverse,
+    differentiable,
+    direct_solution,
+    is_positive,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +60,10 @@ class Exact:
     def __post_init__(self) -> None:
         check_scalar("damping", self.damping)
 
+    @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
-        A, damping = split_shift(aslinearoperator(A), self.damping)
+        A, damping = split_shift(A, self.damping)
         n = int(A.shape[0])
         H = finite_columns(A, np.arange(n))
         M = symmetric_part(astype(H, wide_dtype(H)))
@@ -141,7 +148,13 @@ class Identity:
         """Return ``scale * I``."""
         A = aslinearoperator(A)
         apply = partial(operator.mul, self.scale)
-        return PreparedInverse(A, partial(_solve_directly, A, 0.0, apply, None), apply=apply)
+        return PreparedInverse(A, partial(_solve_by_identity, constant(A), apply), apply=apply)
+
+
+def _solve_by_identity(A: Any, apply: Any, b: Array, x0: Array | None) -> Solution:
+    check_system(A, b, 0.0)
+    x = apply(b)
+    return direct_solution(A, 0.0, constant(b), constant(x), 0)._replace(value=x)
 
 
 def _solve_directly(

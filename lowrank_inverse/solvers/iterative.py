@@ -10,11 +10,10 @@ from typing import Any
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE
-from lowrank_inverse.iterative.neumann_series import neumann
+from lowrank_inverse.iterative.neumann_series import neumann_series
 from lowrank_inverse.operators.composition import split_shift
-from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Pairs, Solution
-from lowrank_inverse.solvers.base import PreparedInverse
+from lowrank_inverse.solvers.base import PreparedInverse, differentiable
 from lowrank_inverse.solvers.recycled import preconditioner_of, recycled_approximation, solve_by_cg
 
 
@@ -45,6 +44,7 @@ class CG:
     def __post_init__(self) -> None:
         check_iteration(self)
 
+    @differentiable
     def prepare(
         self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
     ) -> PreparedInverse:
@@ -53,7 +53,6 @@ class CG:
         Where there is no `preconditioner`, `pairs` of A less its diagonal shift, as a state has
         them, make one.
         """
-        A = aslinearoperator(A)
         preconditioner, approx = self.preconditioner, None
         if pairs is not None and preconditioner is None:
             approx = recycled_approximation(A, self.damping, pairs)
@@ -84,17 +83,17 @@ class Neumann:
         if self.step_size is not None:
             check_scalar("step_size", self.step_size, positive=True)
 
+    @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``; there is nothing to draw."""
-        H, damping = split_shift(aslinearoperator(A), self.damping)
-
+        H, damping = split_shift(A, self.damping)
         return PreparedInverse(H, partial(_solve_by_neumann, self, H, damping))
 
 
 def _solve_by_neumann(
     settings: Neumann, A: Any, damping: Scalar, b: Array, x0: Array | None
 ) -> Solution:
-    return neumann(
+    return neumann_series(
         A,
         b,
         damping=damping,

@@ -14,7 +14,7 @@ from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import eps
-from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE, cg
+from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE, conjugate_gradients
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.column_sampling import DRAWN, resolve_sampling
 from lowrank_inverse.low_rank.core import is_indefinite
@@ -27,11 +27,11 @@ from lowrank_inverse.operators.composition import (
     split_diagonal,
     split_shift,
 )
-from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Pairs, Solution, check_system
 from lowrank_inverse.solvers.base import (
     PreparedInverse,
     better,
+    differentiable,
     direct_solution,
     is_positive,
     with_apply_cost,
@@ -123,9 +123,9 @@ class Nystrom:
                 f"memory={self.memory!r}. Use memory='stored', or pass `indices`."
             )
 
+    @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
-        A = aslinearoperator(A)
         H, damping, s = split_diagonal(A, self.damping)
         check_damping(damping)
         inverse: Any
@@ -213,9 +213,10 @@ def _solve_by_inverse(
             x, r = scaled(x, s), scaled(r, 1 / s)
         return better(solution, b, x, r)
     # From zero: the first step is the plain answer with the best length.
-    solution = cg(
+    solution = conjugate_gradients(
         A,
         b,
+        None,
         damping=damping,
         preconditioner=approximate,
         max_steps=settings.refine + 1,
@@ -270,6 +271,7 @@ class NystromCG:
         check_columns(self)
         check_iteration(self)
 
+    @differentiable
     @quietly
     def prepare(
         self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
@@ -279,7 +281,6 @@ class NystromCG:
         With `pairs` of A less its diagonal shift, as a state has them, in the place of columns:
         they cost no products.
         """
-        A = aslinearoperator(A)
         _, damping, s = split_diagonal(A, self.damping)
         if pairs is None:
             approx = self._approximate(A, b, rng)

@@ -7,7 +7,7 @@ from typing import Any
 from lowrank_inverse._typing import Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_indices
 from lowrank_inverse.arrays.linalg import tall_dot, times_diagonal
-from lowrank_inverse.iterative.conjugate_gradients import cg
+from lowrank_inverse.iterative.conjugate_gradients import conjugate_gradients
 from lowrank_inverse.iterative.recycling import scaled_pairs
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
@@ -29,11 +29,12 @@ def solve_by_cg(
 
     The products kept are those of A less a vector that it was shifted by.
     """
-    solution = cg(
+    solution = conjugate_gradients(
         A,
         b,
+        x0,
+        keep,
         damping=damping,
-        x0=x0,
         preconditioner=preconditioner,
         rtol=settings.rtol,
         atol=settings.atol,
@@ -41,7 +42,6 @@ def solve_by_cg(
         check_every=settings.check_every,
         callback=settings.callback,
         block_size=settings.block_size,
-        keep=keep,
     )
     if solution.directions is None or not isinstance(A, ShiftedOperator):
         return solution

@@ -11,11 +11,18 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
+from lowrank_inverse.arrays.conversion import (
+    carries_gradient,
+    concrete,
+    is_known,
+    is_traced,
+    to_host,
+)
 from lowrank_inverse.estimators.asymmetry import warn_of_asymmetry
 from lowrank_inverse.estimators.norm import certificate_cost
 from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.composition import shifted, split_shift
+from lowrank_inverse.operators.differentiation import constant
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.results.certificate import certify as certify_solution
 from lowrank_inverse.results.errors import raise_on_failure, warn_of_nothing
@@ -97,6 +104,18 @@ def solve(
     TypeError, ValueError
         For operands that do not fit, and for options that `solver` does not have.
 
+    Notes
+    -----
+    In torch and jax, `value` is differentiable by `b`, the dampings and the arrays that `A` is made
+    of, to any order, by the implicit function theorem [1]_: ``dx = S (db - (dA + d damping I) x)``,
+    with S the same solver, preconditioner and tolerance, which bounds the error of gradients too.
+    Where the solver is approximate (Nystrom, Neumann, a function), its inverse is taken for S;
+    Identity is differentiated as what it is. Other fields have no derivatives.
+
+    References
+    ----------
+    .. [1] M. Blondel et al. Efficient and Modular Implicit Differentiation. NeurIPS 2022.
+
     Examples
     --------
     >>> import numpy as np
@@ -111,8 +130,9 @@ def solve(
     check_scalar("damping", damping)
     A = aslinearoperator(A)
     check_system(A, b, 0.0)
-    system = A if not is_traced(damping) and concrete(damping) == 0 else shifted(A, damping)
-    settings, why = _settings(solver, system, preconditioner)
+    plain = not carries_gradient(damping) and concrete(damping) == 0
+    system = A if plain else shifted(A, damping)
+    settings, why = _settings(solver, constant(system), preconditioner)
     steps = _progress_bar(callback) if progress else None
     options = {
         "rtol": rtol,
@@ -120,7 +140,7 @@ def solve(
         "callback": callback if steps is None else steps,
     }
     settings = _with_options(settings, {k: v for k, v in options.items() if v is not None})
-    base, total = split_shift(system, getattr(settings, "damping", 0.0))
+    base, total = split_shift(constant(system), constant(getattr(settings, "damping", 0.0)))
     if certify:
         check_scalar("damping", total, positive=True)
     solution, inverse, following, _ = solve_from(state, settings, system, b, x0=x0, rng=rng)
@@ -129,9 +149,8 @@ def solve(
     if steps is not None:
         steps.close()
     if certify:
-        bounds = certify_solution(
-            base, b, solution.value, damping=total, inverse=inverse.nystrom_inverse
-        )
+        x, below = constant(solution.value), inverse.nystrom_inverse
+        bounds = certify_solution(base, constant(b), x, damping=total, inverse=below)
         width = block_width(b)
         extra = width + certificate_cost(base) + apply_cost(inverse.nystrom_inverse, width)
         solution = solution._replace(
@@ -142,7 +161,7 @@ def solve(
         solution = solution._replace(method=f"{name}: {why}" if why else name)
     if throw:
         raise_on_failure(solution, settings)
-    elif why and not is_traced(solution.converged) and not solution.converged.all():
+    elif why and is_known(solution.converged) and not solution.converged.all():
         warn_of_nothing(solution, settings, b)
     return solution
 

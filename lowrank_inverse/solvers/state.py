@@ -13,6 +13,7 @@ from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_finite, describe, namespace
 from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
 from lowrank_inverse.iterative.recycling import joined_pairs
+from lowrank_inverse.operators.differentiation import constant
 from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended
 from lowrank_inverse.solvers.base import PreparedInverse
 from lowrank_inverse.solvers.recycled import sampled_pairs
@@ -110,13 +111,14 @@ def solve_from(
     if size == 0:
         inverse = settings.prepare(A, rng=rng, b=b)
         solution = _counted(inverse.solve(b, x0=x0), inverse)
-        return Continued(solution, inverse, HypergradientState(_finite(solution.value)), None)
+        following = HypergradientState(_finite(constant(solution.value)))
+        return Continued(solution, inverse, following, None)
     kept = _kept(state, b)
     inverse = settings.prepare(A, rng=rng, b=b, pairs=kept)
     solution = inverse.solve(b, x0=x0, keep=size)
     old = kept
     if old is None and inverse.approximation is not None:
-        sampled = sampled_pairs(A, settings.damping, inverse.approximation)
+        sampled = sampled_pairs(constant(A), constant(settings.damping), inverse.approximation)
         old = None if sampled is None else joined_pairs(None, sampled, size)
     if old is not None:  # what broke the solve does not serve the next
         xp = array_namespace(b)
@@ -124,9 +126,8 @@ def solve_from(
         old = Pairs(*(xp.where(xp.any(broken), 0 * x, x) for x in old))
     pairs = joined_pairs(old, solution.directions, size)
     solution = _counted(solution._replace(directions=None), inverse)
-    return Continued(
-        solution, inverse, HypergradientState(_finite(solution.value), *pairs), _number(kept)
-    )
+    following = HypergradientState(_finite(constant(solution.value)), *pairs)
+    return Continued(solution, inverse, following, _number(kept))
 
 
 def _counted(solution: Solution, inverse: PreparedInverse) -> Solution:

@@ -31,7 +31,7 @@ def run_blocks(page):
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, id=p.stem) for p in PAGES if p.stem not in TASKS],
+    [pytest.param(p, id=p.stem) for p in PAGES if p.stem not in TASKS | {"gradients"}],
 )
 def test_every_python_block_of_a_page_runs_and_leaves_finite_answers(page):
     for names in run_blocks(page):
@@ -49,6 +49,16 @@ def test_the_guide_to_hypergradients_ends_with_a_small_residual():
     *_, names = run_blocks(ROOT / "docs" / "guides" / "hypergradients.md")
     assert names["out"].info.relative_residual < 0.1
     assert names["decayed"].info.relative_residual < 0.1
+
+
+def test_the_gradients_of_the_guide_are_those_of_the_dense_formula():
+    *_, names = run_blocks(ROOT / "docs" / "guides" / "gradients.md")
+    grads = names["lengthscale"].grad, names["noise"].grad
+    for found, expected in zip(grads, names["exact"], strict=True):
+        assert float(found / expected) == pytest.approx(1, abs=1e-7)
+    for found, expected in zip(names["found"], names["right"], strict=True):
+        assert float(found / expected) == pytest.approx(1, abs=1e-3)
+    assert float(names["second"] * 101**3) == pytest.approx(5000, rel=1e-4)
 
 
 def answers(page):
