@@ -56,11 +56,12 @@ class Opaque(Operator):
     _parts = ()
 
     def __init__(self, A: Any, silent: bool) -> None:
-        self.A, self.silent = A, silent
+        own = getattr(A, "without_graph", None)
+        self.A, self.silent, self.live = A if own is None else own(), silent, own is not None
         self.shape, self.dtype, self.like = tuple(A.shape), A.like.dtype, A.like
 
     def _fixed(self, product: Array) -> Array:
-        if not carries_gradient(product):
+        if not carries_gradient(product) and not self.live:
             return product
         for notes in () if self.silent else getattr(_local, "notes", ()):
             notes.append(self.A)

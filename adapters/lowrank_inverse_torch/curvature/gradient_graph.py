@@ -118,7 +118,12 @@ class GradientGraph:
         return [None if grad is None else grad.detach() for grad in self.grads]
 
     def vjp(
-        self, vectors: Sequence[Tensor | None], wrt: Sequence[Tensor], *, batched: bool = False
+        self,
+        vectors: Sequence[Tensor | None],
+        wrt: Sequence[Tensor],
+        *,
+        batched: bool = False,
+        create_graph: bool = False,
     ) -> Values:
         """Differentiate ``<v, gradient>`` by any tensors that the loss uses.
 
@@ -133,9 +138,10 @@ class GradientGraph:
         Returns
         -------
         list of Tensor or None
-            One for each of `wrt`, detached; None where the gradient does not depend on it.
+            One for each of `wrt`, without a graph unless it is asked for; None where the gradient
+            does not depend on it.
         """
-        return _pull_back(self.grads, vectors, wrt, batched)
+        return _pull_back(self.grads, vectors, wrt, batched, create_graph)
 
     def product(self, vectors: Sequence[Tensor | None], *, batched: bool = False) -> Values:
         """Multiply the Hessian with a vector, given and returned as in `vjp`."""
@@ -203,6 +209,7 @@ def _pull_back(
     seeds: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
     batched: bool,
+    create_graph: bool = False,
 ) -> Values:
     """Differentiate ``<seeds, outputs>``; None stands for zeros on both sides."""
     pairs = [
@@ -218,6 +225,7 @@ def _pull_back(
             list(tensors),
             [seed for _, seed in pairs],
             retain_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
             is_grads_batched=batched,
         )

@@ -43,6 +43,8 @@ class CurvatureOperator(Operator, Generic[G]):
         Modules to guard beside those in `params`.
     """
 
+    _parts: tuple[str, ...] | None = ()  # products are constants
+
     def __init__(
         self,
         builders: Sequence[Callable[[], G]],
@@ -60,7 +62,7 @@ class CurvatureOperator(Operator, Generic[G]):
         self.dtype = params.dtype
         self.device = params.device
         self.chunk_size = chunk_size
-        self.num_products = 0
+        self._count = [0]  # in a list, which copies share
         self._modules = (*params.modules, *further)
         self._builders = builders
         self._kept: G | None = None
@@ -83,6 +85,11 @@ class CurvatureOperator(Operator, Generic[G]):
 
     def _about(self) -> dict[str, Any]:
         return {"num_products": self.num_products}
+
+    @property
+    def num_products(self) -> int:
+        """Products with one vector so far; a column counts as one."""
+        return self._count[0]
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Multiply a vector, shape (n,), or a block, shape (n, m): one product a column."""
@@ -163,7 +170,7 @@ class CurvatureOperator(Operator, Generic[G]):
             self._for_each_graph(multiply)
         if len(self._builders) > 1:
             rows /= len(self._builders)
-        self.num_products += len(order)
+        self._count[0] += len(order)
         return rows.mT
 
     def _for_each_graph(self, use: Callable[[G], None], by: Sequence[Tensor] = ()) -> None:

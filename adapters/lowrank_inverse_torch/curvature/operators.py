@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_inverse_torch.curvature.gradient_graph import (
@@ -15,7 +17,7 @@ from lowrank_inverse_torch.curvature.gradient_graph import (
     Values,
 )
 from lowrank_inverse_torch.curvature.mean_operator import CurvatureOperator
-from lowrank_inverse_torch.model_guard import evaluate_loss
+from lowrank_inverse_torch.model_guard import evaluate_loss, untouched
 from lowrank_inverse_torch.parameters import as_parameters
 
 __all__ = ["GaussNewtonOperator", "GradientGraph", "HessianOperator", "hessian_columns", "hvp"]
@@ -46,6 +48,10 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
     module : Module or iterable of Modules, optional
         Further modules that the loss runs. Those in `params` are known. Bare tensors tell nothing
         of their module, so that its buffers and mode are guarded only when it is named here.
+    create_graph : bool
+        Whether products have a graph, to the parameters and to whatever else the loss reads. Then
+        so does the solution of a system with the operator, for first derivatives. The graph of the
+        loss is built again for each block of such products.
 
     Attributes
     ----------
@@ -98,6 +104,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         *,
         chunk_size: int = 1,
         module: Modules | None = None,
+        create_graph: bool = False,
         name: str = "loss",
     ) -> None:
         params = as_parameters(params)
@@ -117,6 +124,34 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         self.detached = False
         self._again = partial(HessianOperator, loss, params, module=module)
         super().__init__([builder(one) for one in losses], params, chunk_size, module)
+        if create_graph:
+            self._parts = None
+
+    def without_graph(self) -> HessianOperator:
+        """Return this operator with products that have no graph."""
+        other = copy.copy(self)
+        other._parts = ()
+        return other
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Multiply a vector, shape (n,), or a block, shape (n, m): one product a column."""
+        if self._parts is not None or not torch.is_grad_enabled():
+            return super().__matmul__(v)
+        self.params.check_vector(v)
+        columns = v.unbind(1) if v.ndim == 2 else [v]
+        rows: Any = [0.0 for _ in columns]
+        with untouched(self.params.tensors, self._modules):
+            for i in range(len(self._builders)):
+                graph = self._rebuilt(i)  # a backward pass through its products frees it
+                for j, column in enumerate(columns):
+                    vectors = self.params.unflatten(column)
+                    parts = graph.vjp(vectors, graph.tensors, create_graph=True)
+                    pairs = zip(parts, graph.tensors, strict=True)
+                    flat = [torch.zeros_like(t) if part is None else part for part, t in pairs]
+                    rows[j] = rows[j] + torch.cat([part.reshape(-1) for part in flat])
+        self._count[0] += len(columns)
+        mean = torch.stack(rows, dim=-1) / len(self._builders)
+        return mean if v.ndim == 2 else mean[:, 0]
 
     def gradient_at(self, theta: Tensor) -> Tensor:
         """Return the gradient at other parameters, shape (n,), from closures over leaf tensors."""

@@ -16,6 +16,8 @@ torch = pytest.importorskip("torch")
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from lowrank_inverse_torch import HessianOperator
+
 F64 = torch.float64
 N = 4
 SOLVERS: dict[str, Callable[[Any], Any]] = {
@@ -324,3 +326,38 @@ def test_no_graph_of_steps_is_held():
 
     held = [saved(steps) for steps in (1, 3)]
     assert held[0] == held[1]
+
+
+# Hessians
+
+
+def curved(w: Tensor, h: Tensor) -> Tensor:
+    (M,) = tensors((6, N), seed=4)
+    return (M @ w).cosh().sum() + (h.exp() * w.square()).sum()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_hessian_that_creates_a_graph_is_differentiated(batches):
+    w, h, b = (x.requires_grad_(i < 2) for i, x in enumerate(tensors((N,), (N,), (N,))))
+    losses = [lambda k=k: k * curved(w, h) for k in range(1, batches + 1)]
+    H = torch.autograd.functional.hessian(lambda w: curved(w, h), w, create_graph=True)
+    H = H * (1 + batches) / 2
+    expected = torch.autograd.grad(dense_solution(H, b, torch.tensor(0.3)).sum(), (w, h))
+    for solver in (
+        li.CG(damping=0.3, rtol=1e-14),
+        li.Nystrom(rank=N, damping=0.3, sampling="uniform"),
+    ):
+        operator = HessianOperator(losses, w, create_graph=True)
+        close(
+            torch.autograd.grad(li.solve(operator, b, solver=solver).value.sum(), (w, h)), expected
+        )
+        close(torch.autograd.grad((solver.prepare(operator) @ b).sum(), (w, h)), expected)
+
+
+def test_a_hessian_without_a_graph_is_constant():
+    w, h, b = (x.requires_grad_(i < 2) for i, x in enumerate(tensors((N,), (N,), (N,))))
+    operator = HessianOperator(lambda: curved(w, h), w)
+    assert not li.solve(operator, b, solver=li.CG()).value.requires_grad
+    live = torch.ones(N, dtype=F64, requires_grad=True)
+    (found,) = torch.autograd.grad(li.solve(operator, live, solver=li.CG()).value.sum(), live)
+    assert found.isfinite().all()
