@@ -9,16 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_inverse._typing import Scalar
-from lowrank_inverse.arrays.differentiation import register
-from lowrank_inverse.operators.differentiation import constant, damped_product
+from lowrank_inverse.operators.differentiation import constant, damped_product, register
 
 
 class _Rules:
-    """Rules for :func:`lowrank_inverse.arrays.differentiation.register`."""
-
-    @staticmethod
-    def constant(x: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(x)
+    """Rules for :func:`lowrank_inverse.operators.differentiation.register`."""
 
     @staticmethod
     def solve(

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, autograd
-from torch.autograd import forward_ad
 
 from lowrank_inverse._typing import Scalar
-from lowrank_inverse.arrays.differentiation import register
 from lowrank_inverse.operators.differentiation import (
     constant,
     damped_product,
     made_of,
     noting,
     parts,
+    register,
 )
 from lowrank_inverse_torch.recomputation import by_loop, pull_back, push_forward, recomputed
 
@@ -26,7 +25,6 @@ _TWICE = (
     "The solution with an operator that does not tell its tensors has first derivatives only. Give "
     "FunctionOperator the tensors that its functions read as `parameters`."
 )
-_functorch = torch._C._functorch
 
 
 class _Task:
@@ -167,13 +165,7 @@ class _Once(autograd.Function):
 
 
 class _Rules:
-    """What :func:`lowrank_inverse.arrays.differentiation.register` takes."""
-
-    @staticmethod
-    def constant(x: Tensor) -> Tensor:
-        while _functorch.is_gradtrackingtensor(x):
-            x = _functorch.get_unwrapped(x)
-        return forward_ad.unpack_dual(x).primal.detach()
+    """What :func:`lowrank_inverse.operators.differentiation.register` takes."""
 
     @staticmethod
     def solve(

@@ -1,21 +1,81 @@
-"""The arrays that operators are made of, and solves that are differentiated by them."""
+"""The arrays that operators are made of, and solves that are differentiated by them.
+
+How a library differentiates is told by rules, which its adapter registers.
+"""
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
+
+from array_api_compat import is_jax_array, is_torch_array
 
 from lowrank_inverse._typing import Array, Indices, Scalar
+from lowrank_inverse.arrays import graph
 from lowrank_inverse.arrays.conversion import carries_gradient, is_array
-from lowrank_inverse.arrays.differentiation import rules_of
 from lowrank_inverse.arrays.linalg import times_diagonal
 from lowrank_inverse.operators.base import Operator
 
 _local = threading.local()
 
 Run = Callable[[Array, Array | None, int], Any]
+
+
+class Rules(Protocol):
+    """How a library differentiates a solve."""
+
+    def solve(
+        self,
+        A: Any,
+        damping: Any,
+        b: Array,
+        make: Any,
+        x0: Any,
+        keep: int,
+        found: Any,
+        noted: bool,
+    ) -> Any:
+        """Return ``make(A, damping)(b, x0, keep)`` with the derivative of the exact solution.
+
+        `found` is that Solution where it is known already, else None; `noted` says that an
+        operator in A that does not tell its arrays has derivatives.
+        """
+        ...
+
+    def recomputed(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """Return ``function(*arrays)``, which is evaluated again where it is differentiated."""
+        ...
+
+
+_RULES: dict[str, Rules] = {}
+
+
+def register(library: str, rules: Rules) -> None:
+    """Take `rules` for ``"torch"`` or ``"jax"``."""
+    _RULES[library] = rules
+
+
+def rules_of(x: Any) -> Rules | None:
+    """Return the rules for the library of an array; None where there are no derivatives."""
+    library = "torch" if is_torch_array(x) else "jax" if is_jax_array(x) else None
+    if library is None:
+        return None
+    if library not in _RULES:  # of this same distribution: it registers them
+        importlib.import_module(f"lowrank_inverse_{library}.differentiation")
+    return _RULES[library]
+
+
+def recomputed(function: Callable[..., Any], *arrays: Array) -> Any:
+    """Return ``function(*arrays)``; a derivative evaluates it again, and holds nothing inside it.
+
+    `function` reads no other arrays that a derivative is asked for.
+    """
+    live = [x for x in arrays if carries_gradient(x)]
+    rules = rules_of(live[0]) if live else None
+    return function(*arrays) if rules is None else rules.recomputed(function, *arrays)
 
 
 def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
@@ -42,10 +102,9 @@ def constant(x: Any, *, silent: bool = False) -> Any:
     """
 
     def fixed(part: Any) -> Any:
-        rules = rules_of(part if is_array(part) else getattr(part, "like", None))
-        if rules is None or (is_array(part) and not carries_gradient(part)):
-            return part
-        return rules.constant(part) if is_array(part) else Opaque(part, silent)
+        if is_array(part):
+            return graph.constant(part) if carries_gradient(part) else part
+        return part if rules_of(getattr(part, "like", None)) is None else Opaque(part, silent)
 
     return mapped(x, fixed)
 

@@ -32,10 +32,9 @@ from lowrank_inverse.arrays.conversion import (
     take,
     wide_dtype,
 )
-from lowrank_inverse.arrays.differentiation import recomputed
 from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.operators.base import Operator
-from lowrank_inverse.operators.differentiation import made_of, parts
+from lowrank_inverse.operators.differentiation import made_of, parts, recomputed
 from lowrank_inverse.operators.distances import by_features, matern, squared_distances
 
 KERNELS = ("rbf", "laplacian", "matern", "polynomial")
