@@ -11,11 +11,11 @@ from torch import Tensor
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse_torch.bilevel import record
 from lowrank_inverse_torch.curvature.operators import HessianOperator
+from lowrank_inverse_torch.differentiation.recomputation import by_loop
 from lowrank_inverse_torch.model_guard import (
     set_random_states,
     untouched,
 )
-from lowrank_inverse_torch.recomputation import by_loop
 from lowrank_inverse_torch.ridge import sums
 
 _SECOND = (

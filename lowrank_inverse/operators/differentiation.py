@@ -18,6 +18,7 @@ from lowrank_inverse.arrays import graph
 from lowrank_inverse.arrays.conversion import carries_gradient, is_array
 from lowrank_inverse.arrays.linalg import times_diagonal
 from lowrank_inverse.operators.base import Operator
+from lowrank_inverse.operators.product import ProductOnly
 
 _local = threading.local()
 
@@ -89,9 +90,8 @@ def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(x, tuple):
         parts = tuple(mapped(part, function) for part in x)
         return x if all(a is b for a, b in zip(x, parts, strict=True)) else parts
-    names = getattr(x, "_parts", None)
-    if names is not None:
-        return x._with_parts({name: mapped(getattr(x, name), function) for name in names})
+    if isinstance(x, ProductOnly) and x._parts is not None:
+        return x._with_parts({name: mapped(getattr(x, name), function) for name in x._parts})
     return function(x) if hasattr(x, "shape") else x
 
 

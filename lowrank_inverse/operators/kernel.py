@@ -105,7 +105,7 @@ class KernelOperator(Operator):
     converged True
     """
 
-    _parts = ("X", "lengthscale", "coef0")
+    _parts: tuple[str, ...] | None = ("X", "lengthscale", "coef0")
     entry_operations = 50  # of a matrix product, about: what an entry takes
 
     def __init__(

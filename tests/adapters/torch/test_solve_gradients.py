@@ -116,7 +116,10 @@ def test_both_derivatives_by_a_kernel_are_those_of_the_dense_formula(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_torch_finds_the_derivatives_right(name):
-    for f, args in ((solution(name), system()), (kernel_solution(name, 3), points())):
+    problems = [(solution(name), system())]
+    if name != "Neumann":  # the terms of which are many
+        problems.append((kernel_solution(name, 3), points()))
+    for f, args in problems:
         args = [x.clone().requires_grad_() for x in args]
         assert gradcheck(f, args)
         assert gradgradcheck(f, args)

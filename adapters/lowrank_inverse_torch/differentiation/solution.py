@@ -16,9 +16,13 @@ from lowrank_inverse.operators.differentiation import (
     made_of,
     noting,
     parts,
-    register,
 )
-from lowrank_inverse_torch.recomputation import by_loop, pull_back, push_forward, recomputed
+from lowrank_inverse_torch.differentiation.recomputation import (
+    by_loop,
+    pull_back,
+    push_forward,
+    recomputed,
+)
 
 _FIELDS = ("value", "residual_norm", "num_steps", "converged", "reason")
 _TWICE = (
@@ -164,7 +168,7 @@ class _Once(autograd.Function):
         return by_loop(partial(_Once.apply, task), info, in_dims[1:], *tensors)
 
 
-class _Rules:
+class Rules:
     """What :func:`lowrank_inverse.operators.differentiation.register` takes."""
 
     @staticmethod
@@ -192,6 +196,3 @@ class _Rules:
         return found._replace(value=_Correct.apply(task, x, r, *tensors))
 
     recomputed = staticmethod(recomputed)
-
-
-register("torch", _Rules())
