@@ -63,14 +63,19 @@ def _resident(field: str) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def seconds(run: Callable[[], Any], device: str = "cpu", count: int = 1) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(
+    run: Callable[[], Any], device: str = "cpu", count: int = 1, clock: Clock = time.perf_counter
+) -> float:
     """Time one call, the mean over `count`."""
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(count):
         run()
     _wait(device)
-    return (time.perf_counter() - start) / count
+    return (clock() - start) / count
 
 
 def _wait(device: str) -> None:
@@ -87,12 +92,14 @@ def in_turn(
     repeats: int,
     budget: float = float("inf"),
     known: dict[str, float] | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time functions in turn, `repeats` times or until `budget` seconds are over.
 
     What a machine does beside it changes from minute to minute: ratios of times taken one after
     the other hold still where the times themselves do not. Short ones are repeated within a turn.
-    One whose `known` time alone is beyond the budget is not called again.
+    One whose `known` time alone is beyond the budget is not called again. `clock` is that of the
+    times returned: ``time.process_time`` leaves out what other processes take.
     """
     known = {name: (known or {}).get(name) or seconds(run, device) for name, run in runs.items()}
     counts = {
@@ -104,7 +111,7 @@ def in_turn(
     for turn in range(repeats if all(counts.values()) else 1):
         for name, run in runs.items():
             again = counts[name]
-            times[name].append(seconds(run, device, again) if again else known[name])
+            times[name].append(seconds(run, device, again, clock) if again else known[name])
         if turn > 0 and time.perf_counter() - start > budget:
             break
     return times

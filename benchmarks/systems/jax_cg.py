@@ -3,12 +3,15 @@
 Every solver makes the same number of steps on the same compiled product. Where the buffers of a
 compiled loop lie in memory changes its speed by up to half, and is drawn anew with each process:
 so several processes run all the solvers, each in an order of its own, and the table has medians of
-the ratios within a process. Float64, for in float32 lineax 0.1.1 returns NaN on the larger
-operator. "product" is the floor: the product alone, as often as the steps, in one compiled loop.
+the ratios within a process, of CPU time. Float64, for in float32 lineax 0.1.1 returns NaN on the
+larger operator. "product" is the floor: the product alone, as often as the steps, in one compiled
+loop. The last row is a whole hypergradient, in float32, ours beside jaxopt's: of the perceptron
+that ``peers`` has, trained for a while.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import product as pairs
 from typing import Any
@@ -25,7 +28,7 @@ from benchmarks.harness.timing import in_turn
 from benchmarks.systems.peers import by_lineax
 from lowrank_inverse_jax import GaussNewtonOperator
 
-STEPS = 50
+STEPS, HYPERGRADIENT_STEPS = 50, 20
 DAMPING = 1e-4
 BATCHES = {"network": 256, "network, large batch": 1024}
 
@@ -101,8 +104,31 @@ def measure(
 
         function = jax.jit(solve) if jit else solve
         runs[str(name)] = lambda function=function: jax.block_until_ready(function(data, b))
-    times = in_turn(runs, repeats=rounds)  # which calls each once before
-    return {name: float(np.median(times[name])) for name in SOLVERS}
+    return median_times(runs, rounds)
+
+
+def median_times(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Time functions in turn, each called once before; CPU time."""
+    times = in_turn(runs, repeats=rounds, clock=time.process_time)
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def hypergradients(seed: int, rounds: int, batch: int, small: bool) -> dict[str, float]:
+    """Return the median time of a hypergradient by each library, compiled, at equal steps."""
+    from benchmarks.speed import jax_methods
+    from benchmarks.speed import measure as in_torch
+
+    problem = in_torch.build("mlp", batch, seed=0, device="cpu", small=small)
+    problem.train(100)
+    lowest, highest = in_torch.spectrum(problem)
+    damping, step = in_torch.damping_and_step(lowest, highest, least=1e-2 * highest)
+    inner, outer, params, w = jax_methods.losses(in_torch.arrays(problem))
+    runs = {}
+    for name in np.random.default_rng(seed).permutation(["CG (jax)", "jaxopt CG"]):
+        method = jax_methods.function(name, inner, outer, damping, step, HYPERGRADIENT_STEPS)
+        call = jax.jit(method).lower(params, w).compile()
+        runs[str(name)] = lambda call=call: jax.block_until_ready(call(params, w))
+    return median_times(runs, rounds) | {"n": problem.n}
 
 
 @experiment(
@@ -110,7 +136,8 @@ def measure(
     Option("processes", 7, "for each row", least=1),
     Option("rounds", 5, "in each process", least=1),
     Option("sizes", [3000, 400], "order of the matrix, and width of the network", least=1),
-    packages=("jax", "lineax", "numpy"),
+    Option("batch", 128, "examples of the hypergradient", least=1),
+    packages=("jax", "lineax", "jaxopt", "numpy"),
 )
 def main(run: Run) -> None:
     options = run.options
@@ -134,9 +161,23 @@ def main(run: Run) -> None:
                 f"ours / {name}": f"{np.median([one['ours'] / one[name] for one in runs]):.2f}"
                 for name in ("jax.scipy", "lineax", "product")
             }
+            | {"ours / jaxopt": ""}
         )
+    given = {"rounds": options.rounds, "batch": options.batch, "small": n < 100}
+    cells = {("hypergradient", seed): {"seed": seed, **given} for seed in range(options.processes)}
+    seconds["hypergradient"] = runs = list(run.each(hypergradients, cells).values())
+    title = (
+        f"hypergradient of {HYPERGRADIENT_STEPS}, n = {runs[0]['n']}, batch {options.batch}, jit"
+    )
+    ours = np.median([one["CG (jax)"] for one in runs])
+    rows.append(
+        dict.fromkeys(rows[0], "")
+        | {f"{STEPS} steps": title}
+        | {"ours, ms a step": f"{1e3 * ours / HYPERGRADIENT_STEPS:.2f}"}
+        | {"ours / jaxopt": f"{np.median([o['CG (jax)'] / o['jaxopt CG'] for o in runs]):.2f}"}
+    )
     run.publish(
         table(rows),
-        f"Medians over {options.processes} processes (eager: up to 2).",
+        f"Medians over {options.processes} processes (eager: up to 2), of CPU time.",
         seconds=seconds,
     )
