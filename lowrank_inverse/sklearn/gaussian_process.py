@@ -85,8 +85,7 @@ class GaussianProcessRegressor(KernelRegressor):
         At `theta_`, of all targets together.
     log_marginal_likelihood_error_ : float
         Its standard error: 0 where the covariance is factored.
-    X_fit_ : ndarray, shape (n, d)
-    dual_coef_ : ndarray, shape (n,) or (n, m)
+    X_fit_, dual_coef_ : ndarray, shape (n, d); (n,) or (n, m)
     n_iter_ : int
         Steps of the slowest solve at `theta_`.
 

@@ -15,7 +15,7 @@ from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.sklearn.hyperparameters import Hyperparameters
 from lowrank_inverse.sklearn.log_quadrature import log_quadratic_forms
-from lowrank_inverse.sklearn.radial_kernel import contract
+from lowrank_inverse.sklearn.radial_kernel import contract, contract_columns, contract_core
 from lowrank_inverse.sklearn.regressor import kernel_matrix, row_blocks
 
 SOLVE_WIDTH = 32
@@ -28,9 +28,8 @@ class IterativeCovariance:
     With ``P = K_k + level * I`` from a Nyström approximation and of the trace of ``K + damping *
     I``, ``B = P^{-1/2} (K + damping * I) P^{-1/2}``, and probes w of random signs [1]_, [2]_: the
     logarithm of the determinant is that of ``s P``, plus the mean of ``w.T log(B) w``, by Lanczos'
-    quadrature; and the trace of ``G^{-1} dG`` is that of ``(s P)^{-1} dG``, plus a mean over the
-    same probes of what ``B^{-1} - I`` adds. Both means vanish with ``K - K_k``, and so do their
-    variances. A level of `damping` alone would make those of derivatives many times as large.
+    quadrature; and the trace of ``G^{-1} dG`` is that of ``P^{-1} dK_k``, plus a mean over the same
+    probes of what the two differ by. Both means vanish with ``K - K_k``, and so do their variances.
 
     Attributes
     ----------
@@ -70,6 +69,7 @@ class IterativeCovariance:
         self._A: Any = kernel_matrix(K) if held else K
         rng = np.random.default_rng(seed)
         approx = nystrom(self._A, min(rank, n), sampling="rpcholesky", rng=rng)
+        self._approx = approx
         self._U, self._g = approx.eigenvectors()
         self._level = self.damping + approx.residual_trace / n
         self._signs = rng.choice([-1.0, 1.0], (n, num_probes))
@@ -125,21 +125,26 @@ class IterativeCovariance:
 
     def gradient(self) -> tuple[float, np.ndarray, float]:
         """Return the derivatives with respect to the logarithms of the hyperparameters."""
-        n, m = self.y.shape
-        u = self._root(self._signs, -0.5)  # P^{-1} z for z = P^{1/2} w
-        v = (self._solved_probes - u) * (-m / (2 * u.shape[1]))
-        shares = self._g / (self._g + self._level) * (m / self._level)
-        # The matrix that dK is weighted with is left @ right.T - m / level * I.
-        left = np.hstack([self._solved / self.at.signal_variance, self._U * shares, v, u])
-        right = np.hstack([self._solved, self._U, u, v])
-
-        def weight(rows: slice, columns: slice) -> np.ndarray:
-            return left[rows] @ right[columns].T
-
-        value, slope = contract(self.K, weight)
-        all_of_it = n * m / self._level
-        trace = float(np.sum(left * right)) - all_of_it
-        return (value - all_of_it) / 2, slope / 2, self.damping / 2 * trace
+        m, share = self.y.shape[1], 1 / self._signs.shape[1]
+        u, v = self._root(self._signs, -0.5), self._solved_probes
+        # What the samples show of K, less what they show of K_k, whose trace is known: with R = C
+        # W^+, the derivative of C W^+ C.T is dC R.T + R dC.T - R dW R.T.
+        R = self._approx.columns @ (self._approx.whitening @ self._approx.whitening.T)
+        Y, p = self._root(R, -1.0), R.T @ u
+        left = np.hstack([self._solved / self.at.signal_variance, -m * share / 2 * v, u])
+        right = np.hstack([self._solved, u, -m * share / 2 * v])
+        pivots = np.asarray(self._approx.indices)
+        parts = [
+            contract(self.K, lambda rows, columns: left[rows] @ right[columns].T),
+            contract_columns(self.K, pivots, 2 * m * (share * u @ p.T - Y)),
+            contract_core(self.K, pivots, m * (Y.T @ R - share * p @ p.T)),
+        ]
+        value = float(np.sum([part for part, _ in parts]))
+        slope = np.sum([part for _, part in parts], axis=0)
+        known = float(np.sum(1 / (self._g + self._level))) + (len(u) - self._g.size) / self._level
+        samples = known + share * float(np.sum(u * (v - u)))
+        trace = float(np.sum(self._solved**2)) / self.at.signal_variance - m * samples
+        return value / 2, slope / 2, self.damping / 2 * trace
 
     def explained(self, Z: np.ndarray, *, diagonal: bool) -> tuple[np.ndarray, str]:
         """Return what is at most ``C.T G^{-1} C``, for the covariance C with `Z`, or its diagonal.

@@ -52,22 +52,56 @@ def contract(K: KernelOperator, weight: Weight) -> tuple[float, np.ndarray]:
     ``n**2 / 2`` evaluations of the kernel and of M, and with a lengthscale for each feature d times
     as many products; memory for a few tiles.
     """
-    each = np.ndim(K.lengthscale) == 1
-    x = np.asarray(K.X / K.lengthscale)
-    x = x - x.mean(axis=0)  # what is common to the points cancels, and would take digits along
-    value, slope = 0.0, np.zeros(x.shape[1] if each else 1)
+    x = _centred(K)
+    value, slope = 0.0, np.zeros(1)
     slices = row_blocks(len(x), CPU_CHUNK)
     for i, rows in enumerate(slices):
         for columns in slices[i:]:
-            squares = squared_distances(x[rows], x[columns])
-            k, h = radial_derivative(squares, str(K.kernel), K.nu)
-            M = weight(rows, columns)
+            part, change = _contracted(K, x[rows], x[columns], weight(rows, columns))
             times = 1 if rows is columns else 2
-            value += times * float(np.sum(M * k))
-            h = M * h
-            part = _by_feature(x[rows], x[columns], h) if each else np.sum(h * squares)
-            slope += times * part
+            value, slope = value + times * part, slope + times * change
     return value, slope
+
+
+def contract_columns(
+    K: KernelOperator, indices: np.ndarray, M: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the same sums over the columns at `indices` alone, for an M of shape (n, k)."""
+    x = _centred(K)
+    value, slope = 0.0, np.zeros(1)
+    for rows in row_blocks(len(x), CPU_CHUNK):
+        part, change = _contracted(K, x[rows], x[indices], M[rows])
+        value, slope = value + part, slope + change
+    return value, slope
+
+
+def contract_core(
+    K: KernelOperator, indices: np.ndarray, M: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the same sums over the rows and columns at `indices`, for an M of shape (k, k)."""
+    x = _centred(K)[indices]
+    return _contracted(K, x, x, M)
+
+
+def _centred(K: KernelOperator) -> np.ndarray:
+    """Return the points in units of the lengthscale, less what is common to them.
+
+    It cancels in distances, and would take digits along.
+    """
+    x = np.asarray(K.X / K.lengthscale)
+    return x - x.mean(axis=0)
+
+
+def _contracted(
+    K: KernelOperator, x: np.ndarray, y: np.ndarray, M: np.ndarray
+) -> tuple[float, np.ndarray]:
+    squares = squared_distances(x, y)
+    k, h = radial_derivative(squares, str(K.kernel), K.nu)
+    value = float(np.sum(M * k))
+    h = M * h
+    if np.ndim(K.lengthscale) == 0:
+        return value, np.array([np.sum(h * squares)])
+    return value, _by_feature(x, y, h)
 
 
 def _by_feature(x: np.ndarray, y: np.ndarray, W: np.ndarray) -> np.ndarray:

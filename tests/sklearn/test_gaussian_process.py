@@ -208,7 +208,7 @@ def test_estimates_are_right_on_average_and_as_uncertain_as_they_say():
     spread = np.std(errors, axis=0)
     assert (np.abs(np.mean(errors, axis=0)) < 4 * spread / 60**0.5).all()
     assert 0.5 < np.mean(claimed) / spread[0] < 1.5
-    assert (spread[1:] < 0.1 * np.linalg.norm(slope)).all()
+    assert (spread[1:] < 0.05 * np.linalg.norm(slope)).all()
 
 
 def test_a_solve_for_each_variance_bounds_it_as_closely_as_the_residual():
