@@ -10,16 +10,18 @@ import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
 from lowrank_inverse.iterative.conjugate_gradients import cg
-from lowrank_inverse.low_rank.nystrom_columns import nystrom
-from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
+from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.sklearn.hyperparameters import Hyperparameters
-from lowrank_inverse.sklearn.log_quadrature import log_quadratic_forms
 from lowrank_inverse.sklearn.radial_kernel import contract, contract_columns, contract_core
 from lowrank_inverse.sklearn.regressor import kernel_matrix, row_blocks
+from lowrank_inverse.spectral.quadrature import LogQuadrature, log_quadrature
+from lowrank_inverse.spectral.shifted_nystrom import shifted_nystrom
 
 SOLVE_WIDTH = 32
 NUM_STEPS = 100
+PROBE_RTOL = 1e-3
+"""Of the solves with probes, beside whose spread their errors are small."""
 
 
 class IterativeCovariance:
@@ -39,8 +41,6 @@ class IterativeCovariance:
         Of all targets together, and its standard error.
     num_steps : int
         Of the slowest solve.
-    missed : str
-        Which solve did not meet its tolerance, if one did not.
 
     References
     ----------
@@ -66,85 +66,83 @@ class IterativeCovariance:
     ) -> None:
         self.K, self.y, self.at, self.exact_variance = K, y, at, exact_variance
         self.damping, n = at.noise / at.signal_variance, len(y)
-        self._A: Any = kernel_matrix(K) if held else K
+        self._A = aslinearoperator(kernel_matrix(K)) if held else K
         rng = np.random.default_rng(seed)
-        approx = nystrom(self._A, min(rank, n), sampling="rpcholesky", rng=rng)
-        self._approx = approx
-        self._U, self._g = approx.eigenvectors()
-        self._level = self.damping + approx.residual_trace / n
+        self._P = shifted_nystrom(self._A, min(rank, n), self.damping, rng)
         self._signs = rng.choice([-1.0, 1.0], (n, num_probes))
+        inverse = partial(self._P.power, exponent=-1.0)
         self._solve = partial(
             cg,
             self._A,
             damping=self.damping,
-            preconditioner=NystromPreconditioner(approx, self.damping),
+            preconditioner=FunctionOperator(inverse, n, matmat=inverse),  # of blocks alone
             rtol=tol,
             max_steps=max_steps,
         )
-        # The targets and the probes share one Krylov space.
-        block = np.hstack([y, self._root(self._signs, 0.5)])
-        solution = self._solve(block, block_size=block.shape[1])
-        m = y.shape[1]
-        self._solved, self._solved_probes = solution.value[:, :m], solution.value[:, m:]
+        solution = self._solve(y)
+        self._solved = solution.value
         self.coefficients = self._solved / at.signal_variance
         self.num_steps = int(solution.num_steps.max())
-        self.missed = ""
-        if not solution.converged.all():
-            self.missed = _missed(solution, block)
-
-    def _root(self, block: np.ndarray, power: float) -> np.ndarray:
-        """Return ``P**power @ block``."""
-        inside, outside = (self._g + self._level) ** power, self._level**power
-        return outside * block + self._U @ ((inside - outside)[:, None] * (self._U.T @ block))
+        self._missed = "" if solution.converged.all() else _missed(solution, y)
 
     @cached_property
-    def _log_det(self) -> tuple[float, float]:
-        """Return the logarithm of the determinant of G and its standard error."""
-        n, k = self._U.shape
+    def _quadrature(self) -> LogQuadrature:
+        """Return what the probes tell."""
 
         def product(block: np.ndarray) -> np.ndarray:
-            half = self._root(block, -0.5)
-            return self._root(self._A @ half + self.damping * half, -0.5)
+            half = self._P.power(block, -0.5)
+            return self._P.power(self._A @ half + self.damping * half, -0.5)
 
-        forms = log_quadratic_forms(product, self._signs, NUM_STEPS)
-        known = float(np.sum(np.log(self._g + self._level))) + (n - k) * math.log(self._level)
-        error = float(np.std(forms, ddof=1)) / forms.size**0.5
-        return n * math.log(self.at.signal_variance) + known + float(np.mean(forms)), error
+        found = log_quadrature(product, self._signs, max_steps=NUM_STEPS, rtol=PROBE_RTOL)
+        if not np.isfinite(found.forms).all():
+            raise np.linalg.LinAlgError("the covariance is not positive definite in float64")
+        return found
+
+    @property
+    def missed(self) -> str:
+        """Which solve did not meet its tolerance, if one did not."""
+        worst = float(np.max(self._quadrature.residual_norm))
+        if self._missed or worst <= PROBE_RTOL:
+            return self._missed
+        return (
+            f"the quadrature of the likelihood ended after {NUM_STEPS} steps, at a relative "
+            f"residual of {worst:.1g}. Raise `rank` or `noise`."
+        )
 
     @property
     def log_likelihood(self) -> float:
         """Of all targets together."""
         n, m = self.y.shape
         fit = float(np.sum(self.y * self.coefficients))
-        return -(fit + m * (self._log_det[0] + n * math.log(2 * math.pi))) / 2
+        known = self._P.function_trace(np.log(self._P.inside), np.log(self._P.tail))
+        log_det = n * math.log(self.at.signal_variance) + known + np.mean(self._quadrature.forms)
+        return -(fit + m * (float(log_det) + n * math.log(2 * math.pi))) / 2
 
     @property
     def error(self) -> float:
         """The standard error of `log_likelihood`."""
-        return self.y.shape[1] * self._log_det[1] / 2
+        forms = self._quadrature.forms
+        return self.y.shape[1] / 2 * float(np.std(forms, ddof=1)) / forms.size**0.5
 
     def gradient(self) -> tuple[float, np.ndarray, float]:
         """Return the derivatives with respect to the logarithms of the hyperparameters."""
-        m, share = self.y.shape[1], 1 / self._signs.shape[1]
-        u, v = self._root(self._signs, -0.5), self._solved_probes
+        m, share, P = self.y.shape[1], 1 / self._signs.shape[1], self._P
+        u, v = P.power(self._signs, -0.5), P.power(self._quadrature.solutions, -0.5)
         # What the samples show of K, less what they show of K_k, whose trace is known: with R = C
         # W^+, the derivative of C W^+ C.T is dC R.T + R dC.T - R dW R.T.
-        R = self._approx.columns @ (self._approx.whitening @ self._approx.whitening.T)
-        Y, p = self._root(R, -1.0), R.T @ u
+        p, pivots = P.R.T @ u, np.asarray(P.indices)
         left = np.hstack([self._solved / self.at.signal_variance, -m * share / 2 * v, u])
         right = np.hstack([self._solved, u, -m * share / 2 * v])
-        pivots = np.asarray(self._approx.indices)
         parts = [
             contract(self.K, lambda rows, columns: left[rows] @ right[columns].T),
-            contract_columns(self.K, pivots, 2 * m * (share * u @ p.T - Y)),
-            contract_core(self.K, pivots, m * (Y.T @ R - share * p @ p.T)),
+            contract_columns(self.K, pivots, 2 * m * (share * u @ p.T - P.Y)),
+            contract_core(self.K, pivots, m * (P.Y.T @ P.R - share * p @ p.T)),
         ]
         value = float(np.sum([part for part, _ in parts]))
         slope = np.sum([part for _, part in parts], axis=0)
-        known = float(np.sum(1 / (self._g + self._level))) + (len(u) - self._g.size) / self._level
-        samples = known + share * float(np.sum(u * (v - u)))
-        trace = float(np.sum(self._solved**2)) / self.at.signal_variance - m * samples
-        return value / 2, slope / 2, self.damping / 2 * trace
+        samples = P.function_trace(1 / P.inside, 1 / P.tail) + share * np.sum(u * (v - u))
+        trace = np.sum(self._solved**2) / self.at.signal_variance - m * samples
+        return value / 2, slope / 2, self.damping / 2 * float(trace)
 
     def explained(self, Z: np.ndarray, *, diagonal: bool) -> tuple[np.ndarray, str]:
         """Return what is at most ``C.T G^{-1} C``, for the covariance C with `Z`, or its diagonal.
@@ -153,7 +151,7 @@ class IterativeCovariance:
         """
         s = self.at.signal_variance
         if not self.exact_variance:
-            C = s**0.5 * self.K.cross(Z, self._U)
+            C = s**0.5 * self.K.cross(Z, self._P.U)
             V = solve_triangular(self._subspace, C.T, lower=True, check_finite=False)
             return (np.sum(V * V, axis=0) if diagonal else V.T @ V), ""
         C = self.K.evaluate(self.K.X, Z)
@@ -171,7 +169,7 @@ class IterativeCovariance:
     @cached_property
     def _subspace(self) -> np.ndarray:
         """Return the Cholesky factor of ``U.T (K + damping * I) U``: one for all predictions."""
-        inner = self._U.T @ (self._A @ self._U)
+        inner = self._P.U.T @ (self._A @ self._P.U)
         inner = (inner + inner.T) / 2 + self.damping * np.eye(len(inner))
         return cholesky(inner, lower=True, check_finite=False)
 

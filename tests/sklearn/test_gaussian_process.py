@@ -267,6 +267,14 @@ def test_equal_points_and_tiny_noise_give_no_negative_variance():
         assert (np.diagonal(model.predict(P, return_cov=True)[1]) >= 0).all()
 
 
+def test_a_quadrature_that_ends_early_warns(monkeypatch):
+    import lowrank_inverse.sklearn.iterative_covariance as module
+
+    monkeypatch.setattr(module, "NUM_STEPS", 3)
+    with pytest.warns(ConvergenceWarning, match=r"quadrature of the likelihood .* Raise `rank`"):
+        ours("matern 0.5", rank=5, **ITERATIVE).fit(X, Y)
+
+
 def test_solves_that_end_early_warn():
     model = ours(rank=20, max_iter=2, exact_variance=True, **ITERATIVE)
     with pytest.warns(ConvergenceWarning, match=r"did not meet its tolerance: .* Raise `rank`"):
