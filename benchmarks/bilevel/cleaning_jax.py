@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_inverse.low_rank.column_sampling import sample_columns
-from lowrank_inverse_jax import hypergradient
+from lowrank_inverse_jax import hypergradient, minimize_bilevel
 
 jax.config.update("jax_enable_x64", True)
 
@@ -44,6 +44,7 @@ class JaxCleaning:
         self._inner = jax.jit(jax.value_and_grad(inner))
         self._outer = jax.jit(outer)
         self._differentiate = differentiate
+        self._losses, self._ridge, self._size = (inner, outer), ridge, len(problem.train_x)
 
     def inner(self, theta: np.ndarray, w: np.ndarray) -> tuple[float, np.ndarray]:
         """Weighted training loss without the ridge, and its gradient."""
@@ -66,3 +67,8 @@ class JaxCleaning:
             jnp.asarray(theta), jnp.asarray(w), indices, solver=solver
         )
         return np.asarray(gradient), int(num_products)
+
+    def minimum(self) -> Any:
+        """Return the result of `minimize_bilevel`, from zero."""
+        start = jnp.zeros((self.num_features, 10)), jnp.zeros(self._size)
+        return minimize_bilevel(*self._losses, *start, ridge=self._ridge)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from lowrank_inverse_torch import hypergradient
+from lowrank_inverse_torch import hypergradient, minimize_bilevel
 
 
 class TorchCleaning:
@@ -54,3 +54,10 @@ class TorchCleaning:
         losses = lambda: self._inner(live, weights), lambda: self._outer(live)
         settings = {"solver": solver, "ridge": self.ridge, "state": state, "rng": seed}
         return hypergradient(*losses, live, weights, chunk_size=50, **settings)
+
+    def minimum(self) -> Any:
+        """Return the result of `minimize_bilevel`, from zero."""
+        theta = torch.zeros(self.num_features, 10, dtype=self.x.dtype, requires_grad=True)
+        w = torch.zeros(len(self.x), dtype=self.x.dtype, requires_grad=True)
+        losses = lambda: self._inner(theta, w), lambda: self._outer(theta)
+        return minimize_bilevel(*losses, theta, w, ridge=self.ridge)

@@ -81,6 +81,14 @@ def test_in_the_demo_every_outer_loop_lowers_the_validation_loss_from_one_start(
     assert runs["exact"]["detection"] > 0.7  # wrong labels have the lower weights
 
 
+def test_the_demo_ends_at_the_optimum(demo):
+    results = written(demo, "hypercleaning")
+    least = results["minimum"]
+    assert least["reason"] == "converged"
+    assert all(least["loss"] < run["losses"][-1] for run in results["runs"].values())
+    assert f"at the optimum: {least['loss']:.4f}" in text(demo, "hypercleaning")
+
+
 def test_the_data_of_the_demo_have_half_of_their_training_labels_replaced():
     from sklearn.datasets import load_digits
 
