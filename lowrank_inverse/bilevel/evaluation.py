@@ -179,7 +179,7 @@ class Evaluator:
     def _learn(self, theta: np.ndarray, found: Differentiated, residual: float) -> float:
         """Keep what a hypergradient tells; return the relative length of a Newton step."""
         self.info, self.ridge = found.info, found.ridge
-        if not bool(found.info.negative_curvature):
+        if self._train is not None or not bool(found.info.negative_curvature):
             self.state = found.state
         length = float(np.linalg.norm(theta))
         self.length = max(self.length, length)

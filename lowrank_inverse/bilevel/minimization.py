@@ -97,8 +97,8 @@ class Minimization:
                 self.history.append(record)
                 raise self.ended(record.rejected)
             record = record._replace(value=np.nan)
-        inward = self.clipped(phi - gradient) - phi
-        norm = float(np.linalg.norm(np.where(inward == 0, 0.0, gradient)))
+        outward = (phi <= self.lower) & (gradient > 0) | (phi >= self.upper) & (gradient < 0)
+        norm = float(np.linalg.norm(np.where(outward, 0.0, gradient)))
         record = record._replace(gradient_norm=np.nan if record.rejected else norm)
         if not self.history:
             self.first = norm

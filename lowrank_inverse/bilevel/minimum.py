@@ -55,7 +55,8 @@ class Evaluation(NamedTuple):
     gradient_norm : float
         Of the hypergradient, without the part that points out of the bounds.
     correction : float
-        What was added to the outer loss for the error of the inner solve.
+        What was added to the outer loss for the error of the inner solve; NaN, and nothing added,
+        where an optimizer or a function of yours solves the inner problem.
     inner_step : float
         Estimated length of a Newton step to the inner minimum, over the norm of the parameters.
     relative_residual : float
@@ -130,7 +131,7 @@ class BilevelMinimum:
             first, least = used[0].gradient_norm, min(one.gradient_norm for one in used)
             ratio = least / first if first > 0 else 0.0
             lines.append(
-                f"norm of its gradient {first:.1e} at the start, at least {ratio:.1e} of it"
+                f"norm of its gradient {first:.1e} at the start, {ratio:.1e} of that at the least"
             )
         if self.num_at_bounds:
             lines.append(f"{self.num_at_bounds} hyperparameters at their bounds")

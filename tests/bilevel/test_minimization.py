@@ -277,6 +277,12 @@ def test_flat_outer_losses_are_told():
     assert "saturated" in found.explain()
 
 
+def test_a_gradient_that_is_small_beside_the_hyperparameters_is_none_of_zero():
+    plain, tiny = run(Quadratic(), tol=1e-4), run(Quadratic(scale_outer=2.0**-100), tol=1e-4)
+    assert tiny.reason == "converged"
+    assert np.allclose(tiny.hparams, plain.hparams, rtol=1e-6)
+
+
 def test_an_inner_loss_without_a_minimum_is_told():
     class Falling(Quadratic):
         def __init__(self):

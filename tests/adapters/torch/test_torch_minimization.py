@@ -110,3 +110,50 @@ def test_an_error_in_a_loss_leaves_the_best_hyperparameters():
             callback=lambda record, params, hparams: values.append((record.value, hparams)),
         )
     assert torch.equal(decay.detach(), min(values, key=lambda pair: pair[0])[1])
+
+
+@pytest.mark.slow
+def test_training_on_minibatches_comes_near_the_optimum():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 5, generator=generator, dtype=torch.float64)
+    y = (x @ torch.randn(5, generator=generator, dtype=torch.float64) > 0).double()
+    y[:200:3] = 1 - y[:200:3]  # wrong labels
+    z = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    w = torch.zeros(200, dtype=torch.float64, requires_grad=True)
+    entropy = nn.functional.binary_cross_entropy_with_logits
+
+    def loss(rows):
+        losses = entropy(x[rows] @ z, y[rows], reduction="none")
+        return (torch.sigmoid(w[rows]) * losses).mean()
+
+    def outer():
+        return entropy(x[200:] @ z, y[200:])
+
+    def train(rng):
+        for step in range(150):
+            rows = torch.as_tensor(rng.choice(200, 40, replace=False))
+            (gradient,) = torch.autograd.grad(loss(rows), z)
+            with torch.no_grad():
+                z.sub_((gradient + 0.05 * z) / (0.5 + 0.05 * step))
+
+    def exact():
+        """Return the outer loss at the inner minimum."""
+        whole = lambda: loss(slice(200))  # noqa: E731
+        return lit.minimize_bilevel(whole, outer, z, w, ridge=0.05, max_evaluations=1).value
+
+    first = exact()
+    blocks = torch.arange(200).split(50)
+    lit.minimize_bilevel(
+        [lambda rows=rows: loss(rows) for rows in blocks],
+        outer,
+        *(z, w),
+        inner=train,
+        outer=torch.optim.Adam([w], 0.3),
+        ridge=0.05,
+        max_evaluations=30,
+    )
+    reached = exact()
+    found = lit.minimize_bilevel(lambda: loss(slice(200)), outer, z, w, ridge=0.05)
+    print(first, reached, found.value, len(found.history))
+    assert found.converged
+    assert found.value < reached <= found.value + 0.1 * (first - found.value)
