@@ -14,6 +14,7 @@ from lowrank_inverse.operators.base import DiagonalOperator
 from lowrank_inverse.operators.columns import columns, diagonal
 from lowrank_inverse.operators.composition import shifted
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
+from lowrank_inverse.operators.hadamard import hadamard
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.results.certificate import Certificate, certify
 from lowrank_inverse.results.errors import SolveError
@@ -55,6 +56,7 @@ __all__ = [
     "columns",
     "diagonal",
     "estimate_diagonal",
+    "hadamard",
     "load",
     "logdet",
     "neumann",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,15 +94,15 @@ def _sum(A: Any, B: Any) -> Operator:
         if not callable(getattr(A, "columns", None)):  # an array, or of another library
             return SumOperator(B, A)
         if not is_number(B.entries):
-            _check_alike(A, B)
+            check_alike(A, B)
         return ShiftedOperator(A, B.entries)
     if isinstance(B, ShiftedOperator):
         return ShiftedOperator(_sum(B.base, A), B.shift)
     return SumOperator(A, B)
 
 
-def _check_alike(A: Any, B: Any) -> None:
-    """Raise unless two operators have one library and one dtype."""
+def check_alike(A: Any, B: Any) -> None:
+    """Raise unless two operators that are combined have one library and one dtype."""
     a, b = (X[:0, 0] if is_array(X) else getattr(X, "like", None) for X in (A, B))
     one_library = a is None or b is None or array_namespace(a) is array_namespace(b)
     dtypes = [dtype for X in (A, B) if (dtype := getattr(X, "dtype", None)) is not None]
@@ -109,12 +110,40 @@ def _check_alike(A: Any, B: Any) -> None:
         libraries = ["" if x is None else type(x).__module__.split(".")[0] + " " for x in (a, b)]
         kinds = " and ".join(f"{x}{X.dtype}" for x, X in zip(libraries, (A, B), strict=True))
         raise TypeError(
-            f"operators that are added must have one library and dtype; got {kinds}. Convert one "
-            "of them."
+            "operators that are combined must have one library and dtype; got "
+            f"{kinds}. Convert one of them."
         )
 
 
-class SumOperator(Operator):
+class CombinedOperator(Operator):
+    """Made of other operators: its entries can be read where those of all of them can."""
+
+    def _operands(self) -> tuple[Any, ...]:
+        """Return the arrays and operators that it is made of."""
+        raise NotImplementedError
+
+    def _entries(self, indices: np.ndarray) -> Array:
+        raise NotImplementedError
+
+    @property
+    def submatrix(self) -> Callable[[np.ndarray], Array]:
+        """The function that returns rows and columns at host indices, shape (k, k)."""
+        if not all(is_array(A) or hasattr(A, "submatrix") for A in self._operands()):
+            raise AttributeError(f"{type(self).__name__} has operands whose entries are unknown")
+        return self._entries
+
+    @property
+    def entry_operations(self) -> int:
+        """Of a matrix product, about: what an entry takes."""
+        return sum(getattr(A, "entry_operations", 2) for A in self._operands())
+
+
+def entries_of(A: Any, indices: np.ndarray) -> Array:
+    """Return the rows and columns of an array or operator at host `indices`, shape (k, k)."""
+    return take(take(A, indices), indices, axis=1) if is_array(A) else A.submatrix(indices)
+
+
+class SumOperator(CombinedOperator):
     """``A + B``."""
 
     _parts = ("parts",)
@@ -123,7 +152,7 @@ class SumOperator(Operator):
         if is_array(B):
             check_floating("B", B)
             check_symmetric("B", B)
-        _check_alike(A, B)
+        check_alike(A, B)
         self.parts = A, B
         self.shape, self.dtype, self.like = A.shape, A.dtype, getattr(A, "like", None)
 
@@ -142,6 +171,13 @@ class SumOperator(Operator):
             return C + B.columns(indices)
         return C + B @ unit_vectors(indices, self.shape[0], C)
 
+    def _operands(self) -> tuple[Any, ...]:
+        return self.parts
+
+    def _entries(self, indices: np.ndarray) -> Array:
+        A, B = self.parts
+        return entries_of(A, indices) + entries_of(B, indices)
+
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
         A, B = self.parts
@@ -150,7 +186,7 @@ class SumOperator(Operator):
         return A.diagonal() + (B.diagonal() if hasattr(B, "diagonal") else super().diagonal())
 
 
-class ScaledOperator(Operator):
+class ScaledOperator(CombinedOperator):
     """``c * A`` for a number c."""
 
     _parts = ("A", "factor")
@@ -169,12 +205,18 @@ class ScaledOperator(Operator):
         """Return the columns at `indices`, shape (n, k)."""
         return times_diagonal(self.factor, self.A.columns(indices))
 
+    def _operands(self) -> tuple[Any, ...]:
+        return (self.A,)
+
+    def _entries(self, indices: np.ndarray) -> Array:
+        return times_diagonal(self.factor, entries_of(self.A, indices))
+
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
         return times_diagonal(self.factor, self.A.diagonal())
 
 
-class DiagonalOperator(Operator):
+class DiagonalOperator(CombinedOperator):
     """A diagonal matrix: ``DiagonalOperator(n, entries)``.
 
     Parameters
@@ -225,12 +267,18 @@ class DiagonalOperator(Operator):
         entries = scaled_diagonal(factor, self.entries)
         return DiagonalOperator(self.shape[0], entries, like=self.like)
 
+    def _operands(self) -> tuple[Any, ...]:
+        return ()
+
+    def _entries(self, indices: np.ndarray) -> Array:
+        return _diagonal_entries(self.entries, indices, self.like)
+
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
         return times_diagonal(self.entries, like_array(np.ones(self.shape[0]), self.like))
 
 
-class ShiftedOperator(Operator):
+class ShiftedOperator(CombinedOperator):
     """``A + diag(shift)``; solvers keep the shift out of what they approximate.
 
     Attributes
@@ -265,10 +313,22 @@ class ShiftedOperator(Operator):
         C = self.base.columns(indices)
         return C + times_diagonal(self.shift, unit_vectors(indices, self.shape[0], C))
 
+    def _operands(self) -> tuple[Any, ...]:
+        return (self.base,)
+
+    def _entries(self, indices: np.ndarray) -> Array:
+        block = entries_of(self.base, indices)
+        return block + _diagonal_entries(self.shift, indices, block)
+
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
         d = self.base.diagonal()
         return d + times_diagonal(self.shift, like_array(np.ones(self.shape[0]), d))
+
+
+def _diagonal_entries(d: Any, indices: np.ndarray, like: Array) -> Array:
+    d = take(d, indices) if getattr(d, "ndim", 0) == 1 else d
+    return times_diagonal(d, like_array(np.eye(len(indices)), like))
 
 
 def _number_or_none(d: Scalar) -> Any:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_known, is_traced, take
 from lowrank_inverse.arrays.linalg import added_diagonals, times_diagonal
-from lowrank_inverse.operators.base import Operator, ShiftedOperator
+from lowrank_inverse.operators.base import (
+    CombinedOperator,
+    Operator,
+    ShiftedOperator,
+    entries_of,
+)
 from lowrank_inverse.operators.function import aslinearoperator
 
 
@@ -34,7 +40,7 @@ def shifted(A: Any, damping: Scalar) -> Operator:
     return ShiftedOperator(aslinearoperator(A), damping)
 
 
-class DiagonallyScaledOperator(Operator):
+class DiagonallyScaledOperator(CombinedOperator):
     """``diag(s) A diag(s)``, for `s` of shape (n,)."""
 
     _parts = ("A", "s")
@@ -49,6 +55,13 @@ class DiagonallyScaledOperator(Operator):
     def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k)."""
         return self.s[:, None] * self.A.columns(indices) * take(self.s, indices)
+
+    def _operands(self) -> tuple[Any, ...]:
+        return (self.A,)
+
+    def _entries(self, indices: np.ndarray) -> Array:
+        s = take(self.s, indices)
+        return s[:, None] * entries_of(self.A, indices) * s
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""

@@ -565,6 +565,24 @@ def test_operators_combine_to_what_their_matrices_do(library):
         assert np.max(np.abs(host(operator.diagonal()) - np.diagonal(dense))) < rounding, name
 
 
+def test_entries_of_a_combination_can_be_read_where_those_of_its_parts_can(library):
+    indices = np.array([4, 3, 9])
+    for name, (operator, dense) in combined(library).items():
+        assert hasattr(operator, "submatrix") == ("B" not in name), name
+        if hasattr(operator, "submatrix"):
+            found = host(operator.submatrix(indices)) - dense[np.ix_(indices, indices)]
+            assert np.max(np.abs(found)) < 100 * library.eps, name
+
+
+@pytest.mark.parametrize("shift", [0.3, np.linspace(0.2, 0.4, N)])
+def test_a_diagonal_does_not_hide_the_entries_from_the_choice_of_columns(shift):
+    A = matrix("exponential")
+    system = li.aslinearoperator(A) + li.DiagonalOperator(N, shift)
+    prepared = li.NystromCG(rank=8).prepare(system, rng=0)
+    drawn = li.NystromCG(rank=8, sampling="rpcholesky").prepare(system, rng=0)
+    np.testing.assert_array_equal(prepared @ rhs(), drawn @ rhs())
+
+
 @pytest.mark.parametrize("shift", [0.3, np.linspace(0.2, 0.4, N)])
 def test_a_diagonal_that_was_added_stays_out_of_what_is_approximated(shift):
     A, b = matrix("polynomial"), rhs()
