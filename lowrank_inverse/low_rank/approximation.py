@@ -38,7 +38,7 @@ from lowrank_inverse.low_rank.core import (
     whiten,
     whitened_gram,
 )
-from lowrank_inverse.low_rank.woodbury import over, woodbury_inverse
+from lowrank_inverse.low_rank.woodbury import over, rows_times, woodbury_inverse
 
 
 class NystromApproximation(SpectralFunctions):
@@ -212,13 +212,13 @@ class NystromApproximation(SpectralFunctions):
         Rows of negative eigenvalues have the sign changed.
         """
         projected = self._by_basis(
-            lambda U, s: _rows_times(s, U.T @ astype(block, U.dtype)),
+            lambda U, s: rows_times(s, U.T @ astype(block, U.dtype)),
             lambda: self._map.T @ tall_dot(self._taken(self.vectors, self.columns), block),
         )
         if self.vectors is None:
             return projected
         g, G, xp = constant(self.eigenvalues), self._gram, array_namespace(projected)
-        value = _rows_times(xp.sign(g), projected)
+        value = rows_times(xp.sign(g), projected)
         if G is None:
             return value
         safe = xp.where(g == 0, xp.ones_like(g), xp.abs(g))
@@ -228,7 +228,7 @@ class NystromApproximation(SpectralFunctions):
         """Return ``(F Z) @ coefficients``, shape (n,) or (n, m), in the dtype of the columns."""
         base = self._taken(self.vectors, self.columns)
         return self._by_basis(
-            lambda U, s: astype(U @ _rows_times(s, coefficients), self.dtype),
+            lambda U, s: astype(U @ rows_times(s, coefficients), self.dtype),
             lambda: tall_times(base, self._map @ coefficients, self.dtype),
         )
 
@@ -246,19 +246,10 @@ class NystromApproximation(SpectralFunctions):
 
     def over(self, projected: Array, damping: Array) -> Array:
         """Return what :meth:`project` returned, each row over its eigenvalue plus `damping`."""
-        divisors, G = self.eigenvalues + damping, self._gram
-        value = over(projected, divisors)
-        if G is None:
-            return value
-        # What is not positive has no place in the inverse: see `over`.
-        kept = astype(divisors > 0, G.dtype)
-
-        def smooth() -> Array:
-            identity = like(np.eye(self.num_columns), G)
-            M = kept[:, None] * (G + damping * identity) * kept + (1 - kept) * identity
-            return _rows_times(kept, array_namespace(G).linalg.solve(M, projected))
-
-        return with_derivatives_of(value, smooth, G, projected)
+        G = self._gram
+        if G is not None:
+            G = G + damping * like(np.eye(self.num_columns), G)
+        return over(projected, self.eigenvalues + damping, G)
 
     def inverse(self, damping: Scalar, *, chunk_size: int | None = None) -> Any:
         """Return ``(H_k + damping * I)^{-1}`` as an operator; see :func:`woodbury_inverse`."""
@@ -357,8 +348,3 @@ class NystromApproximation(SpectralFunctions):
             f"rank={self.rank}, dropped={self.num_dropped}, negative={self.num_negative}"
             f"{'' if self.stopped is None else f', stopped={self.stopped!r}'})"
         )
-
-
-def _rows_times(s: Array, block: Array) -> Array:
-    """Multiply row i of `block` by ``s[i]``."""
-    return block * (s if block.ndim == 1 else s[:, None])

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.conversion import take
+from lowrank_inverse.arrays.graph import is_recorded, substituted
+from lowrank_inverse.low_rank.core import differentiable_whitening
 from lowrank_inverse.low_rank.pivoting import Pivoting
 from lowrank_inverse.operators.function import aslinearoperator
 
@@ -116,10 +120,15 @@ def pivoted_cholesky(
     rank = check_count("rank", rank, most=int(A.shape[0]))
     pivoting = Pivoting(A, method, rng=rng, rtol=rtol)
     pivoting.grow(rank)
+    columns, F = pivoting.columns, pivoting.factor
+    if is_recorded(columns) and columns.shape[1] > 0:
+        pivots = pivoting.pivots
+        T = array_namespace(F).linalg.inv(take(F, pivots)).T
+        F = substituted(F, columns @ differentiable_whitening(T, take(columns, pivots)))
     return PivotedCholesky(
         pivoting.pivots,
-        pivoting.columns,
-        pivoting.factor,
+        columns,
+        F,
         pivoting.residual.copy(),
         pivoting.residual_trace,
         pivoting.exhausted,

@@ -10,9 +10,18 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_damping, check_indices
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import astype, eps, scalar_like, scatter, take, wide_dtype
+from lowrank_inverse.arrays.conversion import (
+    astype,
+    eps,
+    like,
+    scalar_like,
+    scatter,
+    take,
+    wide_dtype,
+)
+from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.arrays.linalg import column_scale, power_of_two, symmetric_part, tall_dot
-from lowrank_inverse.low_rank.core import spectrum, whiten
+from lowrank_inverse.low_rank.core import differentiable_whitening, spectrum, whiten
 from lowrank_inverse.low_rank.woodbury import over
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.columns import finite_columns, index_chunks
@@ -39,13 +48,17 @@ class RecomputedInverse(Operator):
         self.shape, self.dtype, self.like = (A.shape[0], A.shape[0]), core.dtype, core[:0, 0]
         self.num_products, self.chunk_size = num_products, chunk_size
         wide = wide_dtype(core)
-        whitening = whiten(symmetric_part(astype(core, wide)), eps(core))
+        W = symmetric_part(astype(core, wide))
+        whitening = whiten(constant(W), eps(core))
         self.num_dropped, self.num_negative = whitening.num_dropped, whitening.num_negative
         scale = astype(scale, wide)
         self.core_eigenvalues = scale * whitening.core_eigenvalues
-        T = whitening.matrix
-        eigenvalues, rotation = spectrum(T.T @ astype(gram, wide) @ T)
+        T = differentiable_whitening(whitening.matrix, W)
+        gram = T.T @ astype(gram, wide) @ T
+        eigenvalues, rotation = spectrum(gram)
+        rotation = constant(rotation)
         self.eigenvalues = scale * eigenvalues
+        self._gram = scale * (rotation.T @ gram @ rotation) if is_recorded(gram) else None
         self._map = T @ rotation / scale**0.5
 
     @property
@@ -62,7 +75,10 @@ class RecomputedInverse(Operator):
 
     def _multiply(self, block: Array) -> Array:
         projected = self._map.T @ self._columns_dot(block)
-        coefficients = self._map @ over(projected, self.eigenvalues + self.damping)
+        G = self._gram
+        if G is not None:
+            G = G + self.damping * like(np.eye(self.indices.size), G)
+        coefficients = self._map @ over(projected, self.eigenvalues + self.damping, G)
         spread = scatter(astype(coefficients, self.dtype), self.indices, self.shape[0])
         rest = block - self.A @ spread
         rest /= self.damping

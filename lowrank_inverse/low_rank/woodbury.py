@@ -9,8 +9,8 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping
-from lowrank_inverse.arrays.conversion import like, scalar_like, wide_dtype
-from lowrank_inverse.arrays.graph import is_recorded
+from lowrank_inverse.arrays.conversion import astype, like, scalar_like, wide_dtype
+from lowrank_inverse.arrays.graph import is_recorded, with_derivatives_of
 from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
 from lowrank_inverse.operators.base import Operator
 
@@ -119,12 +119,28 @@ def woodbury_inverse(
     return ChunkedWoodburyInverse(approx, damping, chunk_size)
 
 
-def over(coefficients: Array, divisors: Array) -> Array:
+def over(coefficients: Array, divisors: Array, damped: Array | None = None) -> Array:
     """Divide row i of `coefficients` by ``divisors[i]``, or multiply it by 0 if that is negative.
 
-    An eigenvalue below ``-damping`` has no place in a positive definite inverse.
+    An eigenvalue below ``-damping`` has no place in a positive definite inverse. Derivatives are
+    those of the inverse of `damped`, a matrix with the divisors on its diagonal and zeros beside.
     """
     xp = array_namespace(divisors)
     positive = divisors > 0
     inverse = xp.where(positive, 1 / xp.where(positive, divisors, xp.ones_like(divisors)), 0.0)
-    return coefficients * (inverse if coefficients.ndim == 1 else inverse[:, None])
+    value = rows_times(inverse, coefficients)
+    if damped is None:
+        return value
+    kept = astype(positive, damped.dtype)
+
+    def smooth() -> Array:
+        rest = (1 - kept) * like(np.eye(kept.shape[0]), damped)
+        solved = xp.linalg.solve(kept[:, None] * damped * kept + rest, coefficients)
+        return rows_times(kept, solved)
+
+    return with_derivatives_of(value, smooth, damped, coefficients)
+
+
+def rows_times(s: Array, block: Array) -> Array:
+    """Multiply row i of `block` by ``s[i]``."""
+    return block * (s if block.ndim == 1 else s[:, None])

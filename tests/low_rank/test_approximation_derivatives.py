@@ -153,3 +153,31 @@ def test_a_krylov_sketch_of_an_indefinite_matrix_has_the_derivatives_of_its_matr
         (slope,) = torch.autograd.grad(value, t, retain_graph=True)
         (wanted,) = torch.autograd.grad(exact(t)[i], t)
         assert slope.item() == pytest.approx(wanted.item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("invert", [li.chunked_inverse, li.streamed_inverse])
+def test_inverses_that_hold_no_columns_have_the_same_slope(invert):
+    a, b = map(torch.asarray, sides())
+    p = torch.tensor(AT, dtype=torch.float64, requires_grad=True)
+    A = li.KernelOperator(torch.asarray(points()), lengthscale=p[0])
+    value = a @ (invert(A, INDICES, damping=p[1], chunk_size=2) @ b)
+    (slope,) = torch.autograd.grad(value, p)
+    np.testing.assert_allclose(slope, expected("inverse")[0], rtol=1e-11)
+
+
+def test_the_factor_of_pivoted_cholesky_has_the_slope_of_its_columns():
+    X, lengthscale = torch.asarray(points()), torch.tensor(0.7, dtype=torch.float64)
+    weights = torch.asarray(np.random.default_rng(1).standard_normal((NUM, 5)))
+
+    def by_factor(lengthscale):
+        found = li.pivoted_cholesky(li.KernelOperator(X, lengthscale=lengthscale), 5)
+        return (weights * found.factor).sum()
+
+    def by_columns(lengthscale):
+        A = li.KernelOperator(X, lengthscale=lengthscale)
+        C = A.columns(pivots)
+        return (weights * (C @ torch.linalg.inv(torch.linalg.cholesky(C[pivots])).T)).sum()
+
+    pivots = li.pivoted_cholesky(li.KernelOperator(X, lengthscale=0.7), 5).pivots
+    found, wanted = (torch.func.grad(f)(lengthscale).item() for f in (by_factor, by_columns))
+    assert found == pytest.approx(wanted, rel=1e-10)
