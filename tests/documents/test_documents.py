@@ -108,3 +108,11 @@ def test_every_public_name_has_its_place_in_the_reference(package):
         )
     ]
     assert missing == []
+
+
+def test_every_test_that_a_page_names_is_there():
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+            source = ROOT / path
+            assert source.exists(), (page.name, path)
+            assert f"def {name}(" in source.read_text(encoding="utf-8"), (page.name, name)
