@@ -58,6 +58,18 @@ class Store:
         FILE.save(path, to_host(value))
         return value
 
+    def write(self, name: str, arrays: tuple[Array, ...] | None) -> None:
+        """Keep arrays under a name, in the place of earlier ones."""
+        if self.folder is not None and arrays is not None:
+            FILE.save(self.folder / f"{name}.npz", tuple(map(to_host, arrays)))
+
+    def read(self, name: str, template: Array) -> tuple[Array, ...] | None:
+        """Return what `write` kept, None where there is nothing."""
+        path = None if self.folder is None else self.folder / f"{name}.npz"
+        if path is None or not path.exists():
+            return None
+        return tuple(like(array, template) for array in FILE.load(path))
+
 
 def differences(found: dict[str, Any], key: dict[str, Any]) -> list[str]:
     """Name what differs between two keys."""

@@ -13,9 +13,10 @@ from lowrank_inverse._typing import Array, Indices, Scalar, SolveFunction, Solve
 from lowrank_inverse.arrays.checks import check_scalar, describe
 from lowrank_inverse.arrays.conversion import concrete, eps, is_array, to_host
 from lowrank_inverse.estimators.extreme_eigenvalues import lowest_ritz
+from lowrank_inverse.iterative.recycling import joined_pairs
 from lowrank_inverse.operators.base import Operator, ShiftedOperator, block_width
 from lowrank_inverse.operators.function import aslinearoperator
-from lowrank_inverse.results.solution import Reason, Solution, ended
+from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended
 from lowrank_inverse.solvers.base import PreparedInverse, as_settings
 from lowrank_inverse.solvers.direct import Exact, Identity
 from lowrank_inverse.solvers.iterative import CG, Neumann
@@ -35,7 +36,8 @@ SETTINGS = (
 class KeptColumns(Operator):
     """The products of one operator and, kept once computed, the columns of another.
 
-    Where all columns are kept, products are taken with them, and cost the operator nothing.
+    Where all columns are kept, products are taken with them, and cost the operator nothing. Of
+    the products of earlier solves it keeps Ritz pairs.
 
     Attributes
     ----------
@@ -50,6 +52,15 @@ class KeptColumns(Operator):
         self.num_products, self.keep = 0, keep
         self.indices: np.ndarray | None = None
         self.kept: Array | None = None
+        self.pairs: Pairs | None = None
+        self.fresh: Pairs | None = None
+        """Directions of the latest solve, with their products."""
+
+    def recycled(self, size: int) -> Pairs | None:
+        """Return up to `size` Ritz pairs of all solves so far."""
+        if self.fresh is not None:
+            self.pairs, self.fresh = joined_pairs(self.pairs, self.fresh, size), None
+        return self.pairs
 
     def _multiply(self, block: Array) -> Array:
         if self.kept is not None and self.source is self.A and self._is_whole():
@@ -94,6 +105,8 @@ class Factor:
         Positive semidefinite, with columns for the preconditioner of NystromCG.
     kept : KeptColumns, optional
         Of another factor of the same `A`.
+    recycle : int
+        Ritz pairs of earlier solves to precondition conjugate gradients with.
     """
 
     def __init__(
@@ -107,14 +120,10 @@ class Factor:
         name: str,
         source: Any = None,
         kept: KeptColumns | None = None,
+        recycle: int = 0,
     ) -> None:
-        self.solver, self.ridge, self.damping, self.seed, self.name = (
-            solver,
-            ridge,
-            damping,
-            seed,
-            name,
-        )
+        self.solver, self.ridge, self.damping = solver, ridge, damping
+        self.seed, self.name, self.recycle = seed, name, recycle
         settings: Any = as_settings(solver)
         stored = getattr(settings, "memory", "stored") == "stored"
         source = source if isinstance(settings, NystromCG) else None
@@ -126,18 +135,24 @@ class Factor:
 
     @property
     def inverse(self) -> PreparedInverse:
-        """What the settings become, prepared when first used."""
-        if self._inverse is None:
+        """What the settings become, prepared when first used, and after each solve to recycle."""
+        if self._inverse is None or (self.recycle and self.A.fresh is not None):
             A = ShiftedOperator(self.A, self.ridge + self.damping)
-            self._inverse = self.settings.prepare(A, rng=self.seed)
+            options = {"pairs": self.A.recycled(self.recycle)} if self.recycle else {}
+            self._inverse = self.settings.prepare(A, rng=self.seed, **options)
         return self._inverse
+
+    def recall(self, pairs: Pairs | None) -> None:
+        """Precondition the next solve with these pairs in the place of those kept."""
+        self.A.pairs, self.A.fresh, self._inverse = pairs, None, None
 
     def solve(self, b: Array) -> Solution:
         """Solve for all columns of `b`; raise if the matrix proved to be indefinite."""
         indefinite = self.inverse.negative_curvature
         solution: Solution | None = None
         if not (indefinite is not None and bool(indefinite)):
-            solution = self.inverse.solve(b)
+            solution = self.inverse.solve(b, keep=min(self.recycle, int(b.shape[0])))
+            self.A.fresh = solution.directions
             negative = ended(solution.reason, Reason.NEGATIVE_CURVATURE)
             indefinite = bool(array_namespace(negative).any(negative))
         if indefinite or solution is None:

@@ -19,7 +19,7 @@ from lowrank_inverse.influence.backend import Backend
 from lowrank_inverse.influence.damped_solver import Factor, KeptColumns, checked_damping
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_gradients, check_unchanged, measure_losses
-from lowrank_inverse.influence.plan import BLOCKS, Plan, dense_pays, make_plan
+from lowrank_inverse.influence.plan import BLOCKS, Plan, dense_pays, make_plan, most_pairs
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.iterative import CG
@@ -100,6 +100,7 @@ class Workings:
             name=CURVATURES[self._curvature],
             source=self._source,
             kept=kept,
+            recycle=self._recycle(),
         )
 
     def _factor_without(self, weights: np.ndarray) -> Factor:
@@ -137,6 +138,15 @@ class Workings:
         """Right-hand sides solved for at a time."""
         return max(1, self._memory_budget // (BLOCKS * self._backend.n * self._itemsize))
 
+    def _recycle(self) -> int:
+        """Ritz pairs to keep of earlier solves."""
+        if not isinstance(self._solver, CG) or self._solver.preconditioner is not None:
+            return 0
+        n, num = self._backend.n, self._train.num
+        if not self._is_default:
+            return min(n, self._solver.recycle)
+        return most_pairs(n, num, self._itemsize, self._memory_budget)
+
     def _num_gradients(self) -> int:
         """Gradients of single examples taken at a time."""
         return max(1, min(GRADIENTS, self._width() * BLOCKS // 4))
@@ -160,6 +170,7 @@ class Workings:
             num_solves=num_solves,
             width=self._width(),
             num_scores=num_scores,
+            recycle=self._recycle(),
         )
 
     def _solver_for(self, num_solves: int) -> Any:

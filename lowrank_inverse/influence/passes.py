@@ -16,6 +16,7 @@ from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_gradients
 from lowrank_inverse.influence.records import Recorded
 from lowrank_inverse.influence.results import check_choice
+from lowrank_inverse.results.solution import Pairs
 
 METHODS = ("auto", "jvp", "gradients")
 REDUCTIONS = ("none", "sum")
@@ -62,16 +63,17 @@ class Passes(Recorded):
     ) -> Iterator[tuple[int, Iterator[tuple[int, Array]]]]:
         """Yield for each group of queries its start, and the blocks of scores with their starts."""
         solutions: list[Any] = []
+        solve = Recycling(self, store)
         groups: Any = [(0, None)] if reduction == "sum" else self._groups(queries)
-        for first, batches in groups:
+        for number, (first, batches) in enumerate(groups):
 
-            def compute(first: int = first, batches: Any = batches) -> Array:
+            def compute(number: int = number, first: int = first, batches: Any = batches) -> Array:
                 if batches is None:
                     G = backend.total(queries, np.ones(queries.num))[:, None]
                     self._check_total(G, backend, queries)
                 else:
                     G = self._gradients(backend, queries, first, batches)
-                Z = self._solve(G).value
+                Z = solve(G, number)
                 solutions.append(self._solution)
                 return Z
 
@@ -100,15 +102,16 @@ class Passes(Recorded):
     def _self_values(self, store: Store) -> Iterator[Array]:
         """Yield the self-influence of each group of training examples."""
         solutions: list[Any] = []
+        solve = Recycling(self, store)
         total = -(-self._train.num // self._width())
         groups = shown(
             self._groups(self._train), progress=self._progress, total=total, label="self-influence"
         )
-        for first, batches in groups:
+        for number, (first, batches) in enumerate(groups):
 
-            def compute(first: int = first, batches: list[Any] = batches) -> Array:
+            def compute(number: int = number, first: int = first, batches: Any = batches) -> Array:
                 G = self._gradients(self._backend, self._train, first, batches)
-                Z = self._solve(G).value
+                Z = solve(G, number)
                 solutions.append(self._solution)
                 return dot(G, Z)
 
@@ -123,3 +126,36 @@ class Passes(Recorded):
             self._solution = np.concatenate(residual), np.concatenate(steps), message
         else:
             self._solution = None, None, "read from the checkpoint"
+
+
+class Recycling:
+    """Solves for one group after the other, each with the Ritz pairs of those before.
+
+    With a checkpoint they are those of the groups before it alone, as the folder has them, so that
+    a run goes on bit for bit. Two files take turns: it may end between the pairs and the result.
+    """
+
+    def __init__(self, influence: Passes, store: Store) -> None:
+        self._influence, self._store, self._next = influence, store, -1
+
+    def __call__(self, b: Array, number: int) -> Array:
+        """Solve for the group of this number."""
+        factor = self._influence._factor
+        if self._store.folder is None or not factor.recycle:
+            return self._influence._solve(b).value
+        if number != self._next:
+            self._take(number - 1, b)
+        value = self._influence._solve(b).value
+        self._store.write(_name(number), factor.A.recycled(factor.recycle))
+        self._take(number, b)
+        self._next = number + 1
+        return value
+
+    def _take(self, number: int, template: Array) -> None:
+        """Take the pairs that the solve of this number left."""
+        found = self._store.read(_name(number), template) if number >= 0 else None
+        self._influence._factor.recall(None if found is None else Pairs(*found))
+
+
+def _name(number: int) -> str:
+    return f"pairs-{number % 2}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from math import isqrt
 from typing import Any, NamedTuple
 
 from lowrank_inverse.solvers.direct import Exact
@@ -14,6 +15,10 @@ DENSE_MOST = 2000
 """Parameters up to which the eigenvectors of the dense matrix take seconds."""
 COPIES = {Exact: 4, NystromCG: 2}
 """Blocks of the size of the columns that a solver holds: the preconditioner has its own basis."""
+MOST_PAIRS = 200
+JOINING = 10
+PAIR_BLOCKS = 4
+"""Vectors and products, of pairs and of the directions that are joined with them."""
 BLOCKS = 16
 """Vectors of n numbers a right-hand side: conjugate gradients, and the products inside."""
 
@@ -32,8 +37,9 @@ class Plan(NamedTuple):
     num_passes : int
         Over the training set: for those products, a block at a time, and for the scores.
     num_bytes : dict of int
-        Of each stage: ``data`` that is kept, ``columns`` of the solver, ``solve`` of a block of
-        right-hand sides, ``scores``. Beside them stands what a gradient of a batch takes.
+        Of each stage: ``data`` that is kept, ``columns`` of the solver or its pairs, ``solve`` of
+        a block of right-hand sides, ``scores``. Beside them stands what a gradient of a batch
+        takes.
     """
 
     solver: str
@@ -72,6 +78,17 @@ def dense_pays(solver: Any, n: int, num_solves: int, itemsize: int, budget: int)
     return fits and n < num_columns(solver, n) + num_solves * TYPICAL_STEPS
 
 
+def most_pairs(n: int, num_train: int, itemsize: int, budget: int) -> int:
+    """Count the Ritz pairs of earlier solves that are worth keeping.
+
+    To join k of them takes ``6 n k**2`` operations, a product ``6 n num_train`` or more: so many
+    that it costs no more than `JOINING` products, and with the directions of a solve a quarter of
+    the budget.
+    """
+    fitting = budget // (4 * PAIR_BLOCKS * n * itemsize)
+    return min(n, MOST_PAIRS, isqrt(JOINING * num_train), fitting)
+
+
 def num_columns(solver: Any, n: int) -> int:
     """Count the columns that a solver computes, as far as that is known before."""
     if isinstance(solver, Exact):
@@ -85,7 +102,15 @@ def num_columns(solver: Any, n: int) -> int:
 
 
 def make_plan(
-    solver: Any, n: int, itemsize: int, *, train: Any, num_solves: int, width: int, num_scores: int
+    solver: Any,
+    n: int,
+    itemsize: int,
+    *,
+    train: Any,
+    num_solves: int,
+    width: int,
+    num_scores: int,
+    recycle: int,
 ) -> Plan:
     """Return the plan for `num_solves` right-hand sides, `width` at a time."""
     columns = num_columns(solver, n)
@@ -104,7 +129,7 @@ def make_plan(
         num_passes=(columns > 0) + groups * (steps + 1),
         num_bytes={
             "data": train.num_bytes,
-            "columns": copies * held * n * itemsize,
+            "columns": (copies * held + PAIR_BLOCKS * recycle) * n * itemsize,
             "solve": BLOCKS * min(width, num_solves) * n * itemsize,
             "scores": num_scores * itemsize,
         },

@@ -28,7 +28,8 @@ class CG:
     recycle : int
         Ritz pairs of earlier solves, those of largest magnitude, that a `state` keeps to
         precondition later ones: ``2 recycle n`` numbers, and as many again during a solve, for the
-        products with its first `recycle` directions. 0: none. It has no meaning without a state.
+        products with its first `recycle` directions. 0: none. It has meaning with a
+        state, and for the queries of an influence function, which by default keeps up to 200.
     """
 
     damping: Scalar = 0.0

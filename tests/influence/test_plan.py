@@ -9,7 +9,7 @@ import pytest
 
 import lowrank_inverse as li
 from lowrank_inverse.influence.damped_solver import KeptColumns
-from lowrank_inverse.influence.plan import dense_pays, make_plan, short
+from lowrank_inverse.influence.plan import dense_pays, make_plan, most_pairs, short
 from lowrank_inverse.influence.results import open_scores
 from tests import problems
 
@@ -30,13 +30,15 @@ def test_all_columns_pay_for_many_right_hand_sides_of_a_small_model():
         (li.Nystrom(rank=7, damping=0.1), 7 + 10, 7, 7),
         (li.Nystrom(rank=7, damping=0.1, memory="streamed"), 7 + 10, 7, 0),
         (li.NystromCG(rank=7, max_steps=4), 7 + 60, 22, 2 * 7),
-        (li.CG(), 220, 69, 0),
+        (li.CG(), 220, 69, 4 * 3),
     ],
     ids=lambda x: type(x).__name__,
 )
 def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, columns):
     train = SimpleNamespace(num=100, num_bytes=5)
-    plan = make_plan(solver, 30, 8, train=train, num_solves=10, width=4, num_scores=1000)
+    sizes = {"num_solves": 10, "width": 4, "num_scores": 1000}
+    recycle = 3 if isinstance(solver, li.CG) else 0
+    plan = make_plan(solver, 30, 8, train=train, recycle=recycle, **sizes)
     assert plan.num_products == products
     assert plan.num_passes == passes
     assert plan.num_bytes == {
@@ -46,6 +48,14 @@ def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, colum
         "scores": 8000,
     }
     assert str(plan).startswith(f"10 right-hand sides of 30 parameters by {short(solver)}:\n")
+
+
+def test_pairs_are_kept_as_far_as_they_pay_and_fit():
+    assert most_pairs(10_000, 10**6, 4, 2**40) == 200
+    assert most_pairs(30, 10**6, 4, 2**40) == 30
+    assert most_pairs(10_000, 10, 4, 2**40) == 10  # 6 * 10² operations a number: a product's
+    assert most_pairs(10_000, 10**6, 4, 16 * 7 * 10_000 * 4) == 7
+    assert most_pairs(10**9, 10**6, 4, 2**20) == 0
 
 
 def test_settings_are_shown_without_what_is_as_by_default():

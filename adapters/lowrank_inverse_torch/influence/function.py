@@ -47,10 +47,10 @@ class InfluenceFunction(InfluenceBase):
         near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
         With the damping of the mean curvature. Default: ``CG()``, one Krylov space for a block of
-        queries, and ``Exact()`` for so many queries that all columns of a model of up to 2000
-        parameters cost less; damping 0 where there is a `ridge` everywhere and
-        "auto" elsewhere. NystromCG takes the columns for the Hessian from the Gauss-Newton
-        matrix.
+        queries, preconditioned by Ritz pairs of those before, and ``Exact()`` for so many queries
+        that all columns of a model of up to 2000 parameters cost less; damping 0 where there is a
+        `ridge` everywhere and "auto" elsewhere. NystromCG takes the columns for the Hessian from
+        the Gauss-Newton matrix.
     ridge : float, array of shape (n,), or dict by name of parameter
         Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
         decay), treated exactly. One for all parameters, or one for each.
@@ -66,8 +66,9 @@ class InfluenceFunction(InfluenceBase):
     rng : int or numpy.random.Generator, optional
         Seed of the columns.
     memory_budget : int
-        Bytes for the batches to keep, as much again for the right-hand sides of a solve, and half
-        of it for the columns of the default solver. Other batches are read again for each product.
+        Bytes for the batches to keep, as much again for the right-hand sides of a solve, and a
+        quarter of it for the pairs of the default solver. Other batches are read again for each
+        product.
     progress : bool
         Show progress bars, which need tqdm, and print the plan before each computation.
 
