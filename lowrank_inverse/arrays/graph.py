@@ -59,6 +59,72 @@ def _jax_substitute() -> Callable[[Array, Array], Array]:
     return result
 
 
+_TWICE = "{} has first derivatives only, in reverse mode."
+
+
+def first_only(x: Array, what: str) -> Array:
+    """Return `x`, of which second derivatives are refused: those of `what` would be wrong.
+
+    In jax, the first ones are there in reverse mode alone.
+    """
+    if is_traced(x):
+        return _jax_first_only(what)(x)
+    return _torch_first_only(what)(x) if is_recorded(x) else x
+
+
+@cache
+def _torch_first_only(what: str) -> Callable[[Array], Array]:
+    function = sys.modules["torch"].autograd.Function
+
+    class Cotangent(function):  # type: ignore[valid-type, misc]
+        """The first argument, as if it depended on the second in a way that nobody knows."""
+
+        @staticmethod
+        def forward(cotangent: Array, x: Array) -> Array:
+            return cotangent.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Array) -> Any:
+            raise NotImplementedError(_TWICE.format(what))
+
+        jvp = backward
+
+    class FirstOnly(function):  # type: ignore[valid-type, misc]
+        @staticmethod
+        def forward(x: Array) -> Array:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Array) -> Array:
+            return Cotangent.apply(cotangent, *ctx.saved_tensors)
+
+    result: Callable[[Array], Array] = FirstOnly.apply
+    return result
+
+
+@cache
+def _jax_first_only(what: str) -> Callable[[Array], Array]:
+    jax = sys.modules["jax"]
+    cotangent = jax.custom_jvp(lambda cotangent, x: cotangent)
+
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(_TWICE.format(what))
+
+    cotangent.defjvp(refuse)
+    identity = jax.custom_vjp(lambda x: x)
+    identity.defvjp(lambda x: (x, x), lambda x, g: (cotangent(g, x),))
+    result: Callable[[Array], Array] = identity
+    return result
+
+
 def plain(x: Any) -> Any:
     """Return a 0-d array as a Python number, unless derivatives of it are recorded."""
     return x if is_recorded(x) else concrete(x)

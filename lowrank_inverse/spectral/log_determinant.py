@@ -21,6 +21,7 @@ from lowrank_inverse.arrays.conversion import (
 )
 from lowrank_inverse.arrays.graph import (
     constant,
+    first_only,
     is_recorded,
     plain,
     substituted,
@@ -128,12 +129,16 @@ class _Probed(NamedTuple):
         spent = self.approximation.num_columns + samples.shape[0]
         return TraceEstimate(plain(value), concrete(xp.where(use, error, plain_error)), spent)
 
-    def samples(self, B: Any, shift: Scalar) -> tuple[Array, Array, Array]:
-        """Return what P tells of the trace, and samples with the inverse and with P^{-1}."""
+    def samples(self, B: Any, shift: Scalar, *, slope: bool = False) -> tuple[Array, Array, Array]:
+        """Return what P tells of the trace, and samples with the inverse and with P^{-1}.
+
+        As a `slope` it does not tell how the inverse depends on what B is made of.
+        """
         if self.scale is not None:
             B = scaled_by_diagonal(B, self.scale)
         u = self.probes
         move = B @ u + scalar_like(shift, u) * u
+        move = first_only(move, "an estimated log determinant") if slope else move
         known, beside = self.approximation.traces(B, scalar_like(shift, u), u)
         return known, dot(self.solutions, move), beside
 
@@ -192,8 +197,8 @@ def logdet(
 
     In torch and jax, `value` is differentiable with respect to `damping` and to what A is made of:
     the derivative is the estimate of ``trace((A + damping * I)^{-1} dA)`` by the same probes, for
-    one product more with each (NumPy: :meth:`LogDeterminant.inverse_trace`). Second derivatives
-    are right only where the matrix is factored.
+    one product more with each (NumPy: :meth:`LogDeterminant.inverse_trace`). Second derivatives,
+    and forward mode, are there only where the matrix is factored; else they raise.
 
     References
     ----------
@@ -245,7 +250,7 @@ def logdet(
 
     if fixed.recorded or is_recorded(shift):
         # Linear in what is differentiated: its derivative is the trace of that of A.
-        known, samples, beside = inverse.samples(H, shift)
+        known, samples, beside = inverse.samples(H, shift, slope=True)
         slope = known + xp.mean(samples - beside)
         value = substituted(value, astype(slope, value.dtype))
     if scale is not None:

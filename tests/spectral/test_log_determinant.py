@@ -254,6 +254,37 @@ def test_the_noise_of_each_point_has_a_gradient():
     np.testing.assert_allclose(exact, np.diagonal(inverse), rtol=1e-10)
 
 
+def test_second_derivatives_are_right_or_refused():
+    torch = pytest.importorskip("torch")
+
+    def value(p, exact):
+        settings = PROBED | {"damping": p, "exact": exact}
+        return li.logdet(kernel(torch.asarray(points())), **settings).value
+
+    p = torch.tensor(DAMPING, dtype=torch.float64, requires_grad=True)
+    inverse = np.linalg.inv(dense() + DAMPING * np.eye(NUM))
+    (slope,) = torch.autograd.grad(value(p, True), p, create_graph=True)
+    (bend,) = torch.autograd.grad(slope, p)
+    assert bend.item() == pytest.approx(-np.sum(inverse * inverse), rel=1e-8)
+    (slope,) = torch.autograd.grad(value(p, False), p, create_graph=True)
+    with pytest.raises(NotImplementedError, match="an estimated log determinant has first"):
+        torch.autograd.grad(slope, p)
+
+
+@pytest.mark.slow
+def test_second_derivatives_are_refused_in_jax():
+    jax = pytest.importorskip("jax")
+    with open_backend("jax", "float64") as backend:
+        A = kernel(backend.asarray(points()))
+
+        def value(p):
+            return li.logdet(A, **PROBED | {"damping": p}).value
+
+        for second in (jax.grad(jax.grad(value)), jax.hessian(value)):
+            with pytest.raises(NotImplementedError, match="an estimated log determinant"):
+                jax.jit(second)(DAMPING)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("exact", [True, False])
