@@ -48,7 +48,9 @@ class ExactCovariance:
         # Of G.T, which is G, in the memory of G: LAPACK reads columns first.
         factor, failed = lapack.dpotrf(G.T, lower=1, clean=1, overwrite_a=1)
         if failed:
-            raise np.linalg.LinAlgError("the covariance is not positive definite in float64")
+            raise np.linalg.LinAlgError(
+                "the covariance is not positive definite in float64: raise `noise`"
+            )
         self.factor = factor
         self.coefficients = cho_solve((factor, True), y, check_finite=False)
         n, m = y.shape

@@ -270,7 +270,7 @@ class GaussianProcessRegressor(KernelRegressor):
             return self.log_marginal_likelihood_value_
         theta = self.theta_ if theta is None else theta
         try:
-            return self._likelihood(theta) if eval_gradient else self._at(theta).log_likelihood
+            return self._likelihood(theta)[:2] if eval_gradient else self._at(theta).log_likelihood
         except np.linalg.LinAlgError:
             return (-math.inf, np.zeros_like(self.theta_)) if eval_gradient else -math.inf
 
@@ -294,7 +294,7 @@ class GaussianProcessRegressor(KernelRegressor):
             seed=self._seed,
         )
 
-    def _likelihood(self, theta: Any) -> tuple[float, np.ndarray]:
-        """Return the likelihood and its gradient."""
+    def _likelihood(self, theta: Any) -> tuple[float, np.ndarray, float]:
+        """Return the likelihood, its gradient and its standard error."""
         G = self._at(theta)
-        return G.log_likelihood, G.at.of_free(G.gradient(), self._fixed)
+        return G.log_likelihood, G.at.of_free(G.gradient(), self._fixed), G.error

@@ -13,6 +13,8 @@ from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.sklearn.regressor import spread
 
+SLOPE, GAIN = 0.1, 1e-3
+"""Of an estimated likelihood, by the logarithm of a hyperparameter and by a step."""
 NAMES = ("signal_variance", "lengthscale", "noise")
 
 
@@ -94,34 +96,60 @@ def checked_start(
     return Hyperparameters(float(signal_variance), lengthscale, float(noise))
 
 
+class _Seen(NamedTuple):
+    value: float
+    theta: np.ndarray
+    gradient: np.ndarray
+    error: float
+
+
 def maximiser(
-    function: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    function: Callable[[np.ndarray], tuple[float, np.ndarray, float]],
     start: np.ndarray,
     bounds: tuple[float, float],
     num_restarts: int,
     rng: Any,
 ) -> tuple[np.ndarray, str]:
-    """Return where a function with a gradient is largest, near `start`, and what went wrong.
+    """Return where a function is largest, near `start`, and what went wrong.
 
     By L-BFGS-B from `start` and from points drawn between its bounds, ``start + bounds``. The
-    function is taken for ``-inf`` where it raises a LinAlgError.
+    function returns its value, its gradient and the standard error of an estimated value; it is
+    taken for ``-inf`` where it raises a LinAlgError. What is estimated is not climbed beyond slopes
+    of `SLOPE` and gains of `GAIN`, and slopes up to 1 or the standard error are an end.
     """
+    low, high = start + bounds[0], start + bounds[1]
+    seen = [_Seen(math.inf, start, np.zeros_like(start), 0.0)]
+    ends: list[_Seen] = []
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         try:
-            value, gradient = function(theta)
+            value, gradient, error = function(theta)
         except np.linalg.LinAlgError:
             return math.inf, np.zeros_like(theta)
+        seen.append(_Seen(-value, theta.copy(), -gradient, error))
         return -value, -gradient
 
-    low, high = start + bounds[0], start + bounds[1]
-    starts = [start, *(rng.uniform(low, high) for _ in range(num_restarts))]
-    limits = list(zip(low, high, strict=True))
-    found = [minimize(loss, x, jac=True, method="L-BFGS-B", bounds=limits) for x in starts]
-    best = min(found, key=lambda result: result.fun)
-    if best.success:
-        return best.x, ""
-    return best.x, (
-        f"the optimiser ended early: {best.message}. Raise `noise`, narrow `bounds`, or scale "
-        "the data."
+    def slope(at: _Seen) -> float:
+        """Return the largest part of the gradient that does not point out of the bounds."""
+        return float(np.max(np.abs(at.theta - np.clip(at.theta - at.gradient, low, high))))
+
+    def stop(_: np.ndarray) -> None:
+        """End where an estimate is flat, or an iteration has gained no more than its noise."""
+        ends.append(seen[-1])
+        gain = ends[-2].value - ends[-1].value if len(ends) > 1 else math.inf
+        if seen[-1].error > 0 and (slope(seen[-1]) <= SLOPE or gain <= GAIN):
+            raise StopIteration
+
+    success, message = False, "the likelihood is nowhere finite"
+    for begin in (start, *(rng.uniform(low, high) for _ in range(num_restarts))):
+        before, ends = min(at.value for at in seen), []
+        limits = list(zip(low, high, strict=True))
+        found = minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=limits, callback=stop)
+        if found.fun < before:
+            success, message = found.success, found.message
+    best = min(seen, key=lambda at: at.value)
+    if success or (best.error > 0 and slope(best) <= max(1.0, best.error)):
+        return best.theta, ""
+    return best.theta, (
+        f"the optimiser ended early: {message}. Raise `noise`, narrow `bounds`, or scale the data."
     )

@@ -95,7 +95,9 @@ class IterativeCovariance:
 
         found = log_quadrature(product, self._signs, max_steps=NUM_STEPS, rtol=PROBE_RTOL)
         if not np.isfinite(found.forms).all():
-            raise np.linalg.LinAlgError("the covariance is not positive definite in float64")
+            raise np.linalg.LinAlgError(
+                "the covariance is not positive definite in float64: raise `noise`"
+            )
         return found
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn", minversion="1.6", reason="scikit-learn 1.6 is not installed")
 import sklearn.gaussian_process as theirs
 from sklearn.base import clone
+from sklearn.datasets import make_friedman1
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -224,6 +227,18 @@ def test_a_solve_for_each_variance_bounds_it_as_closely_as_the_residual():
 
 
 @pytest.mark.slow
+def test_in_tiles_nothing_is_as_large_as_the_matrix():
+    P, t = make_friedman1(3000, n_features=6, noise=0.5, random_state=0)
+    model = ours(rank=20, num_probes=2, tol=1e-3, noise=1.0, **ITERATIVE)
+    tracemalloc.start()
+    model.fit(P, t).log_marginal_likelihood(eval_gradient=True)
+    model.predict(P[:100], return_std=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(P) ** 2 / 3
+
+
+@pytest.mark.slow
 def test_the_iterative_optimum_is_near_the_factored_one():
     exact = ours("rbf", EACH, optimizer="fmin_l_bfgs_b").fit(X, Y)
     model = ours("rbf", EACH, optimizer="fmin_l_bfgs_b", rank=120, **ITERATIVE).fit(X, Y)
@@ -328,6 +343,11 @@ def test_units_of_points_and_targets_change_nothing_but_the_units():
 def test_bad_settings_are_refused_by_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         GaussianProcessRegressor(**settings).fit(X, Y)
+
+
+def test_a_covariance_without_a_factor_says_what_to_do():
+    with pytest.raises(np.linalg.LinAlgError, match="raise `noise`"):
+        ours(noise=1e-30).fit(np.repeat(X[:20], 2, axis=0), np.repeat(Y[:20], 2))
 
 
 def test_bad_calls_are_refused():
