@@ -12,6 +12,8 @@ import lowrank_inverse as li
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+ONCE = {"gaussian_processes"}
+"""Costly, and run by a test that looks at the answers."""
 TASKS = {"hypercleaning", "weight_decay", "loss_weights", "imaml", "distillation"}
 FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax", "sklearn"}
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -59,6 +61,15 @@ def test_the_gradients_of_the_guide_are_those_of_the_dense_formula():
     for found, expected in zip(names["found"], names["right"], strict=True):
         assert float(found / expected) == pytest.approx(1, abs=1e-3)
     assert float(names["second"] * 101**3) == pytest.approx(5000, rel=1e-4)
+
+
+def test_the_guide_to_gaussian_processes_has_one_likelihood_in_three_libraries():
+    for name in ("torch", "jax", "sklearn"):
+        pytest.importorskip(name, reason=f"the guide shows {name}")
+    *_, names = run_blocks(ROOT / "docs" / "guides" / "gaussian_processes.md")
+    assert abs(float(names["value"]) - names["exact"]) < 1e-6
+    assert abs(names["theta"].grad.numpy() - names["slope"]).max() < 1e-4
+    assert abs(names["gradient"] - names["slope"]).max() < 1e-6
 
 
 def answers(page):
