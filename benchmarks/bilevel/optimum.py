@@ -193,7 +193,8 @@ def row(name: str, ratio: float, runs: Found, least: float) -> dict[str, str]:
         trail = [
             (s, value - least) for s, value in zip(mine["seconds"], mine["values"], strict=True)
         ]
-        there = f"{min(s for s, a in trail if a <= above[nearest]):.1f}"
+        reached = [s for s, a in trail if a <= above[nearest]]
+        there = f"{reached[0]:.1f}" if reached else "never"
         then = f"{min((a for s, a in trail if s <= found['seconds'][-1]), default=math.nan):.1e}"
         shown["step sizes"] = "{:g}, {:g}".format(*found["pair"])
     return {
