@@ -165,7 +165,7 @@ def hypergradient(
         return outer_value(theta.replace(vector), hparams, *outer_args)
 
     def inner_gradient(vector: jax.Array, hparams: Any) -> jax.Array:
-        gradient = jax.grad(inner)(vector, hparams)
+        gradient = theta.gradient(lambda params: inner_value(params, hparams, *inner_args))(vector)
         coefficients = flat_ridge(ridge_of(hparams), theta)
         return gradient if coefficients is None else gradient + coefficients * vector
 
@@ -173,11 +173,13 @@ def hypergradient(
     with full_precision():
         hparams = phi.replace(phi.vector)
         H = HessianOperator(
-            lambda vector: inner(vector, hparams), theta.vector, chunk_size=chunk_size
+            lambda params: inner_value(params, hparams, *inner_args), theta, chunk_size=chunk_size
         )
-        outer_grad, direct = jax.grad(
-            lambda vector, h: outer(vector, phi.replace(h)), argnums=(0, 1)
-        )(theta.vector, phi.vector)
+        outer_grads, direct = jax.grad(
+            lambda arrays, h: outer_value(theta.build(arrays), phi.replace(h), *outer_args),
+            argnums=(0, 1),
+        )(theta.arrays(theta.vector), phi.vector)
+        outer_grad = theta.joined(outer_grads)
         gradient, pull = jax.vjp(lambda h: inner_gradient(theta.vector, phi.replace(h)), phi.vector)
         result = implicit_gradient(
             H,

@@ -90,15 +90,13 @@ def implicit_minimizer(
                 return flat_ridge(ridge(inputs[0]) if callable(ridge) else ridge, theta)
 
             def gradient(inputs: Any) -> jax.Array:
-                found = jax.grad(lambda v: value(theta.replace(v), *inputs))(theta.vector)
+                found = theta.gradient(lambda params: value(params, *inputs))(theta.vector)
                 known = coefficients(inputs)
                 return found if known is None else found + known * theta.vector
 
             with full_precision():
                 H = HessianOperator(
-                    lambda v: value(theta.replace(v), *inputs),
-                    theta.vector,
-                    chunk_size=chunk_size,
+                    lambda params: value(params, *inputs), theta, chunk_size=chunk_size
                 )
                 known = coefficients(inputs)
                 A = H if known is None else ShiftedOperator(H, known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,23 @@ class Parameters:
         sizes = [int(np.prod(shape, dtype=int)) for shape in self._shapes]
         parts = jnp.split(vector, np.cumsum(sizes)[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        """Undo `arrays`.
+
+        Each is written to its place: on a CPU a compiled concatenation of matrix products takes up
+        to four times as long as the products.
+        """
+        vector, start = jnp.zeros(self.n, self.dtype), 0
+        for array in arrays:
+            vector = jax.lax.dynamic_update_slice(vector, array.reshape(-1), (start,))
+            start += array.size
+        return vector
+
+    def gradient(self, function: Callable[[Any], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        """Return the gradient of a function of the user's structure, as one of vectors."""
+        by_arrays = jax.grad(lambda arrays: function(self.build(arrays)))
+        return lambda vector: self.joined(by_arrays(self.arrays(vector)))
 
     def replace(self, vector: jax.Array) -> Any:
         """Return the user's structure with its float leaves taken from `vector`."""

@@ -156,10 +156,8 @@ class HessianOperator(CurvatureOperator):
         params = as_parameters(params)
 
         def linearizer(one: Any) -> Callable[[jax.Array], tuple[jax.Array, Linear]]:
-            value = scalar(one)
-            return lambda vector: linearized(
-                jax.grad(lambda vector: value(params.replace(vector))), vector
-            )
+            gradient = params.gradient(scalar(one))
+            return lambda vector: linearized(gradient, vector)
 
         super().__init__([linearizer(one) for one in as_list(loss)], params, chunk_size)
 
