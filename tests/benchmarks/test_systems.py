@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import processes
-from benchmarks.systems import accuracy, certificate, peers, psd
+from benchmarks.systems import accuracy, certificate, gradients, peers, psd
 from tests.benchmarks.conftest import refused, text, written
 from tests.conftest import x64
 
@@ -44,6 +44,23 @@ def test_the_certificate_table_shows_bounds_that_hold_and_tighten_with_an_invers
     assert np.median(energy["rpcholesky, k = 40, float64"]) < np.median(
         energy["no inverse, float64"]
     )
+
+
+# Memory of gradients.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", gradients.METHODS)
+def test_every_method_finds_the_gradient_of_a_solution(method):
+    pytest.importorskip(method.split(", ")[-1])
+    n = 8
+    D = 2 * np.eye(n) - np.roll(np.eye(n), 1, axis=0) - np.roll(np.eye(n), -1, axis=0)
+    b = np.random.default_rng(0).standard_normal(n)
+    A = np.eye(n) + gradients.SCALE * D
+    x = np.linalg.solve(A, b)
+    with x64(True):
+        found = gradients.measure(method, n, 8, 0)["gradient"]
+    assert found == pytest.approx(-x @ D @ x, rel=1e-4)
 
 
 # Positive semidefinite systems.
