@@ -12,7 +12,7 @@ import lowrank_inverse as li
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-ONCE = {"gaussian_processes"}
+ONCE = {"gradients", "gaussian_processes"}
 """Costly, and run by a test that looks at the answers."""
 TASKS = {"minimize", "hypercleaning", "weight_decay", "loss_weights", "imaml", "distillation"}
 FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax", "sklearn"}
@@ -33,7 +33,7 @@ def run_blocks(page):
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, id=p.stem) for p in PAGES if p.stem not in TASKS | {"gradients"}],
+    [pytest.param(p, id=p.stem) for p in PAGES if p.stem not in TASKS | ONCE],
 )
 def test_every_python_block_of_a_page_runs_and_leaves_finite_answers(page):
     for names in run_blocks(page):
