@@ -114,6 +114,11 @@ def host(x: Any) -> Any:
 @pytest.fixture(autouse=True, scope="module")
 def types_of_jax_as_they_were() -> Iterator[None]:
     """Put back what a benchmark run in this process sets for all of jax."""
+    yield from kept_types_of_jax()
+
+
+def kept_types_of_jax() -> Iterator[None]:
+    """Put back at the end whether jax has 64-bit types."""
     before = "jax" in sys.modules and sys.modules["jax"].config.jax_enable_x64
     yield
     jax = sys.modules.get("jax")

@@ -94,6 +94,7 @@ class PreparedInverse(ProductOnly):
             "negative_curvature": self.negative_curvature,
         }
 
+    @quietly
     def __matmul__(self, block: Array) -> Array:
         """Return what is taken for the solution, shape (n,) or (n, m)."""
         return self._differentiable(block, "block", self._applied).value

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lowrank_inverse as li
+from tests.conftest import kept_types_of_jax
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
@@ -17,6 +18,11 @@ ONCE = {"gradients", "gaussian_processes"}
 TASKS = {"minimize", "hypercleaning", "weight_decay", "loss_weights", "imaml", "distillation"}
 FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax", "sklearn"}
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def types_of_jax_as_each_page_found_them():
+    yield from kept_types_of_jax()
 
 
 def run_blocks(page):
