@@ -26,7 +26,7 @@ from benchmarks.harness.report import table
 
 RANKS = [5, 10, 20, 50]
 DAMPINGS = [0.01, 0.1, 1.0]
-WIDE_DAMPINGS = [0.03, 0.1]
+WIDE_DAMPINGS = [0.05, 0.1]
 """Above the negative curvature: below it there is no answer to compare with."""
 SAMPLINGS = ("krylov", "uniform", "diagonal", "gaussian")
 WIDTHS = {"digits MLP": 24, "wide MLP": 1333}
@@ -165,10 +165,11 @@ def main(run: Run) -> None:
             )
     figure, axes = run.figure(1, len(curves), 3.2 * len(curves), 3.4)
     for axis, (title, runs) in zip(axes[0], curves.items(), strict=True):
-        for name in ("CG", *SAMPLINGS):
+        for i, name in enumerate(("CG", *SAMPLINGS)):
             if name in runs[0][0]:
                 errors = [[row[name] for row in one] for one in runs]
-                axis.loglog(RANKS, np.exp(np.mean(np.log(errors), axis=0)), "o-", label=name, ms=4)
+                means = np.exp(np.mean(np.log(errors), axis=0))
+                axis.loglog(RANKS, means, f"C{i}o-", label=name, ms=4)
         axis.set(title=title, xlabel="products")
         axis.set_xticks(RANKS, [str(rank) for rank in RANKS])
         axis.minorticks_off()
