@@ -129,7 +129,6 @@ def test_a_network_in_jax_has_the_loss_and_the_gradient_that_torch_has():
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-4 * scale)
 
 
-@pytest.mark.slow
 def test_the_dry_run_ends_well_in_all_its_parts(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--limit", "100000"]
     subprocess.run([*command, "--output", str(tmp_path)], cwd=processes.ROOT, check=True)
