@@ -105,8 +105,9 @@ def hypergradient(
         the structure of `params`. It is treated exactly, never sampled. Give a callable where it
         depends on the hyperparameters.
     state : HypergradientState, optional
-        ``.state`` of an earlier call: CG and NystromCG start from it, and recycle its pairs. The
-        Solution of a similar system is a start too.
+        For a sequence of outer steps: ``HypergradientState()`` at first, then the ``.state`` of the
+        step before. CG and NystromCG start from it and recycle its pairs. The Solution of a similar
+        system is a start too. Without a state no pairs are kept, and nothing is paid for them.
     key : jax PRNG key, optional
         From which columns are drawn uniformly, also inside ``jax.jit``.
     rng : int or numpy.random.Generator, optional

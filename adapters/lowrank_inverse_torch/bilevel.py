@@ -97,8 +97,9 @@ def hypergradient(
         structure of `params` with a number or tensor for each tensor, None for zero. It is treated
         exactly, never sampled, and may depend on `hparams`.
     state : HypergradientState, optional
-        ``.state`` of an earlier call: CG and NystromCG start from it, and recycle its pairs. The
-        Solution of a similar system is a start too.
+        For a sequence of outer steps: ``HypergradientState()`` at first, then the ``.state`` of the
+        step before. CG and NystromCG start from it and recycle its pairs. The Solution of a similar
+        system is a start too. Without a state no pairs are kept, and nothing is paid for them.
     accumulate_grad : bool
         Also add the result to ``.grad`` of the hyperparameters, as ``backward()`` would.
     rng : int or numpy.random.Generator, optional

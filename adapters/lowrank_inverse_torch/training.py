@@ -45,7 +45,7 @@ class Minimizer:
         self.rng, self.chunk_size, self.modules = rng, chunk_size, modules
         self.keep_state = keep_state
         self.info: HypergradientInfo | None = None
-        self.state: HypergradientState | None = None
+        self.state = HypergradientState() if keep_state else None
         self._said: set[str] = set()
 
     def report(self, info: HypergradientInfo, state: HypergradientState) -> None:

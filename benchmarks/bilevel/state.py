@@ -60,7 +60,7 @@ def follow(seed: int, steps: int, products: int) -> dict[str, Found]:
     cleaning = load_backend("torch", load_problem(seed))
     solvers = methods(products, steps)
     runs: dict[str, Found] = {n: {"errors": [], "products": [], "recycled": []} for n in solvers}
-    states: dict[str, Any] = dict.fromkeys(solvers)
+    states = {name: li.HypergradientState() if solvers[name][2] else None for name in solvers}
     adam, w = Adam(NUM_TRAIN), np.zeros(NUM_TRAIN)
     theta = fit(cleaning, w)
     for step in range(steps):

@@ -52,8 +52,8 @@ def implicit_gradient(
     solver, rng
         As in :func:`lowrank_inverse.solve`.
     state : HypergradientState, optional
-        That of the result of an earlier call. The Solution of a similar system will do: CG and
-        NystromCG start from it.
+        ``HypergradientState()`` at first, then that of the result of an earlier call. The Solution
+        of a similar system will do: CG and NystromCG start from it. None: no pairs are kept.
     ridge : float, 0-d array or array of shape (n,), optional
         Known exactly, and so kept out of what the solver approximates.
 

@@ -44,7 +44,8 @@ class HypergradientInfo:
     reason : Reason
         Why it ended.
     recycled : int or None
-        Pairs of the state that served as the preconditioner; None for solvers without.
+        Pairs of the state that served as the preconditioner; None without a state, or for solvers
+        that keep none.
     inner_step : float
         Estimated length of a Newton step to the inner minimum, over the norm of the parameters,
         with the curvature along the inverse product. NaN where that is not positive.

@@ -43,7 +43,6 @@ def inverse_product(
     if ridge is not None:
         _check_ridge(ridge, b)
         A = ShiftedOperator(A, ridge)
-    state = HypergradientState() if state is None else state
     return solve_from(state, settings, A, b, rng=rng)
 
 

@@ -16,6 +16,7 @@ from tests.problems import CountingOperator, N, indices, matrix, rhs, symmetric
 K = tuple(indices(rank=10).tolist())
 SOLVER = li.NystromCG(damping=1e-3, rtol=1e-8, indices=K, recycle=10)
 G = rhs(seed=31)
+NEW = li.HypergradientState()
 RIDGES = {"no ridge": None, "one number": 0.02, "one for each": np.linspace(0.01, 0.5, N)}
 
 each_ridge = pytest.mark.parametrize("ridge", RIDGES.values(), ids=RIDGES)
@@ -29,7 +30,7 @@ def drifting(step, speed=1e-4):
     return Q @ A @ Q.T
 
 
-def outer_step(A, state=None, *, solver=SOLVER, b=G, **options):
+def outer_step(A, state=NEW, *, solver=SOLVER, b=G, **options):
     return implicit_gradient(
         A, b, lambda q: [q], [None], solver=solver, rng=0, state=state, **options
     )
@@ -50,7 +51,7 @@ def count(state):
     "solver", [SOLVER, li.CG(damping=1e-3, rtol=1e-8)], ids=["NystromCG", "CG"]
 )
 def test_pairs_cost_nothing_and_the_answer_is_that_of_the_dense_inverse(solver, ridge):
-    state, before = None, 0
+    state, before = NEW, 0
     for step in range(6):
         A = CountingOperator(drifting(step))
         result = outer_step(A, state, solver=solver, ridge=ridge)
@@ -102,12 +103,12 @@ def test_recycled_pairs_beat_a_warm_start_alone_and_that_beats_a_cold_one_at_equ
         "warm": li.CG(damping=0.05, max_steps=6, rtol=1e-12, recycle=0),
         "recycled": li.CG(damping=0.05, max_steps=6, rtol=1e-12),
     }
-    states = dict.fromkeys(solvers)
+    states = dict.fromkeys(solvers, NEW)
     for step in range(12):
         A = drifting(step)
         for name, solver in solvers.items():
             result = outer_step(A, states[name], solver=solver)
-            states[name] = None if name == "cold" else result.state
+            states[name] = NEW if name == "cold" else result.state
             if step >= 4:
                 errors[name].append(relative_error(result.solution.value, dense(A, 0.05, None)))
                 assert result.solution.num_products == 8
@@ -181,6 +182,14 @@ def test_solve_goes_on_from_the_solution_before():
     assert li.solve(drifting(0), G, solver=solver).state is None
 
 
+def test_without_a_state_no_pairs_are_kept():
+    result = outer_step(drifting(0), None)
+    assert result.state.vectors is result.state.products is result.recycled is None
+    following = outer_step(drifting(0), result.state)
+    assert following.recycled == 0
+    assert count(following.state) > 0
+
+
 def test_a_solution_that_is_not_finite_is_no_start():
     A = li.FunctionOperator(lambda v: np.full_like(v, np.nan), N)
     state = outer_step(A, solver=li.CG()).state
@@ -205,7 +214,7 @@ def test_a_start_beyond_all_bounds_is_none():
 def test_the_scale_of_matrix_and_right_hand_side_changes_nothing_but_that_of_the_answer(scale):
     solver = li.NystromCG(damping=1e-3, max_steps=4, indices=K)
     scaled = li.NystromCG(damping=1e-3 * scale, max_steps=4, indices=K)
-    plain, other = None, None
+    plain, other = NEW, NEW
     for step in range(4):
         plain = outer_step(drifting(step), plain, solver=solver).state
         other = outer_step(scale * drifting(step), other, solver=scaled, b=G * scale**2).state
@@ -246,8 +255,8 @@ def test_a_state_written_and_read_continues_bit_for_bit(library, tmp_path):
             values.append(host(result.solution.value))
         return values, state
 
-    whole, _ = run(range(8), None)
-    half, state = run(range(3), None)
+    whole, _ = run(range(8), NEW)
+    half, state = run(range(3), NEW)
     state.save(tmp_path / "state.npz")
     rest, _ = run(range(3, 8), li.HypergradientState.load(tmp_path / "state.npz"))
     assert all(np.array_equal(a, b) for a, b in zip(whole, half + rest, strict=True))

@@ -16,6 +16,7 @@ from lowrank_inverse_jax import hypergradient
 pytestmark = pytest.mark.usefixtures("wide")
 
 RIDGE, N, RANK = 0.01, 12, 6
+NEW = li.HypergradientState()
 SOLVER = li.NystromCG(rank=RANK, max_steps=4, rtol=1e-10)
 
 
@@ -41,7 +42,7 @@ def minimiser(h, scale=1.0):
     return jnp.linalg.solve(X.T @ (weights * X) + RIDGE * jnp.eye(N), X.T @ (weights[:, 0] * y))
 
 
-def step(h, state=None, scale=1.0, **options):
+def step(h, state=NEW, scale=1.0, **options):
     theta = minimiser(h, scale)
     options = {"solver": SOLVER, "ridge": RIDGE, "rng": 0, **options}
     return hypergradient(inner, outer, theta, h, inner_args=(scale,), state=state, **options)
@@ -57,7 +58,7 @@ def relative(found, wanted):
 
 def test_compiled_and_eager_loops_keep_one_state():
     compiled = jax.jit(step)
-    h, state, jitted = start(), None, None
+    h, state, jitted = start(), NEW, NEW
     for i in range(4):
         out, fast = step(h, state), compiled(h, jitted)
         assert relative(fast.grads, out.grads) < 1e-9
@@ -93,7 +94,7 @@ def test_a_scan_over_outer_steps_carries_the_state():
 @pytest.mark.slow
 def test_each_of_a_batch_of_problems_has_a_state_of_its_own():
     scales = jnp.asarray([0.5, 1.0, 2.0])
-    first = jax.vmap(lambda s: step(start(), None, s))(scales)
+    first = jax.vmap(lambda s: step(start(), NEW, s))(scales)
     second = jax.vmap(lambda state, s: step(start() + 0.1, state, s))(first.state, scales)
     for i, scale in enumerate(scales):
         single = step(
@@ -105,7 +106,7 @@ def test_each_of_a_batch_of_problems_has_a_state_of_its_own():
 @pytest.mark.parametrize("ridge", [RIDGE, np.linspace(0.01, 0.02, N)], ids=["number", "for each"])
 def test_a_run_interrupted_and_resumed_has_the_same_trajectory_bit_for_bit(ridge, tmp_path):
     compiled = jax.jit(lambda h, state: step(h, state, ridge=jnp.asarray(ridge)))
-    h, state, trajectory = start(), None, []
+    h, state, trajectory = start(), NEW, []
     for i in range(6):
         if i == 2:
             state.save(tmp_path / "state.npz")

@@ -53,7 +53,7 @@ def names(out: Any) -> set[str]:
 
 @slow_in_jax
 def test_an_outer_loop_pays_for_columns_once(framework):
-    loop, h, state = Loop(framework), START, None
+    loop, h, state = Loop(framework), START, li.HypergradientState()
     for i in range(4):
         out = loop.step(h, state)
         h, state = h - 0.1 * flat(out.grads), out.state
@@ -67,7 +67,7 @@ def test_an_outer_loop_pays_for_columns_once(framework):
 def test_a_run_interrupted_and_resumed_has_the_same_trajectory_bit_for_bit(
     framework, ridge, tmp_path
 ):
-    loop, h, state, trajectory = Loop(framework), START, None, []
+    loop, h, state, trajectory = Loop(framework), START, li.HypergradientState(), []
     ridge = framework.array(ridge)
     for i in range(5):
         if i == 2:

@@ -58,7 +58,7 @@ class Loop:
 
 
 def test_an_outer_loop_by_torch_optim_pays_for_columns_once_and_lowers_its_loss():
-    loop, state, values, products = Loop(), None, [], []
+    loop, state, values, products = Loop(), li.HypergradientState(), [], []
     for step in range(10):
         values.append(loop.outer_loss().item())
         out = loop.step(state)
@@ -72,7 +72,7 @@ def test_an_outer_loop_by_torch_optim_pays_for_columns_once_and_lowers_its_loss(
 
 
 def test_a_state_holds_no_graph_and_is_a_pytree():
-    out = Loop().step(None)
+    out = Loop().step(li.HypergradientState())
     leaves = torch.utils._pytree.tree_leaves(out.state)
     assert len(leaves) == len(out.state)
     assert not any(leaf.requires_grad for leaf in leaves)
@@ -84,8 +84,9 @@ def test_a_state_holds_no_graph_and_is_a_pytree():
 def test_a_checkpoint_with_a_state_is_read_by_torch_load():
     w = torch.ones(3, requires_grad=True)
     h = torch.ones(3, requires_grad=True)
+    new, solver = li.HypergradientState(), li.NystromCG(rank=2)
     state = hypergradient(
-        lambda: ((w - h) ** 2).sum(), lambda: (w**2).sum(), w, h, solver=li.NystromCG(rank=2)
+        lambda: ((w - h) ** 2).sum(), lambda: (w**2).sum(), w, h, solver=solver, state=new
     ).state
     file = io.BytesIO()
     torch.save({"epoch": 3, "state": state}, file)
