@@ -27,7 +27,7 @@ def as_solve(
         Default: CG.
     rng : int or numpy.random.Generator, optional
         Host seed of the columns.
-    sign : {1, -1}, optional
+    sign : 1 or -1, optional
         That of the matrix. ``jaxopt.implicit_diff.custom_root`` of a gradient has the Hessian: 1.
         ``custom_fixed_point`` of a gradient step has minus the Hessian times the step: -1, and the
         damping of the solver then is that of the matrix with its sign changed. Default: the sign

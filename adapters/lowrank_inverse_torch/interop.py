@@ -26,7 +26,7 @@ def as_solve(
         Default: CG.
     rng : int or numpy.random.Generator, optional
         Seed of the columns.
-    sign : {1, -1}, optional
+    sign : 1 or -1, optional
         That of the matrix. ``torchopt.diff.implicit.custom_root`` of a gradient has the Hessian:
         1. The residual of a fixed point of gradient descent has minus the Hessian times the step:
         -1, and the damping of the solver then is that of the matrix with its sign changed.

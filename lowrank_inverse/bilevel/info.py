@@ -56,12 +56,13 @@ class HypergradientInfo:
     asymmetry : float or None
         Of the entries of the Hessian that the solver looked at, relative to the largest; 0 but for
         rounding, unless the second derivative is not that of the loss.
-    num_zeros, support_grad_norm : int, float
-        Parameters that are exactly 0, and the norm of the inner gradient by the others: at the
-        minimum of a loss with an L1 term only this one vanishes.
+    num_zeros : int
+        Parameters that are exactly 0.
+    support_grad_norm : float
+        The norm of the inner gradient with respect to the others. At the minimum of a loss with an
+        L1 term only this one vanishes.
     memory : MemoryPlan or None
-        How the columns of a Nystrom solver were held; see
-        :func:`lowrank_inverse.solvers.column_memory.plan_memory`.
+        How the columns of a Nystrom solver were held.
     hessian_check : HessianCheck or None
         The product along the answer against a difference of gradients; from torch alone, where
         the inner loss detaches what it depends on.

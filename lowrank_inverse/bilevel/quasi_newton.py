@@ -46,7 +46,7 @@ def lbfgs(
 
     Parameters
     ----------
-    function : callable (x) -> value, gradient
+    function : callable (x) -> (value, gradient)
         A value that is not finite is shown to the line search as a rise, so that it takes a
         shorter step.
     x0 : array, shape (n,)

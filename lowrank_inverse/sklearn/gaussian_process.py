@@ -73,7 +73,7 @@ class GaussianProcessRegressor(KernelRegressor):
         Random vectors that the logarithm of the determinant and its derivatives are estimated from.
     exact_variance : bool
         Solve for each prediction's variance where the covariance is not factored.
-    random_state : int, RandomState or None
+    random_state : int, RandomState instance or None
         Of restarts, columns and probes.
 
     Attributes

@@ -56,7 +56,7 @@ class KernelRidge(KernelRegressor):
     memory_budget : int
         In bytes. A kernel matrix that takes no more is held, which makes the steps faster; one
         that takes no more than an eighth is factored where the steps do not reach `tol`.
-    random_state : int, RandomState or None
+    random_state : int, RandomState instance or None
 
     Attributes
     ----------

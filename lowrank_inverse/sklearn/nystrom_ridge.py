@@ -39,7 +39,7 @@ class NystromRidge(KernelRegressor):
         ``"scale"``: the root of the summed variances of the features.
     sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky"}
         See :func:`lowrank_inverse.nystrom`.
-    random_state : int, RandomState or None
+    random_state : int, RandomState instance or None
 
     Attributes
     ----------

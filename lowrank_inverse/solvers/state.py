@@ -39,8 +39,8 @@ class HypergradientState(NamedTuple):
     Notes
     -----
     Each solve joins the products with its own directions to the pairs kept, and drops the pairs
-    that these prove outdated; see :func:`lowrank_inverse.iterative.recycling.joined_pairs`. Pairs
-    of the bare Hessian are kept, so that a new damping or ridge is taken into account at once.
+    that these prove outdated. Pairs of the bare Hessian are kept, so that a new damping or ridge is
+    taken into account at once.
 
     Products in one outer step: 1 to start, 1 for each step, 1 to confirm. Memory ``n (2 r + 1)``
     numbers.

@@ -76,7 +76,7 @@ class GradientGraph:
 
     Parameters
     ----------
-    loss : Tensor, scalar
+    loss : scalar Tensor
         With its graph, which is kept.
     tensors : sequence of Tensor
         Tensors that require grad, to differentiate by.
@@ -85,7 +85,7 @@ class GradientGraph:
 
     Attributes
     ----------
-    loss : Tensor, scalar
+    loss : scalar Tensor
         Its value, detached.
     grads : tuple of Tensor or None
         The gradient, one for each of `tensors`, with graph; None where the loss does not depend on

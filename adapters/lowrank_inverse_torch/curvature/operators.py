@@ -57,7 +57,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
     ----------
     shape, dtype, device : (n, n), torch.dtype, torch.device
         Those of the parameters.
-    loss : Tensor, scalar
+    loss : scalar Tensor
         Mean value of the loss.
     gradient : Tensor, shape (n,)
         Its gradient.
