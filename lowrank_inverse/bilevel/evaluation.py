@@ -169,7 +169,8 @@ class Evaluator:
         if self._train is None:
             if indefinite:
                 return record._replace(rejected="indefinite"), nothing
-            if not (solved and step <= 10 * accuracy):
+            # From a start at the minimum a gradient of rounding cannot fall, and is small enough.
+            if not (0 < step <= accuracy or (solved and step <= 10 * accuracy)):
                 return record._replace(rejected="inner_unsolved"), nothing
             correction = -float(found.inverse_product @ residual)
             record = record._replace(value=record.value + correction, correction=correction)

@@ -295,6 +295,22 @@ def test_an_inner_loss_without_a_minimum_is_told():
     assert "`ridge`" in found.explain()
 
 
+def test_a_start_at_the_inner_minimum_is_as_good_as_any_in_single_precision():
+    class Single(Quadratic):
+        eps = np.finfo(np.float32).eps
+
+        def gradient(self, theta, phi):
+            A, B, c = (x.astype(np.float32) for x in (self.A, self.B, self.c))
+            terms = A @ theta.astype(np.float32) - B @ phi.astype(np.float32) - c
+            return terms.astype(np.float64)
+
+    problem = Single()
+    problem.params = np.linalg.solve(problem.A, problem.B @ problem.hparams + problem.c)
+    found = run(problem)
+    assert found.converged
+    assert found.value == pytest.approx(problem.minimum()[1], rel=1e-4)
+
+
 def test_nan_in_the_data_is_told():
     problem = Quadratic()
     problem.c[3] = np.nan
