@@ -1,0 +1,83 @@
+"""What the build of the site makes of results, formulas and figures."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.documents.test_docstrings import hook
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "docs" / "benchmarks").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_keep_every_word_in_rows_of_equal_length(path):
+    text = path.read_text(encoding="utf-8")
+    page = hook("tables").results(text)
+    for table in re.findall(r"<table.*?</table>", page):
+        rows = re.findall(r"<tr>.*?</tr>", table)
+        assert len({len(re.findall(r"<t[hd]", row)) for row in rows}) == 1
+        assert len(rows) > 1
+    shown = html.unescape(re.sub(r"<[^>]*>", " ", page)).split()
+    written = re.sub(r"^-+$|→|`", " ", text, flags=re.MULTILINE).split()
+    assert sorted(shown) == sorted(written)
+
+
+def test_a_page_has_tables_where_it_includes_results():
+    class Config:
+        docs_dir = str(ROOT / "docs")
+
+    text = 'Before.\n\n```text\n--8<-- "benchmarks/accuracy.txt"\n```\n\nAfter.'
+    page = hook("tables").on_page_markdown(text, config=Config)
+    assert page.startswith('Before.\n\n<div class="results"><div class="scroll"')
+    assert '<th scope="row">stored (default)</th><td>2e-06</td>' in page
+    assert page.endswith("</div>\n\nAfter.")
+
+
+def test_rows_of_several_lines_are_one_row():
+    lines = ["task   claim       found", "-" * 24, "A      a long      yes", "       claim"]
+    page = hook("tables").results("\n".join([*lines, "", "B      short       no"]))
+    assert page.count("<tr>") == 3
+    assert '<th scope="row">A</th><td>a long claim</td><td>yes</td>' in page
+
+
+def test_formulas_become_mathml():
+    pytest.importorskip("latex2mathml", reason="latex2mathml, which renders formulas, is missing")
+    source = r'<p>so <span class="arithmatex">\(0 \preceq H_k\)</span></p>'
+    page = hook("mathematics").on_page_content(source)
+    assert "<mo>&#x02AAF;</mo><msub><mi>H</mi><mi>k</mi></msub>" in page
+    assert "arithmatex" not in page
+    block = r'<div class="arithmatex">\[\frac{a}{b} &lt; \operatorname{diag}(g)\]</div>'
+    page = hook("mathematics").on_page_content(block)
+    assert 'display="block"' in page
+    assert "<mfrac><mrow><mi>a</mi></mrow><mrow><mi>b</mi></mrow></mfrac>" in page
+    assert "<mi>diag</mi>" in page
+
+
+def test_the_picture_of_the_home_page_shows_the_figures_of_its_benchmark():
+    pictures = hook("pictures")
+    assert pictures.PICTURE.read_text(encoding="utf-8") == pictures.draw()
+    curves = pictures.curves()
+    assert len(curves) == 7
+    ours = curves.pop(pictures.OURS)
+    assert ours[-1][1] < 1e-3 * min(points[-1][1] for points in curves.values())
+
+
+def test_an_entry_names_the_pages_that_show_it_in_use():
+    class Page:
+        class file:
+            src_uri = "api/core.md"
+
+    class Config:
+        docs_dir = str(ROOT / "docs")
+
+    reference = hook("reference")
+    text = reference.on_page_markdown("::: lowrank_inverse.logdet\n", page=Page, config=Config)
+    assert "[Gaussian processes](../guides/gaussian_processes.md)" in text
+    assert "choosing.md" not in text
+    text = reference.on_page_markdown("::: lowrank_inverse_jax.hvp\n", page=Page, config=Config)
+    assert "torch" not in text.lower()
