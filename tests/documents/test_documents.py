@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
 
 import lowrank_inverse as li
 from tests.conftest import kept_types_of_jax
+from tests.documents import pages
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(
+        page
+        for folder in ("quickstart", "guides")
+        for page in sorted((ROOT / "docs" / folder).glob("*.md"))
+    ),
+]
 ONCE = {"gradients", "gaussian_processes"}
 """Costly, and run by a test that looks at the answers."""
+SLOW = {ROOT / "docs" / "quickstart" / "jax.md"}
+"""Costly, and with nothing to look at but what it prints."""
 TASKS = {"minimize", "hypercleaning", "weight_decay", "loss_weights", "imaml", "distillation"}
 FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax", "sklearn"}
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -26,20 +34,33 @@ def types_of_jax_as_each_page_found_them():
 
 
 def run_blocks(page):
-    """Run the Python blocks of a page one after the other, each in the names of those before."""
+    """Run the blocks of a page, compare what they print with what it shows, and yield their names.
+
+    A block knows the names of those before, unless it is a program of its own.
+    """
     names = {}
-    for block in map(textwrap.dedent, BLOCK.findall(page.read_text(encoding="utf-8"))):
-        for framework in FRAMEWORKS.intersection(re.findall(r"\w+", block)):
+    for block in pages.blocks(page.read_text(encoding="utf-8")):
+        for framework in FRAMEWORKS.intersection(re.findall(r"\w+", block.code)):
             pytest.importorskip(framework, reason=f"the page shows {framework}")
-        if re.search(r"^import numpy", block, re.MULTILINE):
+        if block.starts_anew:
             names = {}
-        exec(compile(block, page.name, "exec"), names)
+        printed = pages.run(block, names, page.name)
+        if block.shown is not None:
+            assert pages.agree(block.shown, printed), (
+                f"{page.name} shows another output:\n{printed}"
+            )
         yield names
 
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, id=p.stem) for p in PAGES if p.stem not in TASKS | ONCE],
+    [
+        pytest.param(
+            p, id=f"{p.parent.name}/{p.stem}", marks=[pytest.mark.slow] if p in SLOW else []
+        )
+        for p in PAGES
+        if p.stem not in TASKS | ONCE
+    ],
 )
 def test_every_python_block_of_a_page_runs_and_leaves_finite_answers(page):
     for names in run_blocks(page):
@@ -60,13 +81,13 @@ def test_the_guide_to_hypergradients_ends_with_a_small_residual():
 
 
 def test_the_gradients_of_the_guide_are_those_of_the_dense_formula():
-    *_, names = run_blocks(ROOT / "docs" / "guides" / "gradients.md")
-    grads = names["lengthscale"].grad, names["noise"].grad
-    for found, expected in zip(grads, names["exact"], strict=True):
+    torch_, jax_, further = answers(ROOT / "docs" / "guides" / "gradients.md")
+    grads = torch_["lengthscale"].grad, torch_["noise"].grad
+    for found, expected in zip(grads, torch_["exact"], strict=True):
         assert float(found / expected) == pytest.approx(1, abs=1e-7)
-    for found, expected in zip(names["found"], names["right"], strict=True):
+    for found, expected in zip(jax_["found"], jax_["right"], strict=True):
         assert float(found / expected) == pytest.approx(1, abs=1e-3)
-    assert float(names["second"] * 101**3) == pytest.approx(5000, rel=1e-4)
+    assert float(further["second"] * 101**3) == pytest.approx(5000, rel=1e-4)
 
 
 def test_the_guide_to_gaussian_processes_has_one_likelihood_in_three_libraries():
@@ -79,20 +100,20 @@ def test_the_guide_to_gaussian_processes_has_one_likelihood_in_three_libraries()
 
 
 def answers(page):
-    """Return the names after the last block of each framework."""
+    """Return the names after each program of a page."""
     for name in ("torch", "jax", "optax"):
         pytest.importorskip(name, reason=f"the page shows {name}")
-    blocks = map(textwrap.dedent, BLOCK.findall(page.read_text(encoding="utf-8")))
-    for block in blocks:
-        names = {}
-        exec(compile(block, page.name, "exec"), names)
-        yield names
+    found = []
+    for names in run_blocks(page):
+        if not found or names is not found[-1]:
+            found.append(names)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_what_the_guide_to_a_task_promises_holds_in_both_frameworks(task):
-    found = list(answers(ROOT / "docs" / "guides" / f"{task}.md"))
+    found = answers(ROOT / "docs" / "guides" / f"{task}.md")
     assert len(found) == 2
     for names in found:
         if task == "minimize":
@@ -111,6 +132,17 @@ def test_what_the_guide_to_a_task_promises_holds_in_both_frameworks(task):
             assert names["accuracy"] > 0.9
         if task in ("hypercleaning", "distillation"):
             assert names["out"].info.findings() == ()
+
+
+def test_outputs_agree_in_words_and_in_the_digits_shown():
+    assert pages.agree("loss 0.12, 3e-12 off, 7 steps", "loss  0.125, 9e-13 off,\n7 steps\n")
+    assert pages.agree("[-0.50, 1.5e-08] x2", "[-0.496, 4.2e-08] x2")
+    for printed in ("loss 0.14", "lost 0.12", "loss 0.12 0.12", "loss"):
+        assert not pages.agree("loss 0.12", printed)
+    assert pages.agree("20 steps", "18 steps")
+    assert not pages.agree("7 steps", "8 steps")
+    assert not pages.agree("3e-12", "3e-10")
+    assert not pages.agree("x2", "x3")
 
 
 @pytest.mark.parametrize(
