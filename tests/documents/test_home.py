@@ -1,0 +1,45 @@
+"""The first pages that a reader sees print what they show."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import kept_types_of_jax
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = re.compile(r"^( *)```python\n(.*?)^\1```\n\n\1```text\n(.*?)^\1```$", re.DOTALL | re.M)
+
+
+@pytest.fixture(autouse=True)
+def types_of_jax_as_each_page_found_them():
+    yield from kept_types_of_jax()
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param("README.md", marks=pytest.mark.slow), "docs/index.md"]
+)
+def test_each_example_prints_what_is_shown_below_it(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    examples = EXAMPLE.findall(text)
+    assert len(examples) == text.count("```python\n")
+    names: dict = {}
+    for _, code, shown in examples:
+        for framework in {"torch", "jax"}.intersection(re.findall(r"\w+", code)):
+            pytest.importorskip(framework, reason=f"the page shows {framework}")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(textwrap.dedent(code), page, "exec"), names)
+        assert printed.getvalue() == textwrap.dedent(shown)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_each_example_fits_in_eighty_columns(page):
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    for _, code, _ in EXAMPLE.findall("\n".join(lines)):
+        assert max(map(len, textwrap.dedent(code).splitlines())) <= 80
