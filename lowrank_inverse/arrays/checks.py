@@ -22,6 +22,7 @@ from lowrank_inverse.arrays.conversion import (
     take,
     to_host,
 )
+from lowrank_inverse.arrays.spread import is_spread, local, spread_rows, summed
 
 NUM_SYMMETRY_ROWS = 16
 
@@ -103,14 +104,23 @@ def check_finite(name: str, x: Array) -> None:
     """Raise if `x` holds NaN or Inf. Unknown, hence unchecked, while jax traces."""
     if 0 in x.shape:
         return
-    xp = array_namespace(x)
-    # The extremes tell, NaN among them, and take no memory of the size of x.
-    finite = xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x))
+    finite = all_finite(x)
     if is_known(finite) and not bool(finite):
         raise ValueError(
             f"`{name}` must be finite; it holds NaN or Inf. Look for an overflow or a division "
             "by zero where it is computed."
         )
+
+
+def all_finite(x: Array) -> Array:
+    """Return whether all entries of `x` are finite, as an array of shape ()."""
+    xp = array_namespace(x)
+    if is_spread(x):  # every process must know, and the larger of NaN and a number may be either
+        return summed(astype(~all_finite(local(x)), xp.int32), x) == 0
+    if 0 in x.shape:
+        return xp.asarray(True)
+    # The extremes tell, NaN among them, and take no memory of the size of x.
+    return xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x))
 
 
 def check_scalar(name: str, x: Any, *, positive: bool = False, remedy: str = "") -> None:
@@ -199,11 +209,19 @@ def check_symmetric(name: str, A: Array) -> None:
         )
 
 
+def no_entries(x: Array) -> Array:
+    """Return an empty vector of the library, dtype and device of `x`, and in its layout."""
+    if is_spread(x):
+        return spread_rows(no_entries(local(x)), x, 0)
+    rows = x[:0, ...] if x.ndim else x  # to reshape all of them could be a copy
+    return array_namespace(x).reshape(rows, (-1,))[:0]
+
+
 def prototype(dtype: Any, like: Array | None, device: Any = None) -> Array:
     """Return an empty array of the library, dtype and device meant."""
     torch = sys.modules.get("torch")
     if like is not None:
-        empty = array_namespace(like).reshape(like, (-1,))[:0]
+        empty = no_entries(like)
         empty = empty if dtype is None else astype(empty, dtype)
     elif torch is not None and isinstance(dtype, torch.dtype):
         empty = torch.zeros(0, dtype=dtype, device=device)

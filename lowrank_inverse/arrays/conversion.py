@@ -17,6 +17,17 @@ from array_api_compat import (
 )
 
 from lowrank_inverse._typing import Array, Indices
+from lowrank_inverse.arrays.spread import (
+    everywhere,
+    gathered,
+    is_spread,
+    local,
+    owned_rows,
+    scattered_rows,
+    spread_rows,
+    taken_rows,
+    zeros_across,
+)
 
 
 def is_array(x: Any) -> bool:
@@ -70,7 +81,7 @@ def concrete(x: Any) -> Any:
     """Return a 0-d array as a Python number; anything else, and a traced array, as it is."""
     if not is_array(x) or x.ndim != 0 or not is_known(x):
         return x
-    x = x.detach() if is_torch_array(x) else x
+    x = gathered(x.detach()) if is_torch_array(x) else x  # of a sum, a process has its part
     xp = array_namespace(x)
     if xp.isdtype(x.dtype, "bool"):
         return bool(x)
@@ -91,7 +102,7 @@ def without_graph(x: Array) -> Array:
 def to_host(x: Any) -> np.ndarray:
     """Return `x` as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if is_torch_array(x):
-        x = x.float() if str(x.dtype) == "torch.bfloat16" else x
+        x = gathered(x.float() if str(x.dtype) == "torch.bfloat16" else x)
         x = without_graph(x.cpu())
         if sys.modules["torch"]._C._functorch.peek_interpreter_stack() is not None:
             return np.from_dlpack(x)  # Tensor.numpy would wrap it again
@@ -99,20 +110,45 @@ def to_host(x: Any) -> np.ndarray:
 
 
 def like(values: Any, x: Array, dtype: Any = None) -> Array:
-    """Return host `values` as an array in the namespace and on the device of `x`."""
+    """Return host `values` as an array in the namespace and on the device of `x`.
+
+    Where `x` is spread over processes, they lie whole on each.
+    """
     xp = array_namespace(x)
-    return xp.asarray(values, dtype=x.dtype if dtype is None else dtype, device=like_device(x))
+    dtype = x.dtype if dtype is None else dtype
+    array = xp.asarray(values, dtype=dtype, device=like_device(x))
+    return everywhere(array, x) if is_spread(x) else array
+
+
+def rows_like(values: np.ndarray, x: Array) -> Array:
+    """Return host `values`, one row for each of those that `x` stands for, in its layout."""
+    if not is_spread(x):
+        return like(values, x)
+    mine = owned_rows(x, len(values))
+    return spread_rows(like(values[mine.start : mine.stop], local(x)), x, len(values))
+
+
+def zero_rows(count: int, x: Array) -> Array:
+    """Return zeros, shape (count, n), for `x` of shape (n,) or (n, m)."""
+    if is_spread(x):
+        return zeros_across(count, x)
+    shape = (count, x.shape[0])
+    return array_namespace(x).zeros(shape, dtype=x.dtype, device=like_device(x))
 
 
 def take(x: Array, indices: Indices, axis: int = 0) -> Array:
     """Gather rows or columns of `x` at host `indices`."""
     xp = array_namespace(x)
+    if is_spread(x) and axis == 0:
+        return taken_rows(x, np.asarray(indices))
     return xp.take(x, like(indices, x, xp.int64 if not is_jax_array(x) else xp.int32), axis=axis)
 
 
 def scatter(values: Array, indices: np.ndarray, n: int) -> Array:
     """Return E_K values: zeros with `n` rows, and `values` in the rows `indices`."""
     xp = array_namespace(values)
+    if is_spread(values):
+        return scattered_rows(values, indices, n)
     out = xp.zeros((n, *values.shape[1:]), dtype=values.dtype, device=like_device(values))
     if is_jax_array(values):
         return out.at[indices].set(values)

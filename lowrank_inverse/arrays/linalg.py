@@ -26,6 +26,8 @@ from lowrank_inverse.arrays.conversion import (
     scalar_like,
     wide_dtype,
 )
+from lowrank_inverse.arrays.decompositions import eigh
+from lowrank_inverse.arrays.spread import is_spread, local, reduced, spread_rows, summed
 
 BLOCK_NUMBERS = 2**18
 MAX_BLOCKS = 32
@@ -46,7 +48,7 @@ def row_blocks(x: Array, width: int) -> list[slice]:
 def dot(u: Array, v: Array) -> Array:
     """Inner products of vectors, or of matching columns of blocks."""
     # xp.vecdot is several times slower than this in torch.
-    return u @ v if u.ndim == 1 else array_namespace(u).sum(u * v, axis=0)
+    return reduced(u @ v if u.ndim == 1 else array_namespace(u).sum(u * v, axis=0))
 
 
 def add_scaled(x: Array, factor: Scalar, y: Array) -> Array:
@@ -126,7 +128,8 @@ def choose(condition: Array, x: Array, y: Array) -> Array:
 def column_scale(x: Array) -> Array:
     """Largest absolute entry of each column, 1 where that is zero or not finite."""
     xp = array_namespace(x)
-    largest = xp.maximum(xp.max(x, axis=0), -xp.min(x, axis=0))  # abs(x) would be a copy
+    # The absolute values would be a copy.
+    largest = xp.maximum(reduced(xp.max(x, axis=0)), -reduced(xp.min(x, axis=0)))
     limit = 0.25 / float(xp.finfo(x.dtype).smallest_normal)  # beyond it XLA flushes 1 / scale to 0
     scale = xp.where(largest > limit, xp.full_like(largest, limit), largest)
     return xp.where((largest > 0) & xp.isfinite(largest), scale, xp.ones_like(largest))
@@ -150,6 +153,8 @@ def tall_dot(X: Array, Y: Array) -> Array:
 
     `X` may lie in the memory of the host; the result lies where `Y` does.
     """
+    if is_spread(Y):
+        return summed(tall_dot(local(X), local(Y)), Y)
     wide = wide_dtype(Y)
     if X.dtype == wide and Y.dtype == wide:
         return X.T @ Y
@@ -167,6 +172,8 @@ def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
     `X` may lie in the memory of the host; the result lies where `small` does.
     """
     dtype = X.dtype if dtype is None else dtype
+    if is_spread(X):
+        return spread_rows(tall_times(local(X), local(reduced(small)), dtype), X, X.shape[0])
     if X.dtype == small.dtype:
         return astype(X @ small, dtype)
 
@@ -226,7 +233,7 @@ def gram_whitening(G: Array, unit: float) -> Array:
     the square of that of the vectors.
     """
     xp = array_namespace(G)
-    g, V = xp.linalg.eigh(G)
+    g, V = eigh(G)
     kept = g > max(1e-12, unit, 16 * eps(G)) * g[-1]
     root = xp.sqrt(xp.where(kept, g, xp.ones_like(g)))
     return V * xp.where(kept, 1 / root, 0 * g)[None, :]

@@ -11,6 +11,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import astype, is_traced
 from lowrank_inverse.arrays.linalg import column_norm, dot
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.bilevel import diagnostics
 from lowrank_inverse.bilevel.hessian_check import HessianCheck
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient
@@ -119,7 +120,7 @@ def hypergradient_info(
     step: Any = math.nan
     num_zeros = on_support = None
     if params is not None:
-        num_zeros = xp.sum(astype(params == 0, xp.int32), dtype=xp.int32)
+        num_zeros = reduced(xp.sum(astype(params == 0, xp.int32), dtype=xp.int32))
         on_support = column_norm(xp.where(params == 0, xp.zeros_like(params), inner_grad))
         # The curvature along q is <q, M q> / <q, q>, and M q = b but for the residual.
         along = dot(solution.value / scale, outer_grad) * column_norm(params)

@@ -9,6 +9,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_finite, check_scalar
 from lowrank_inverse.arrays.conversion import is_traced, scalar_like
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution
@@ -50,7 +51,7 @@ def smallest_shift(settings: Any, ridge: Scalar, b: Array) -> Any:
     """Return what at least is added to the eigenvalues of the Hessian."""
     damping = scalar_like(getattr(settings, "damping", 0.0), b)
     if getattr(ridge, "ndim", 0) > 0:
-        ridge = array_namespace(b).min(ridge)
+        ridge = reduced(array_namespace(b).min(ridge))
     return damping + (0.0 if ridge is None else ridge)
 
 
@@ -65,6 +66,6 @@ def _check_ridge(ridge: Any, b: Array) -> None:
         )
     check_finite("ridge", ridge)
     xp = array_namespace(ridge)
-    negative = xp.any(ridge < 0)
+    negative = reduced(xp.any(ridge < 0))
     if not is_traced(negative) and bool(negative):
         raise ValueError("`ridge` must be >= 0 everywhere; it holds negative entries.")

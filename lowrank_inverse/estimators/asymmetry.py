@@ -9,7 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import concrete, eps, is_traced, like
+from lowrank_inverse.arrays.conversion import concrete, eps, is_traced, rows_like
 from lowrank_inverse.arrays.linalg import column_norm, dot
 
 PROBE_SEED = (2**31 - 1, 1)
@@ -33,7 +33,7 @@ def warn_of_asymmetry(matvec: Callable[[Array], Array], b: Array, product: Array
         return
     xp = array_namespace(b)
     n = b.shape[0]
-    u = like(np.random.default_rng(PROBE_SEED).standard_normal(tuple(b.shape)), b)
+    u = rows_like(np.random.default_rng(PROBE_SEED).standard_normal(tuple(b.shape)), b)
     other = matvec(u)
     length = column_norm(b)
     length = xp.where(length > 0, length, xp.ones_like(length))

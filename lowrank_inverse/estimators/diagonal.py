@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import like
+from lowrank_inverse.arrays.conversion import rows_like
+from lowrank_inverse.arrays.decompositions import thin_qr
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.operators.columns import empty_like
 from lowrank_inverse.operators.function import aslinearoperator
 
@@ -84,20 +85,21 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = 0) -> DiagonalEst
     samples = num_products - 2 * rank
     empty = empty_like(A)
 
-    def product(vectors: np.ndarray | Array) -> Array:
-        result = A @ like(vectors, empty)
+    def product(vectors: Array) -> Array:
+        result = A @ vectors
         check_finite("products of A", result)
         return result
 
     known: Any = 0.0
     if rank:
-        Q = array_namespace(empty).linalg.qr(product(generator.standard_normal((n, rank))))[0]
+        start = rows_like(generator.standard_normal((n, rank)), empty)
+        Q = thin_qr(product(start))[0]
         known = array_namespace(Q).sum(Q * product(Q), axis=1)
-    signs = like(generator.choice([-1.0, 1.0], (n, samples)), empty)
+    signs = rows_like(generator.choice([-1.0, 1.0], (n, samples)), empty)
     products = product(signs)
     xp = array_namespace(products)
     if rank:
-        products = products - Q @ (Q.T @ products)
+        products = products - Q @ reduced(Q.T @ products)
     values = signs * products
     rest = xp.mean(values, axis=1)
     spread = xp.sum((values - rest[:, None]) ** 2, axis=1) / (samples - 1)

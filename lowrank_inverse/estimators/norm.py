@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import like
+from lowrank_inverse.arrays.conversion import rows_like
 from lowrank_inverse.arrays.linalg import column_norm
 
 NORM_PRODUCTS = 2
@@ -30,7 +30,7 @@ def frobenius_norm(A: Any, b: Array) -> Array:
         return A.frobenius_norm()
     n = int(A.shape[0])
     xp = array_namespace(b)
-    z = like(np.random.default_rng(PROBE_SEED).standard_normal(n), b)
+    z = rows_like(np.random.default_rng(PROBE_SEED).standard_normal(n), b)
     y = A @ z
     first = column_norm(y)
     second = column_norm(A @ (y / xp.where(first > 0, first, xp.ones_like(first))))

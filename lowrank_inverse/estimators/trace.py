@@ -10,9 +10,11 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import astype, concrete, like, to_host, wide_dtype
+from lowrank_inverse.arrays.conversion import astype, concrete, rows_like, to_host, wide_dtype
+from lowrank_inverse.arrays.decompositions import thin_qr
 from lowrank_inverse.arrays.graph import constant, plain
 from lowrank_inverse.arrays.linalg import dot
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.operators.columns import empty_like, known_or_none
 from lowrank_inverse.operators.function import aslinearoperator
 
@@ -105,11 +107,11 @@ def trace(A: Any, num_products: int = 60, *, rng: RNG = 0) -> TraceEstimate:
     rank = n if exact else num_products // 3 if num_products >= 4 else 0
     known: Any = 0.0
     if exact:
-        Q = like(np.eye(n), empty)
+        Q = rows_like(np.eye(n), empty)
     elif rank:
-        sketch = constant(A @ like(generator.standard_normal((n, rank)), empty))
+        sketch = constant(A @ rows_like(generator.standard_normal((n, rank)), empty))
         check_finite("products of A", sketch)
-        Q = array_namespace(sketch).linalg.qr(sketch)[0]
+        Q = thin_qr(sketch)[0]
     if rank:
         products = A @ Q
         check_finite("products of A", products)
@@ -117,9 +119,9 @@ def trace(A: Any, num_products: int = 60, *, rng: RNG = 0) -> TraceEstimate:
         known = xp.sum(astype(dot(Q, products), wide_dtype(products)))
     if exact:
         return TraceEstimate(plain(known), 0.0, n)
-    z = like(generator.choice([-1.0, 1.0], (n, num_products - 2 * rank)), empty)
+    z = rows_like(generator.choice([-1.0, 1.0], (n, num_products - 2 * rank)), empty)
     if rank:
-        z = z - Q @ (Q.T @ z)
+        z = z - Q @ reduced(Q.T @ z)
     products = A @ z
     check_finite("products of A", products)
     mean, error = mean_of(dot(z, products))
@@ -136,7 +138,7 @@ def auto_damping(A: Any, seed: int) -> float:
     n = int(A.shape[0])
     num = min(TRACE_PROBES, n)
     signs = np.random.default_rng(seed).integers(0, 2, (n, num)) * 2.0 - 1.0
-    probes = like(signs, A.like)
+    probes = rows_like(signs, A.like)
     mean = float(to_host(dot(probes, A @ probes)).astype(np.float64).mean()) / n
     if not mean > 0:
         raise ValueError(

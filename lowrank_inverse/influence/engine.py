@@ -11,7 +11,13 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
-from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng, check_scalar
+from lowrank_inverse.arrays.checks import (
+    all_finite,
+    check_count,
+    check_finite,
+    check_rng,
+    check_scalar,
+)
 from lowrank_inverse.arrays.conversion import is_array, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.estimators.trace import auto_damping
@@ -230,7 +236,7 @@ class Workings:
 
     def _check_total(self, total: Array, backend: Backend, examples: Examples) -> None:
         """Name an example whose gradient makes the sum of all no number."""
-        if not bool(array_namespace(total).all(array_namespace(total).isfinite(total))):
+        if not bool(all_finite(total)):
             for start, batch in examples.parts(self._num_gradients()):
                 check_gradients(backend.gradients(batch), examples, start)
 

@@ -7,6 +7,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.control_flow import while_loop
 from lowrank_inverse.arrays.conversion import astype, eps, is_traced
+from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.linalg import (
     column_norm,
     copy_where,
@@ -64,7 +65,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         # LAPACK scales what is far from 1 itself, by no power of 2: bits would depend on A's scale.
         largest_entry = xp.max(xp.abs(K))
         largest_entry = xp.where(largest_entry > 0, largest_entry, xp.ones_like(largest_entry))
-        w, V = xp.linalg.eigh(K / largest_entry)
+        w, V = eigh(K / largest_entry)
         w = largest_entry * w
         largest = astype(xp.max(xp.abs(w)), P.dtype)
         top = xp.where(largest > state.top, largest, state.top)

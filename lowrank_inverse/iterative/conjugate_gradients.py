@@ -12,8 +12,9 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count, describe
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
-from lowrank_inverse.arrays.conversion import astype, like_device, scalar_like
+from lowrank_inverse.arrays.conversion import astype, scalar_like, zero_rows
 from lowrank_inverse.arrays.linalg import add_scaled, choose, column_norm, column_scale
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.iterative.block_recursion import block_sweep
 from lowrank_inverse.iterative.preconditioning import checked_preconditioner
 from lowrank_inverse.iterative.recursion import RUNNING, Kept, Progress, System, column_sweep
@@ -195,7 +196,7 @@ def conjugate_gradients(
 
     x = xp.zeros_like(b)
     if x0 is not None:  # a zero right-hand side has the solution zero, wherever x0 lies
-        x = xp.where(xp.any(b != 0, axis=0), x0, x)
+        x = xp.where(reduced(xp.any(b != 0, axis=0)), x0, x)
     r = b if x0 is None else residual(x)
     norm = column_norm(r)
     if x0 is not None:  # a start whose residual overflows is none
@@ -250,7 +251,7 @@ def conjugate_gradients(
     reason = xp.where(xp.isfinite(norm), reason, code(steps, Reason.NONFINITE))
     kept = None
     if keep:
-        S, Y = (xp.zeros((keep, n), dtype=b.dtype, device=like_device(b)) for _ in range(2))
+        S, Y = (zero_rows(keep, b) for _ in range(2))
         kept = Kept(S, Y, 0)
     limit, verdict = code(steps, max_steps), code(steps, RUNNING)
     products = 0 if x0 is None else block_width(b)

@@ -9,8 +9,10 @@ from array_api_compat import array_namespace, is_jax_array
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import while_loop
-from lowrank_inverse.arrays.conversion import concrete, eps, is_traced, like, like_device
+from lowrank_inverse.arrays.conversion import concrete, eps, is_traced, rows_like, zero_rows
+from lowrank_inverse.arrays.decompositions import thin_svd
 from lowrank_inverse.arrays.linalg import column_norm, set_rows
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.operators.columns import empty_like
 
 
@@ -53,14 +55,14 @@ class KrylovSpace:
         self._A = A
         n = int(A.shape[0])
         if start is None:
-            start = like(check_rng(rng).standard_normal(n), empty_like(A))
+            start = rows_like(check_rng(rng).standard_normal(n), empty_like(A))
         check_finite("b", start)
         start = start if start.ndim == 2 else start[:, None]
         xp = array_namespace(start)
         norm = column_norm(start)  # a scale of its own for each right-hand side
         start = start / xp.where(norm > 0, norm, xp.ones_like(norm))[None, ...]
         one = xp.ones_like(norm[0])
-        empty = start.T[:0, :]
+        empty = zero_rows(0, start)
         self._basis = _Basis(empty, empty, _orthonormal(start, empty, one), 0, 0 * one)
         self._ended = False
 
@@ -97,7 +99,7 @@ class KrylovSpace:
             return
 
         def going(basis: _Basis) -> Array:
-            return (basis.size < capacity) & xp.any(basis.block != 0)
+            return (basis.size < capacity) & reduced(xp.any(basis.block != 0))
 
         def step(basis: _Basis) -> _Basis:
             products = self._A @ basis.block
@@ -112,7 +114,7 @@ class KrylovSpace:
         start = _Basis(_padded(old.S, capacity), _padded(old.Y, capacity), block, *old[3:])
         basis = while_loop(going, step, start)
         if not is_traced(basis.S):
-            self._ended = not bool(xp.any(basis.block != 0))
+            self._ended = not bool(reduced(xp.any(basis.block != 0)))
             used = max(basis.size, width)  # b = 0: a column of zeros
             basis = basis._replace(S=basis.S[:used, :], Y=basis.Y[:used, :])
         self._basis = basis
@@ -120,9 +122,7 @@ class KrylovSpace:
 
 def _padded(X: Array, rows: int) -> Array:
     """Return `X` with zeros below, `rows` in all."""
-    xp = array_namespace(X)
-    shape = (rows - X.shape[0], X.shape[1])
-    return xp.concat([X, xp.zeros(shape, dtype=X.dtype, device=like_device(X))], axis=0)
+    return array_namespace(X).concat([X, zero_rows(rows - X.shape[0], X.T)], axis=0)
 
 
 def _orthonormal(X: Array, S: Array, largest: Array) -> Array:
@@ -134,13 +134,11 @@ def _orthonormal(X: Array, S: Array, largest: Array) -> Array:
     negligible = min(max(X.shape[0] ** 0.5, 100.0) * eps(X), eps(X) ** 0.5) * largest
     for _ in range(2):
         if S.shape[0]:
-            X = X - S.T @ (S @ X)
+            X = X - S.T @ reduced(S @ X)
         if X.shape[1] == 1:
             lengths, Q = column_norm(X), X
         else:
-            Q, R = xp.linalg.qr(X)
-            U, lengths, _ = xp.linalg.svd(R)
-            Q = Q @ U
+            Q, lengths, _ = thin_svd(X)
         kept = lengths > negligible
         if X.shape[1] == 1:
             Q = Q / xp.where(kept, lengths, xp.ones_like(lengths))[None, :]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import astype, eps, like_device
-from lowrank_inverse.arrays.linalg import gram_whitening, symmetric_part, tall_dot, tall_times
+from lowrank_inverse.arrays.conversion import astype, eps, like
+from lowrank_inverse.arrays.decompositions import eigh
+from lowrank_inverse.arrays.linalg import (
+    gram_whitening,
+    symmetric_part,
+    tall_dot,
+    tall_times,
+)
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.results.solution import Pairs
 
 DRIFT = 0.5
@@ -50,19 +58,19 @@ def joined_pairs(old: Pairs | None, new: Pairs, size: int) -> Pairs:
         cross, G_old = tall_dot(old.vectors, S), tall_dot(old.vectors, old.vectors)
         W_old, W_cross = tall_dot(old.vectors, old.products), tall_dot(old.vectors, Y)
         change = (W_cross - tall_dot(old.products, S)) @ gram_whitening(G, eps(S))
-        lengths = xp.sum(astype(old.products, G.dtype) ** 2, axis=0)
+        lengths = reduced(xp.sum(astype(old.products, G.dtype) ** 2, axis=0))
         kept = astype(xp.sum(change**2, axis=1) <= DRIFT**2 * lengths, G.dtype)
         cross, W_cross = kept[:, None] * cross, kept[:, None] * W_cross
         both = kept[:, None] * kept[None, :]
         G = _square(both * G_old, cross, G)
         W = _square(both * symmetric_part(W_old), W_cross, W)
     T = gram_whitening(G, eps(S))
-    theta, Z = xp.linalg.eigh(symmetric_part(T.T @ W @ T))
+    theta, Z = eigh(symmetric_part(T.T @ W @ T))
     order = xp.argsort(-xp.abs(theta))[: min(size, theta.shape[0])]
     M = T @ xp.take(Z, order, axis=1)
     if M.shape[1] < size:
         rows = (M.shape[0], size - M.shape[1])
-        M = xp.concat([M, xp.zeros(rows, dtype=M.dtype, device=like_device(M))], axis=1)
+        M = xp.concat([M, like(np.zeros(rows), M)], axis=1)
     if old is None:
         return Pairs(tall_times(S, M), tall_times(Y, M))
     r = old.vectors.shape[1]

@@ -9,7 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
-from lowrank_inverse.arrays.checks import check_finite
+from lowrank_inverse.arrays.checks import check_finite, no_entries
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
     astype,
@@ -23,17 +23,22 @@ from lowrank_inverse.arrays.conversion import (
     take,
     wide_dtype,
 )
+from lowrank_inverse.arrays.decompositions import eigh, thin_svd
 from lowrank_inverse.arrays.graph import (
     constant,
     is_recorded,
     with_derivatives_of,
 )
-from lowrank_inverse.arrays.linalg import relative_asymmetry, symmetric_part, tall_dot, tall_times
+from lowrank_inverse.arrays.linalg import (
+    relative_asymmetry,
+    symmetric_part,
+    tall_dot,
+    tall_times,
+)
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
     SpectralFunctions,
     differentiable_whitening,
-    left_singular,
     spectrum,
     whiten,
     whitened_gram,
@@ -123,7 +128,7 @@ class NystromApproximation(SpectralFunctions):
         self.columns, self.indices, self.num_products = C, indices, C.shape[1]
         self.vectors = vectors
         self.num_columns, self.trace, self.stopped = C.shape[1], trace, None
-        self.like = C[:0, 0]
+        self.like = no_entries(C)
         self.shape, self.dtype = (n, n), self.like.dtype
         core = take(C, indices) if core is None else core
         self.asymmetry = concrete(relative_asymmetry(constant(core)))
@@ -139,7 +144,7 @@ class NystromApproximation(SpectralFunctions):
         self._basis: tuple[Array, Array] | None = None
         if is_narrow(C):
             F = astype(C, wide.dtype) @ self.whitening
-            U, s, rotation = left_singular(constant(F))
+            U, s, rotation = thin_svd(constant(F))
             self._basis = U, s
             self.eigenvalues = with_derivatives_of(s * s, lambda: spectrum(F.T @ F)[0], F)
             gram = F.T @ F if is_recorded(F) else None
@@ -193,7 +198,7 @@ class NystromApproximation(SpectralFunctions):
             return self._basis[0], self.eigenvalues
         never, U, g = self.keeps_negative is False, None, None
         if never or is_traced(self.keeps_negative):
-            U, s, _ = left_singular(tall_times(self.columns, self.whitening, self.dtype))
+            U, s, _ = thin_svd(tall_times(self.columns, self.whitening, self.dtype))
             g = s * s
         if never:
             return U, g
@@ -203,7 +208,7 @@ class NystromApproximation(SpectralFunctions):
     def _core_spectrum(self) -> tuple[Array, Array]:
         """Return eigenvalues and eigenvectors of W, largest first."""
         xp = array_namespace(self.core)
-        w, V = xp.linalg.eigh(astype(self.core, wide_dtype(self.core)))
+        w, V = eigh(astype(self.core, wide_dtype(self.core)))
         return xp.flip(w), xp.flip(V, axis=1)
 
     def project(self, block: Array) -> Array:

@@ -11,8 +11,10 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_damping
 from lowrank_inverse.arrays.conversion import astype, concrete, like, scalar_like
+from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.graph import constant, plain, with_derivatives_of
 from lowrank_inverse.arrays.linalg import row_blocks, symmetric_part
+from lowrank_inverse.arrays.spread import is_spread, local, reduced, summed
 from lowrank_inverse.operators.product import ProductOnly
 
 INDEFINITE_PIVOT_RTOL = 1e-4
@@ -47,7 +49,7 @@ def whiten(
     what a small damping needs, for a matrix whose eigenvalues fall steadily.
     """
     xp = array_namespace(W)
-    w, V = xp.linalg.eigh(W)
+    w, V = eigh(W)
     unit = max(unit, W.shape[0] * FLOAT64_EPS)
     largest = xp.max(xp.abs(w))
     negative = negative_eigenvalues(w, unit)
@@ -88,7 +90,7 @@ def _noise(w: Array, unit: float) -> Array:
 def spectrum(gram: Array) -> tuple[Array, Array]:
     """Return eigenvalues (largest first, negative rounding set to 0) and eigenvectors."""
     xp = array_namespace(gram)
-    g, Z = xp.linalg.eigh(symmetric_part(gram))
+    g, Z = eigh(symmetric_part(gram))
     g = xp.where(g > 0, g, xp.zeros_like(g))
     return xp.flip(g), xp.flip(Z, axis=1)
 
@@ -99,6 +101,8 @@ def whitened_gram(C: Array, T: Array) -> Array:
     ``T.T (C.T C) T`` squares the condition number of W, which is at most ``1 / eps(C)``. Columns
     as wide as T cannot afford that: then F is formed before it is squared.
     """
+    if is_spread(C):
+        return summed(whitened_gram(local(C), local(reduced(T))), C)
     total = 0 * T
     wide = C.dtype == T.dtype
     for rows in row_blocks(C, C.shape[1]):
@@ -107,14 +111,6 @@ def whitened_gram(C: Array, T: Array) -> Array:
         part = T.T @ part if wide else part
         total = total + part @ part.T
     return total if wide else T.T @ total @ T
-
-
-def left_singular(F: Array) -> tuple[Array, Array, Array]:
-    """Return orthonormal U, shape (n, k), the singular values s, and V with ``F V = U diag(s)``."""
-    xp = array_namespace(F)
-    Q, R = xp.linalg.qr(F)
-    U, s, Vh = xp.linalg.svd(R)
-    return Q @ U, s, Vh.T
 
 
 def differentiable_whitening(T: Array, W: Array) -> Array:

@@ -9,6 +9,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import astype, eps, is_traced, scalar_like
 from lowrank_inverse.arrays.graph import constant
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.operators.product import ProductOnly
 
@@ -69,4 +70,5 @@ class NystromPreconditioner(ProductOnly):
     def _multiply(self, block: Array) -> Array:
         weights = self._weights if block.ndim == 1 else self._weights[:, None]
         wide = astype(block, self._vectors.dtype)  # wider than half precision without float64
-        return astype(wide + self._vectors @ (weights * (self._vectors.T @ wide)), block.dtype)
+        projected = reduced(self._vectors.T @ wide)
+        return astype(wide + self._vectors @ (weights * projected), block.dtype)

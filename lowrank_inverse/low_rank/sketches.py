@@ -9,7 +9,7 @@ from array_api_compat import is_torch_array
 
 from lowrank_inverse._typing import RNG, Array, Sampling
 from lowrank_inverse.arrays.checks import check_finite, check_rng
-from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.arrays.conversion import rows_like, to_host
 from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.arrays.linalg import tall_dot
 from lowrank_inverse.iterative.krylov_space import KrylovSpace
@@ -133,7 +133,7 @@ class GaussianSketch:
         self._basis = np.concatenate([self._basis, fresh], axis=1)
         empty = empty_like(self._A)
         for chunk in index_chunks(np.arange(fresh.shape[1]), self._chunk_size):
-            vectors = like(fresh[:, chunk], empty)
+            vectors = rows_like(fresh[:, chunk], empty)
             Y = self._A @ vectors
             check_finite("products of A", Y)
             self._parts.append((vectors, Y))

@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
-from lowrank_inverse.arrays.checks import check_damping, check_indices
+from lowrank_inverse.arrays.checks import check_damping, check_indices, no_entries
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
     astype,
@@ -45,7 +45,7 @@ class RecomputedInverse(Operator):
     ) -> None:
         """Take W and C.T C of the operator divided by `scale`, so that nothing overflows."""
         self.A, self.indices, self.damping = A, indices, scalar_like(damping, core)
-        self.shape, self.dtype, self.like = (A.shape[0], A.shape[0]), core.dtype, core[:0, 0]
+        self.shape, self.dtype, self.like = (A.shape[0], A.shape[0]), core.dtype, no_entries(core)
         self.num_products, self.chunk_size = num_products, chunk_size
         wide = wide_dtype(core)
         W = symmetric_part(astype(core, wide))
@@ -218,4 +218,4 @@ def streamed_inverse(
 
 def _scale_of(C: Array) -> Array:
     """Return a power of two near the largest entry; 1 if all are zero."""
-    return power_of_two(column_scale(array_namespace(C).reshape(C, (-1,))))
+    return power_of_two(array_namespace(C).max(column_scale(C)))

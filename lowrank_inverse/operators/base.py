@@ -16,10 +16,12 @@ from lowrank_inverse.arrays.checks import (
     check_indices,
     check_symmetric,
     describe,
+    no_entries,
 )
 from lowrank_inverse.arrays.conversion import (
     is_array,
     is_number,
+    rows_like,
     scatter,
     take,
 )
@@ -103,7 +105,7 @@ def _sum(A: Any, B: Any) -> Operator:
 
 def check_alike(A: Any, B: Any) -> None:
     """Raise unless two operators that are combined have one library and one dtype."""
-    a, b = (X[:0, 0] if is_array(X) else getattr(X, "like", None) for X in (A, B))
+    a, b = (no_entries(X) if is_array(X) else getattr(X, "like", None) for X in (A, B))
     one_library = a is None or b is None or array_namespace(a) is array_namespace(b)
     dtypes = [dtype for X in (A, B) if (dtype := getattr(X, "dtype", None)) is not None]
     if not one_library or any(dtype != dtypes[0] for dtype in dtypes):
@@ -252,7 +254,7 @@ class DiagonalOperator(CombinedOperator):
         if like is None:
             like = np.zeros(0) if number else entries
         self.entries = entries
-        self.like = array_namespace(like).reshape(like, (-1,))[:0]
+        self.like = no_entries(like)
         self.shape, self.dtype = (n, n), self.like.dtype
         if not number:
             self._check(entries, "entries")
@@ -275,7 +277,7 @@ class DiagonalOperator(CombinedOperator):
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
-        return times_diagonal(self.entries, like_array(np.ones(self.shape[0]), self.like))
+        return times_diagonal(self.entries, rows_like(np.ones(self.shape[0]), self.like))
 
 
 class ShiftedOperator(CombinedOperator):
@@ -323,7 +325,7 @@ class ShiftedOperator(CombinedOperator):
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,)."""
         d = self.base.diagonal()
-        return d + times_diagonal(self.shift, like_array(np.ones(self.shape[0]), d))
+        return d + times_diagonal(self.shift, rows_like(np.ones(self.shape[0]), d))
 
 
 def _diagonal_entries(d: Any, indices: np.ndarray, like: Array) -> Array:

@@ -17,6 +17,7 @@ from lowrank_inverse.arrays.checks import (
     prototype,
 )
 from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
+from lowrank_inverse.arrays.spread import is_spread
 from lowrank_inverse.operators.function import aslinearoperator
 
 
@@ -56,13 +57,13 @@ def finite_columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -
 def join_columns(parts: Iterable[Array], count: int) -> Array:
     """Return blocks of `count` columns in all side by side, none of them held twice.
 
-    Save in jax, whose arrays cannot be filled in place.
+    Save in jax, whose arrays cannot be filled in place, and of rows spread over processes.
     """
     held: list[Array] = []
     rows: Any = None
     start = 0
     for part in parts:
-        if is_jax_array(part):
+        if is_jax_array(part) or is_spread(part):
             held.append(part)
             continue
         if rows is None:

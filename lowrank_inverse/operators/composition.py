@@ -8,9 +8,10 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
-from lowrank_inverse.arrays.checks import check_scalar
+from lowrank_inverse.arrays.checks import check_scalar, no_entries
 from lowrank_inverse.arrays.conversion import is_known, is_traced, take
 from lowrank_inverse.arrays.linalg import added_diagonals, times_diagonal
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.operators.base import (
     CombinedOperator,
     Operator,
@@ -46,7 +47,7 @@ class DiagonallyScaledOperator(CombinedOperator):
     _parts = ("A", "s")
 
     def __init__(self, A: Any, s: Array) -> None:
-        self.A, self.s, self.like = A, s, s[:0]
+        self.A, self.s, self.like = A, s, no_entries(s)
         self.shape, self.dtype = (int(A.shape[0]), int(A.shape[0])), s.dtype
 
     def _multiply(self, block: Array) -> Array:
@@ -102,7 +103,7 @@ def split_diagonal(A: Any, damping: Scalar) -> tuple[Any, Any, Array | None]:
     if not isinstance(A, ShiftedOperator) or getattr(A.shift, "ndim", 0) == 0:
         return A, damping, None
     D = added_diagonals(A.shift, damping)
-    positive = array_namespace(D).all(D > 0)
+    positive = reduced(array_namespace(D).all(D > 0))
     if not is_traced(positive) and not bool(positive):
         raise ValueError(
             "`ridge` plus the damping of the solver must be > 0 everywhere; some entries are 0. "

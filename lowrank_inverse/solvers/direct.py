@@ -14,6 +14,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import astype, concrete, eps, is_traced, like, wide_dtype
+from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.linalg import (
     cholesky,
     cholesky_solve,
@@ -22,6 +23,7 @@ from lowrank_inverse.arrays.linalg import (
     symmetric_part,
     times_diagonal,
 )
+from lowrank_inverse.arrays.spread import laid_as, reduced
 from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.operators.differentiation import constant
@@ -65,7 +67,7 @@ class Exact:
         """Return the inverse of ``A + damping * I``."""
         A, damping = split_shift(A, self.damping)
         n = int(A.shape[0])
-        H = finite_columns(A, np.arange(n))
+        H = reduced(finite_columns(A, np.arange(n)))
         M = symmetric_part(astype(H, wide_dtype(H)))
         M = M + damping * like(np.eye(n), M)
         # Without a damping, what may be the rounding of H is taken for zero.
@@ -99,7 +101,7 @@ class _DenseInverse:
         # The pseudo-inverse is that of M itself, where its small units survive.
         if self.units is None or bool(xp.min(self.units) > eps(M) ** 0.25 * xp.max(self.units)):
             self._left, B = None, M
-        w, self._vectors = xp.linalg.eigh(B)
+        w, self._vectors = eigh(B)
         largest = xp.max(xp.abs(w))
         keep = xp.abs(w) > n * unit * largest
         safe = xp.where(keep, w, xp.ones_like(w))
@@ -108,7 +110,7 @@ class _DenseInverse:
         self.negative_curvature = concrete(xp.any(w < -n * precision * largest))
 
     def apply(self, b: Array) -> Array:
-        x = astype(b, wide_dtype(b))
+        x = astype(reduced(b), wide_dtype(b))
         if self._left is not None:
             x = times_diagonal(self._left, x)
         if self._factor is not None:
@@ -117,7 +119,7 @@ class _DenseInverse:
             x = self._vectors @ times_diagonal(self._reciprocal, self._vectors.T @ x)
         if self._left is not None:
             x = times_diagonal(self._left, x)
-        return astype(x, b.dtype)
+        return laid_as(astype(x, b.dtype), b)
 
 
 def _scaled(M: Array) -> tuple[Array | None, Array]:

@@ -10,8 +10,9 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._io import Format
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import check_finite, describe, namespace
+from lowrank_inverse.arrays.checks import all_finite, check_finite, describe, namespace
 from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
+from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.iterative.recycling import joined_pairs
 from lowrank_inverse.operators.differentiation import constant
 from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended
@@ -136,7 +137,7 @@ def _counted(solution: Solution, inverse: PreparedInverse) -> Solution:
 
 def _finite(x: Array) -> Array:
     xp = array_namespace(x)
-    return xp.where(xp.all(xp.isfinite(x)), x, xp.zeros_like(x))
+    return xp.where(all_finite(x), x, xp.zeros_like(x))
 
 
 def _number(pairs: Pairs | None) -> Any:
@@ -144,7 +145,8 @@ def _number(pairs: Pairs | None) -> Any:
     if pairs is None:
         return 0
     xp = array_namespace(pairs.vectors)
-    count = xp.sum(xp.astype(xp.any(pairs.vectors != 0, axis=0), xp.int32), dtype=xp.int32)
+    used = reduced(xp.any(pairs.vectors != 0, axis=0))
+    count = xp.sum(xp.astype(used, xp.int32), dtype=xp.int32)
     return count if is_traced(count) else int(count)
 
 

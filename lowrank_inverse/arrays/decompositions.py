@@ -1,0 +1,40 @@
+"""Decompositions of small and of tall matrices, the same on all processes that share the rows."""
+
+from __future__ import annotations
+
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.spread import from_first, is_spread, local, spread_rows, stacked_rows
+
+
+def eigh(A: Array) -> tuple[Array, Array]:
+    """Return the eigenvalues of a symmetric matrix, smallest first, and its eigenvectors."""
+    w, V = array_namespace(A).linalg.eigh(A)
+    return from_first(w), from_first(V)
+
+
+def thin_qr(X: Array) -> tuple[Array, Array]:
+    """Return Q, with orthonormal columns, and R of ``X = Q R`` for a tall `X`.
+
+    Of rows spread over processes, each process decomposes its own, and then the stacked factors R
+    of all: k² numbers are sent by each.
+    """
+    xp = array_namespace(X)
+    if not is_spread(X):
+        Q, R = xp.linalg.qr(X)
+        return Q, R
+    k = X.shape[1]
+    Q, R = xp.linalg.qr(local(X))
+    rank = R.shape[0]  # less than k where a process has fewer rows
+    R = xp.concat([R, R.new_zeros((k - rank, k))], axis=0)
+    rotation, R = (from_first(x) for x in xp.linalg.qr(stacked_rows(R, X)))
+    start = X.device_mesh.get_local_rank() * k
+    return spread_rows(Q @ local(rotation)[start : start + rank, :], X, X.shape[0]), R
+
+
+def thin_svd(X: Array) -> tuple[Array, Array, Array]:
+    """Return U, shape (n, k), s and V of ``X = U diag(s) V.T`` for a tall `X`."""
+    Q, R = thin_qr(X)
+    U, s, Vh = (from_first(x) for x in array_namespace(R).linalg.svd(R))
+    return Q @ U, s, Vh.T
