@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, autograd, nn
 
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse.arrays.spread import gathered, is_spread
 from lowrank_inverse.bilevel.hessian_check import HessianCheck
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient, implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
@@ -22,6 +23,9 @@ from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Mod
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched, warn_of_ranks
 from lowrank_inverse_torch.parameters import Parameters, as_parameters
 from lowrank_inverse_torch.ridge import Ridge, sums
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Hypergradient", "hypergradient"]
 
@@ -73,6 +77,7 @@ def hypergradient(
     rng: RNG = 0,
     chunk_size: int = 1,
     module: Modules | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Hypergradient:
     """Differentiate the outer loss at the minimiser of the inner one by hyperparameters.
 
@@ -109,6 +114,12 @@ def hypergradient(
         Hessian products taken at a time; see `HessianOperator`.
     module : Module or iterable of Modules, optional
         Modules to guard beside those in `params` and `hparams`; see `HessianOperator`.
+    mesh : DeviceMesh, optional
+        Of one dimension, over the processes of a data-parallel training, each with the closures of
+        its own data; see `HessianOperator`. The losses are then the means over the closures of all
+        processes. Hyperparameters are equal in all processes, or DTensors, of which each process
+        has its own part, such as one weight for each of its examples. Gradients and `ihvp` come
+        as the hyperparameters and parameters are; `state` and `solution` are spread.
 
     Returns
     -------
@@ -145,21 +156,28 @@ def hypergradient(
     >>> print(out.grads.item(), out.info.inner_grad_norm)
     -0.75 0.0
     """
-    params, hparams = as_parameters(params), as_parameters(hparams, name="hparams")
+    params = as_parameters(params)
+    hparams = as_parameters(hparams, name="hparams", spread=mesh is not None)
     _check_distinct(params, hparams)
-    warn_of_ranks()
+    if mesh is None:
+        warn_of_ranks()
     modules = [*params.modules, *hparams.modules, *_modules(module)]
     # Before the operator is made: Embedding(max_norm=...) writes to its weights.
-    outer_grad, direct = _outer_gradients(outer_loss, params, hparams, modules)
+    outer_grad, direct = _outer_gradients(outer_loss, params, hparams, modules, mesh)
     H = HessianOperator(
-        inner_loss, params, chunk_size=chunk_size, module=modules, name="inner_loss"
+        inner_loss, params, chunk_size=chunk_size, module=modules, mesh=mesh, name="inner_loss"
     )
     known = None if ridge is None else Ridge(ridge, params)
-    coefficients = None if known is None else known.coefficients
+    coefficients = None if known is None else H.laid(known.coefficients)
+    if H.processes is not None:
+        common = [tensor for tensor in hparams.tensors if not is_spread(tensor)]
+        H.processes.agree(solver=solver, ridge=ridge, rng=rng, hyperparameters=common)
+        if rng is None:
+            raise ValueError("`rng` must be a whole number with a `mesh`; got None.")
 
     def mixed_vjp(q: Tensor) -> list[Tensor | None]:
         parts = H.vjp(q, hparams.tensors)
-        return parts if known is None else sums(parts, known.vjp(q, hparams.tensors))
+        return parts if known is None else sums(parts, known.vjp(gathered(q), hparams.tensors))
 
     result = implicit_gradient(
         H, outer_grad, mixed_vjp, direct, solver=solver, ridge=coefficients, rng=rng, state=state
@@ -180,7 +198,7 @@ def hypergradient(
         grads=_restore(hparams, result.grads),
         direct=_restore(hparams, direct),
         implicit=_restore(hparams, result.implicit),
-        ihvp=params.restore(result.solution.value),
+        ihvp=params.restore(gathered(result.solution.value)),
         state=result.state,
         info=record(result, outer_grad, H, coefficients, without_path),
         solution=result.solution,
@@ -195,7 +213,7 @@ def record(
     without_path: tuple[str, ...] = (),
 ) -> HypergradientInfo:
     """Collect the record of a hypergradient as Python numbers."""
-    theta = H.params.flatten(H.params.tensors)
+    theta = H.laid(H.params.flatten(H.params.tensors))
     inner_grad = H.gradient if ridge is None else H.gradient + ridge * theta
     info = hypergradient_info(result, outer_grad, inner_grad, without_path, theta)
     return replace(
@@ -216,7 +234,7 @@ def record(
 
 def _checked(H: HessianOperator, q: Tensor) -> HessianCheck | None:
     """Compare H q with a difference of gradients where the loss detaches what it depends on."""
-    theta = H.params.flatten(H.params.tensors)
+    theta, q = H.params.flatten(H.params.tensors), gathered(q)
     scale = (theta.norm() / q.norm()).item()
     movable = all(tensor.is_leaf for tensor in H.params.tensors)
     if not H.detached or not movable or not math.isfinite(scale) or scale == 0:
@@ -225,12 +243,66 @@ def _checked(H: HessianOperator, q: Tensor) -> HessianCheck | None:
 
 
 def _outer_gradients(
-    outer_loss: Any, params: Parameters, hparams: Parameters, modules: Sequence[nn.Module]
+    outer_loss: Any,
+    params: Parameters,
+    hparams: Parameters,
+    modules: Sequence[nn.Module],
+    mesh: DeviceMesh | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the gradient of the outer loss by `params`, flat, and by `hparams`."""
     losses = list(outer_loss) if isinstance(outer_loss, (list, tuple)) else [outer_loss]
+    if mesh is not None:
+        return _shared_outer_gradients(losses, params, hparams, modules, mesh)
     if not losses:
         raise ValueError("`outer_loss` must hold at least one closure; got an empty list.")
+    totals = _outer_totals(losses, params, hparams, modules)
+    means = [None if total is None else total / len(losses) for total in totals]
+    by_params, by_hparams = means[: len(params.tensors)], means[len(params.tensors) :]
+    if all(grad is None for grad in by_params):
+        raise ValueError(_INDEPENDENT)
+    return params.flatten(by_params), by_hparams
+
+
+_INDEPENDENT = (
+    "`outer_loss` must depend on `params`; it depends on none of the tensors there. Was it "
+    "evaluated under torch.no_grad(), detached, or with another model?"
+)
+
+
+def _shared_outer_gradients(
+    losses: list[Any],
+    params: Parameters,
+    hparams: Parameters,
+    modules: Sequence[nn.Module],
+    mesh: DeviceMesh,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the gradients of the mean over the closures of all processes."""
+    from lowrank_inverse_torch.mesh.processes import Processes
+
+    processes = Processes(mesh, params)
+    totals, error = processes.attempt(lambda: _outer_totals(losses, params, hparams, modules))
+    totals = totals or [None] * (len(params.tensors) + len(hparams.tensors))
+    by_params, by_hparams = totals[: len(params.tensors)], totals[len(params.tensors) :]
+    by_hparams = processes.summed_each(by_hparams, hparams.tensors, error)
+    depends = any(grad is not None for grad in by_params)
+    counts = processes.total(
+        torch.tensor([float(len(losses)), float(depends)], dtype=params.dtype, device=params.device)
+    )
+    if counts[0] == 0:
+        raise ValueError("`outer_loss` must hold a closure in some process; all lists are empty.")
+    if counts[1] == 0:
+        raise ValueError(_INDEPENDENT)
+    mean = params.flatten(by_params) / counts[0]
+    return (
+        processes.spread(processes.own_sum(mean)),
+        [None if grad is None else grad / counts[0] for grad in by_hparams],
+    )
+
+
+def _outer_totals(
+    losses: list[Any], params: Parameters, hparams: Parameters, modules: Sequence[nn.Module]
+) -> list[Tensor | None]:
+    """Return the sums of the gradients of some outer losses by `params` and by `hparams`."""
     tensors = [*params.tensors, *hparams.tensors]
     totals: list[Tensor | None] = [None] * len(tensors)
     with untouched(tensors, modules), explained():
@@ -241,14 +313,7 @@ def _outer_gradients(
                 # Retained, for closures may share what was computed outside of them.
                 grads = autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
                 totals = sums(totals, dense(grads))
-    means = [None if total is None else total / len(losses) for total in totals]
-    by_params, by_hparams = means[: len(params.tensors)], means[len(params.tensors) :]
-    if all(grad is None for grad in by_params):
-        raise ValueError(
-            "`outer_loss` must depend on `params`; it depends on none of the tensors there. Was it "
-            "evaluated under torch.no_grad(), detached, or with another model?"
-        )
-    return params.flatten(by_params), by_hparams
+    return totals
 
 
 def _settled(loss: Any, params: Parameters) -> Tensor:

@@ -59,6 +59,9 @@ _REMEDIES = (
 )
 
 
+_DDP_FLAGS = ("require_backward_grad_sync", "require_forward_param_sync")
+
+
 @contextmanager
 def untouched(
     tensors: Sequence[Tensor], modules: Iterable[nn.Module] = ()
@@ -68,8 +71,9 @@ def untouched(
     Training mode and buffers of the modules, ``.grad`` of the tensors and of the modules'
     parameters, the random state of the CPU and of every other device in use. Within, grad mode is
     on, and the gradient hooks of those tensors are off: torch would apply them to each product
-    with the Hessian. Buffers are not copied back, which would raise their version and break the
-    user's own graphs: clones stand in for them meanwhile. Threads enter one after the other.
+    with the Hessian. So is what DistributedDataParallel sends. Buffers are not copied back, which
+    would raise their version and break the user's own graphs: clones stand in for them meanwhile.
+    Threads enter one after the other.
 
     Yields
     ------
@@ -109,6 +113,8 @@ def _untouched(tensors: Sequence[Tensor], modules: Iterable[nn.Module]) -> Itera
     grads = [(leaf, leaf.grad) for leaf in leaves.values() if leaf.grad is not None]
     hooked = {id(tensor): tensor for tensor in chain(tensors, leaves.values())}
     hooks = [(held, dict(held)) for t in hooked.values() if (held := t._backward_hooks)]
+    replicated = [part for part in parts if isinstance(part, nn.parallel.DistributedDataParallel)]
+    synchronous = [(part, key, getattr(part, key)) for part in replicated for key in _DDP_FLAGS]
     devices = {tensor.device for tensor in chain(leaves.values(), (b for _, _, b in buffers))}
     devices.update(tensor.device for tensor in tensors)
     states = random_states(devices)
@@ -123,11 +129,15 @@ def _untouched(tensors: Sequence[Tensor], modules: Iterable[nn.Module]) -> Itera
             leaf.grad = None
         for held, _ in hooks:
             held.clear()  # autograd reads this very dict
+        for part, key, _ in synchronous:  # what one process does alone, the others would wait for
+            setattr(part, key, False)
         with torch.enable_grad():
             yield states
     finally:
         for held, own in hooks:
             held.update(own)
+        for part, key, value in synchronous:
+            setattr(part, key, value)
         for part, key, buffer in buffers:
             part._buffers[key] = buffer
         for part, mode in modes:
@@ -212,8 +222,8 @@ def warn_of_ranks() -> None:
         warnings.warn(
             f"Each of the {num_ranks} ranks differentiates its own losses. Where each has a part "
             "of one batch, neither that nor the mean over ranks is the hypergradient of the whole "
-            "batch. Give the batches of all ranks on one of them, as a list of closures, and "
-            "broadcast the result.",
+            "batch. Give `mesh`, such as "
+            f"torch.distributed.device_mesh.init_device_mesh(device_type, ({num_ranks},)).",
             HypergradientWarning,
             stacklevel=3,
         )

@@ -188,7 +188,7 @@ class Parameters:
         return v.detach()
 
 
-def as_parameters(params: Any, *, name: str = "params") -> Parameters:
+def as_parameters(params: Any, *, name: str = "params", spread: bool = False) -> Parameters:
     """Find the distinct tensors that require grad in `params`.
 
     Parameters
@@ -199,6 +199,8 @@ def as_parameters(params: Any, *, name: str = "params") -> Parameters:
         weights) counts once. Tensors that are not leaves of the graph are welcome. None is kept.
     name : str
         What messages call the argument.
+    spread : bool
+        Whether DTensors are welcome.
 
     Returns
     -------
@@ -246,19 +248,22 @@ def as_parameters(params: Any, *, name: str = "params") -> Parameters:
             f"`{name}` must hold a tensor that requires grad; got {num_leaves} leaves, none does. "
             "Call requires_grad_() on those to differentiate by."
         )
-    _check_one_kind(tensors, names, name)
+    _check_one_kind(tensors, names, name, spread)
     offsets = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))
     positions = tree_map(lambda leaf: found.get(id(leaf)), tree)
     return Parameters(tuple(tensors), tuple(names), tuple(modules), offsets, positions)
 
 
-def _check_one_kind(tensors: Sequence[Tensor], names: Sequence[str], name: str) -> None:
+def _check_one_kind(
+    tensors: Sequence[Tensor], names: Sequence[str], name: str, spread: bool
+) -> None:
     first = tensors[0]
     for tensor, place in zip(tensors, names, strict=True):
-        if hasattr(tensor, "full_tensor"):
+        if hasattr(tensor, "full_tensor") and not spread:
             raise TypeError(
                 f"`{name}` must hold whole tensors; {place!r} is a DTensor, sharded over devices "
-                "(as FSDP and tensor parallelism do). Gather it with full_tensor() on one rank."
+                "(as FSDP and tensor parallelism do). Give `mesh`, that of the data, or gather it "
+                "with full_tensor()."
             )
         if tensor.is_complex():
             raise TypeError(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lowrank_inverse._typing import Indices
-from lowrank_inverse.arrays.checks import check_indices
+from lowrank_inverse.arrays.checks import check_indices, no_entries
+from lowrank_inverse.arrays.spread import gathered, is_spread, local
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse_torch.curvature.gradient_graph import Graph
 from lowrank_inverse_torch.model_guard import (
@@ -24,6 +25,15 @@ from lowrank_inverse_torch.parameters import Parameters
 
 G = TypeVar("G", bound=Graph)
 
+
+if TYPE_CHECKING:  # a torch without torch.distributed will do where there is no mesh
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    from lowrank_inverse_torch.mesh.processes import Processes
+
+WHOLE_COLUMNS = 8
+"""Products that a process holds in full until the sum over processes is taken."""
 
 Stack = Callable[[Sequence[int]], Sequence[Tensor | None]]
 
@@ -41,9 +51,12 @@ class CurvatureOperator(Operator, Generic[G]):
         Products taken at a time.
     module : Module or iterable of Modules, optional
         Modules to guard beside those in `params`.
+    mesh : DeviceMesh, optional
+        Of the processes over whose closures the mean is taken.
     """
 
     _parts: tuple[str, ...] | None = ()  # products are constants
+    detached = False
 
     def __init__(
         self,
@@ -51,6 +64,7 @@ class CurvatureOperator(Operator, Generic[G]):
         params: Parameters,
         chunk_size: int,
         module: nn.Module | Iterable[nn.Module] | None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
             raise TypeError(f"`chunk_size` must be an int; got {type(chunk_size).__name__}.")
@@ -69,19 +83,50 @@ class CurvatureOperator(Operator, Generic[G]):
         self._starts: list[RandomStates] = []
         self._losses: list[Tensor] = []
         self.gradient = torch.zeros(params.n, dtype=self.dtype, device=self.device)
-        with untouched(params.tensors, self._modules) as states:
-            for build in builders:
+        self.loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.processes: Processes | None = None
+        self._num_closures = len(builders)  # of all processes
+        if mesh is None:
+            self._evaluate()
+        else:
+            from lowrank_inverse_torch.mesh.processes import Processes
+
+            self._evaluate_together(Processes(mesh, params))
+        self.like = no_entries(self.gradient)
+        self._versions = [tensor._version for tensor in params.tensors]
+
+    def _evaluate(self) -> None:
+        """Set loss and gradient to their means over the closures."""
+        with untouched(self.params.tensors, self._modules) as states:
+            for build in self._builders:
                 self._starts.append(random_states(states))
                 graph = build()
                 self._losses.append(graph.loss)
-                params.add_to(self.gradient, graph.gradient())
-                if len(builders) == 1:
+                self.params.add_to(self.gradient, graph.gradient())
+                if len(self._builders) == 1:
                     self._kept = graph
                 del graph  # before the next one is built
-        self.gradient /= len(builders)
-        self.like = self.gradient[:0]
-        self.loss = torch.stack(self._losses).mean()
-        self._versions = [tensor._version for tensor in params.tensors]
+        if self._losses:
+            self.gradient /= len(self._builders)
+            self.loss = torch.stack(self._losses).mean()
+
+    def _evaluate_together(self, processes: Processes) -> None:
+        """Set loss and gradient to their means over the closures of all processes."""
+        shapes = [tuple(tensor.shape) for tensor in self.params.tensors]
+        processes.agree(
+            shapes_of_the_parameters=(shapes, self.dtype), parameters=self.params.tensors
+        )
+        processes.together(self._evaluate)
+        num = len(self._builders)
+        mine = [float(num), num * self.loss.item(), float(self.detached)]
+        totals = processes.total(torch.tensor(mine, dtype=self.dtype, device=self.device))
+        self._num_closures, self.detached = int(totals[0]), bool(totals[2] != 0)
+        if self._num_closures == 0:
+            raise ValueError("some process must have a closure; all of them have an empty list.")
+        self.loss = totals[1] / self._num_closures
+        share = num / self._num_closures
+        self.gradient = processes.spread(processes.own_sum(share * self.gradient))
+        self.processes = processes
 
     def _about(self) -> dict[str, Any]:
         return {"num_products": self.num_products}
@@ -91,9 +136,17 @@ class CurvatureOperator(Operator, Generic[G]):
         """Products with one vector so far; a column counts as one."""
         return self._count[0]
 
+    def laid(self, vector: Tensor) -> Tensor:
+        """Return a plain vector in the layout of those of the operator; a number as it is."""
+        if self.processes is None or vector.ndim == 0:
+            return vector
+        return self.processes.laid(vector)
+
     def __matmul__(self, v: Tensor) -> Tensor:
         """Multiply a vector, shape (n,), or a block, shape (n, m): one product a column."""
         v = self.params.check_vector(v)
+        if self.processes is not None:
+            return self._shared_product(self.processes, v)
         block = v if v.ndim == 2 else v[:, None]
 
         def stack(chunk: Sequence[int]) -> Sequence[Tensor | None]:
@@ -131,6 +184,8 @@ class CurvatureOperator(Operator, Generic[G]):
         of products.
         """
         wanted = _host_indices(indices, self.params.n)
+        if self.processes is not None:
+            self.processes.agree(columns=wanted)
         offsets, tensors = self.params.offsets, self.params.tensors
 
         def stack(chunk: Sequence[int]) -> Sequence[Tensor | None]:
@@ -144,12 +199,57 @@ class CurvatureOperator(Operator, Generic[G]):
             return units
 
         # In ascending order, so that a chunk lies in few tensors.
-        return self._products(sorted(range(len(wanted)), key=wanted.__getitem__), stack)
+        order = sorted(range(len(wanted)), key=wanted.__getitem__)
+        if self.processes is not None:
+            return self._shared(self.processes, order, lambda piece: stack)
+        return self._products(order, stack)
+
+    def _shared_product(self, processes: Processes, v: Tensor) -> Tensor:
+        """Multiply a spread vector or block; one that is whole on each process comes back so."""
+        if not is_spread(v):
+            processes.agree(vector=[v])
+            return gathered(self._shared_product(processes, processes.laid(v)))
+        own = local(v) if v.ndim == 2 else local(v)[:, None]
+
+        def prepare(piece: Sequence[int]) -> Stack:
+            whole = [gathered(processes.spread(own[:, j].contiguous())) for j in piece]
+            rows = torch.stack(whole)
+
+            def stack(chunk: Sequence[int]) -> Sequence[Tensor | None]:
+                return self.params.unflatten(rows[[j - piece[0] for j in chunk]].mT)
+
+            return stack
+
+        result = self._shared(processes, range(own.shape[1]), prepare)
+        return result if v.ndim == 2 else processes.spread(local(result)[:, 0])
+
+    def _shared(
+        self,
+        processes: Processes,
+        order: Sequence[int],
+        prepare: Callable[[Sequence[int]], Stack],
+    ) -> DTensor:
+        """Multiply with the vectors numbered in `order`, a few at a time; rows of the sums stay."""
+        rows = torch.empty(len(order), len(processes.rows), dtype=self.dtype, device=self.device)
+        for start in range(0, len(order), WHOLE_COLUMNS):
+            piece = order[start : start + WHOLE_COLUMNS]
+            stack = prepare(piece)
+
+            def own_products(piece: Sequence[int] = piece, stack: Stack = stack) -> Tensor:
+                return self._products(
+                    range(len(piece)), lambda chunk: stack([piece[i] for i in chunk])
+                )
+
+            products, error = processes.attempt(own_products)
+            for i, j in enumerate(piece):
+                rows[j] = processes.own_sum(None if products is None else products[:, i], error)
+        return processes.spread(rows.mT)
 
     def _products(self, order: Sequence[int], stack: Stack) -> Tensor:
         """Multiply with the vectors numbered in `order`; the answer has them by number."""
         # One product is one contiguous row here; the transposed view has them as columns.
-        rows = torch.empty(len(order), self.params.n, dtype=self.dtype, device=self.device)
+        make = torch.empty if self._builders else torch.zeros
+        rows = make(len(order), self.params.n, dtype=self.dtype, device=self.device)
         put = self.params.copy_to
 
         def multiply(graph: G) -> None:
@@ -168,8 +268,8 @@ class CurvatureOperator(Operator, Generic[G]):
 
         if len(order) > 0:
             self._for_each_graph(multiply)
-        if len(self._builders) > 1:
-            rows /= len(self._builders)
+        if self._num_closures > 1:
+            rows /= self._num_closures
         self._count[0] += len(order)
         return rows.mT
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse.arrays.spread import gathered
 from lowrank_inverse_torch.curvature.gradient_graph import (
     GaussNewtonGraph,
     GradientGraph,
@@ -22,6 +23,9 @@ from lowrank_inverse_torch.parameters import as_parameters
 
 __all__ = ["GaussNewtonOperator", "GradientGraph", "HessianOperator", "hessian_columns", "hvp"]
 
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Loss = Tensor | Callable[[], Tensor]
 
@@ -52,6 +56,12 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         Whether products have a graph, to the parameters and to whatever else the loss reads. Then
         so does the solution of a system with the operator, for first derivatives. The graph of the
         loss is built again for each block of such products.
+    mesh : DeviceMesh, optional
+        Of one dimension, over the processes of a data-parallel training: each calls this with the
+        closures of its own data and the same parameters. H is then the mean over the closures of
+        all processes, and a process may have an empty list. Vectors, columns and `gradient` are
+        DTensors of placement ``Shard(0)``: of n rows a process has n / size. A vector that is
+        whole on each process is multiplied too.
 
     Attributes
     ----------
@@ -75,14 +85,16 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         A loss that is no scalar, not finite, or depends on none of the parameters.
     RuntimeError
         From torch, where an operation has no second derivative; inside ``torch.inference_mode()``;
-        on products after the parameters changed in place, or when a closure changed its loss.
+        on products after the parameters changed in place, or when a closure changed its loss;
+        in every process, where the processes disagree on parameters, columns or vectors, and where
+        a closure of one of them raises.
 
     Notes
     -----
     One gradient to set up; a product costs about two. Each closure of a list costs a gradient more
     for each block. Training mode, buffers, ``.grad`` and random state come back as they were.
     Random numbers that a closure draws from NumPy or Python are not held fixed. Autocast belongs
-    inside the closure.
+    inside the closure. With a `mesh`, a product sends 2 n numbers a process: n gathered, n reduced.
 
     References
     ----------
@@ -105,11 +117,14 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         chunk_size: int = 1,
         module: Modules | None = None,
         create_graph: bool = False,
+        mesh: DeviceMesh | None = None,
         name: str = "loss",
     ) -> None:
         params = as_parameters(params)
         losses: Sequence[Any] = loss if isinstance(loss, (list, tuple)) else [loss]
-        if not losses:
+        if create_graph and mesh is not None:
+            raise ValueError("`create_graph` is for one process; leave out it or `mesh`.")
+        if not losses and mesh is None:
             raise ValueError(f"`{name}` must hold at least one closure; got an empty list.")
 
         def builder(loss: Loss) -> Callable[[], GradientGraph]:
@@ -121,9 +136,8 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
 
             return build
 
-        self.detached = False
-        self._again = partial(HessianOperator, loss, params, module=module)
-        super().__init__([builder(one) for one in losses], params, chunk_size, module)
+        self._again = partial(HessianOperator, loss, params, module=module, mesh=mesh)
+        super().__init__([builder(one) for one in losses], params, chunk_size, module, mesh)
         if create_graph:
             self._parts = None
 
@@ -183,7 +197,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         -----
         The cost of one product; it is not counted as one.
         """
-        vectors = self.params.unflatten(self.params.check_vector(v, block=False))
+        vectors = self.params.unflatten(gathered(self.params.check_vector(v, block=False)))
         totals: Values = [None] * len(wrt)
 
         def accumulate(graph: GradientGraph) -> None:
@@ -192,8 +206,12 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
                     total = totals[i]
                     totals[i] = part if total is None else total + part
 
-        self._for_each_graph(accumulate, wrt)
-        return [None if total is None else total / len(self._builders) for total in totals]
+        if self.processes is None:
+            self._for_each_graph(accumulate, wrt)
+        else:
+            _, error = self.processes.attempt(lambda: self._for_each_graph(accumulate, wrt))
+            totals = self.processes.summed_each(totals, wrt, error)
+        return [None if total is None else total / self._num_closures for total in totals]
 
 
 class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
@@ -208,7 +226,7 @@ class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
     outputs : closure () -> Tensor, or list of closures
         The outputs of the network. Lists pair up with those of `loss`, and the operator is the
         plain mean over the pairs, one graph at a time as in `HessianOperator`.
-    params, chunk_size, module
+    params, chunk_size, module, mesh
         As in `HessianOperator`, and so are the attributes and the errors.
 
     Notes
@@ -237,11 +255,12 @@ class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
         *,
         chunk_size: int = 1,
         module: Modules | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         params = as_parameters(params)
         losses = loss if isinstance(loss, (list, tuple)) else [loss]
         closures = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-        if not losses or len(losses) != len(closures):
+        if (not losses and mesh is None) or len(losses) != len(closures):
             raise ValueError(
                 "`loss` and `outputs` must be one each, or lists of one length; "
                 f"got {len(losses)} and {len(closures)}."
@@ -255,7 +274,7 @@ class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
             return lambda: GaussNewtonGraph(outputs(), loss, params.tensors)
 
         builders = [builder(*pair) for pair in zip(losses, closures, strict=True)]
-        super().__init__(builders, params, chunk_size, module)
+        super().__init__(builders, params, chunk_size, module, mesh)
 
 
 def hvp(loss: Loss | Sequence[Loss], params: Any, v: Any, *, module: Modules | None = None) -> Any:

@@ -794,7 +794,7 @@ def test_sharded_parameters_are_refused_by_name():
 def test_ranks_that_see_a_part_of_the_data_each_are_warned_of(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.warns(HypergradientWarning, match="Each of the 2 ranks .* as a list of closures"):
+    with pytest.warns(HypergradientWarning, match="Each of the 2 ranks .* Give `mesh`"):
         Problem(linear).hypergradient()
 
 

@@ -1,0 +1,146 @@
+"""Operators, hypergradients and influence over several processes: the same as in one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torch.distributed.tensor")
+
+from tests.adapters.torch import mesh_cases
+from tests.adapters.torch.processes import Group
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def two():
+    group = Group(2)
+    yield group
+    group.close()
+
+
+def equal_to_one_process(found, expected, bound=1e-12):
+    for name, value in expected.items():
+        for one in found:
+            assert torch.equal(one[name], found[0][name]), name
+            assert torch.linalg.norm(one[name] - value) <= bound * torch.linalg.norm(value), name
+
+
+def test_operators_are_the_mean_over_processes(two):
+    equal_to_one_process(two.run("operators"), mesh_cases.operators(None))
+
+
+def same_solutions(group, names, held, width=1):
+    found = group.run("solutions", names=names, width=width)
+    expected = mesh_cases.solutions(None, names, width)
+    for name in names:
+        value, num_products, steps, _ = expected[name]
+        equal_to_one_process([{name: one[name][0]} for one in found], {name: value})
+        for one in found:
+            # Near the rounding of float64 another order of sums may cost a step.
+            assert abs(one[name][1] - num_products) <= width, name
+            assert np.max(np.abs(np.subtract(one[name][2], steps))) <= 1, name
+        assert [one[name][3] for one in found] == held
+
+
+def test_solutions_equal_those_of_one_process(two):
+    same_solutions(two, ["NystromCG"], [29, 28])
+
+
+@pytest.mark.slow
+def test_all_solvers_equal_those_of_one_process(two):
+    same_solutions(two, list(mesh_cases.SOLVERS), [29, 28])
+    same_solutions(two, list(mesh_cases.SOLVERS), [29, 28], width=3)
+
+
+def same_hypergradients(group, **options):
+    expected = mesh_cases.hypergradients(None, **options)
+    equal_to_one_process(group.run("hypergradients", **options), expected)
+
+
+def test_hypergradients_equal_those_of_one_process(two):
+    same_hypergradients(two, names=["columns"])
+
+
+@pytest.mark.slow
+def test_hypergradients_of_all_solvers_and_a_ridge_equal_those_of_one_process(two):
+    same_hypergradients(two, names=list(mesh_cases.SOLVERS))
+    same_hypergradients(two, names=["CG", "NystromCG"], ridge=True)
+
+
+@pytest.mark.slow
+def test_three_processes_are_as_good_as_two():
+    group = Group(3)
+    try:
+        equal_to_one_process(group.run("operators"), mesh_cases.operators(None))
+        same_solutions(group, list(mesh_cases.SOLVERS), [19, 19, 19])
+        same_hypergradients(group, names=["CG", "columns"])
+        equal_to_one_process(group.run("empty_process"), mesh_cases.empty_process(None))
+    finally:
+        group.close()
+
+
+@pytest.mark.slow
+def test_a_state_is_recycled_over_processes(two):
+    equal_to_one_process(two.run("chain"), mesh_cases.chain(None))
+
+
+def test_a_parallel_module_keeps_its_training(two):
+    equal_to_one_process(two.run("parallel_module"), mesh_cases.parallel_module(None))
+
+
+def test_a_process_without_data_takes_part(two):
+    equal_to_one_process(two.run("empty_process"), mesh_cases.empty_process(None))
+
+
+def test_a_product_sends_two_vectors_and_a_step_four_numbers_more(two):
+    n, size = 57, 2
+    answers = two.run("sent")
+    for found in answers:
+        assert len(found["product"]) == 2
+        assert sum(found["product"]) <= 2 * (n + size) and max(found["product"]) <= n + size
+        few, many = found["3 steps"], found["8 steps"]
+        assert sum(many) - sum(few) <= 5 * (2 * (n + size) + 4)
+        assert max(many) <= n + size
+        # A column is not gathered; beside the columns there is what is k×k.
+        assert max(found["columns"]) <= max(n + size, 20 * 20)
+        assert sum(x for x in found["columns"] if x >= n) <= 20 * (n + size) + 6 * 20 * 20
+    assert [found["held"] for found in answers] == [(29, 20), (28, 20)]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("parameters", "RuntimeError: the processes disagree on the parameters: those of rank [1]"),
+        ("shapes", "RuntimeError: the processes disagree on the shapes of the parameters"),
+        (
+            "columns",
+            "RuntimeError: the processes disagree on the columns: those of rank [1]",
+        ),
+        ("vector", "RuntimeError: the processes disagree on the vector: those of rank [1]"),
+        ("rng", "RuntimeError: the processes disagree on the rng: those of rank [1]"),
+        ("no rng", "ValueError: `rng` must be a whole number with a `mesh`; got None."),
+        ("rtol", "RuntimeError: the processes disagree on the solver: those of rank [1]"),
+        ("raises 1", "RuntimeError: process 1 of 2: MemoryError: no memory for that"),
+        ("raises 2", "RuntimeError: process 1 of 2: MemoryError: no memory for that"),
+        ("nan", "ValueError: `b` must be finite; it holds NaN or Inf."),
+        ("no data", "ValueError: some process must have a closure; all of them have an empty"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_is_said_in_all(two, what, message):
+    errors = two.errors("wrong", what=what)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(message)
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_ends_the_others():
+    group = Group(2)
+    try:
+        (fine, answer), (_, other) = group.answers("dies")
+        assert not fine and answer.startswith("RuntimeError") and other == "the process ended"
+    finally:
+        group.close()
