@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -92,6 +92,16 @@ def untouched(
         )
     with nullcontext() if _in_engine() else _LOCK:
         yield from _untouched(tensors, modules)
+
+
+def twice_differentiable_attention() -> AbstractContextManager[Any]:
+    """Compute attention from products and softmax: the fused kernels have no second derivative.
+
+    Backward passes are to be within it too: they evaluate a checkpointed module anew.
+    """
+    if not hasattr(nn, "attention"):  # before torch 2.3
+        return nullcontext()
+    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
 
 
 def _in_engine() -> bool:

@@ -23,7 +23,7 @@ class Backend(Protocol):
     """Machine epsilon of the coarsest numbers that the model computes with."""
 
     def losses(self, batch: Any, *, anew: bool = False) -> Array:
-        """Return the loss of each example, as the user's function gives it.
+        """Return the loss of each example: what the user's function gives, summed over tokens.
 
         `anew`: with another random state, and as the function is now, not as it was compiled.
         """
@@ -43,6 +43,14 @@ class Backend(Protocol):
 
     def slopes(self, batch: Any, Z: Array) -> Array:
         """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
+        ...
+
+    def token_slopes(self, batch: Any, Z: Array) -> Array:
+        """Return the same for the loss of each token: (m, size, tokens)."""
+        ...
+
+    def token_gradients(self, batch: Any) -> Array:
+        """Return the gradient of each token's loss in a batch of one example: (n, tokens)."""
         ...
 
     def total(self, examples: Examples, weights: np.ndarray) -> Array:

@@ -15,14 +15,14 @@ from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.influence.loss_checks import check_gradients
-from lowrank_inverse.influence.passes import Passes
 from lowrank_inverse.influence.plan import Plan, short
+from lowrank_inverse.influence.queries.tokens import TokenScores
 from lowrank_inverse.influence.results import InfluenceInfo, TopK, merged, open_scores, top
 
 __all__ = ["InfluenceBase", "InfluenceInfo", "Plan", "TopK"]
 
 
-class InfluenceBase(Passes):
+class InfluenceBase(TokenScores):
     """Influence of the training examples on the loss of others [1]_, [2]_.
 
     With g_q the gradient of a query, g_i that of a training example and H the mean curvature:

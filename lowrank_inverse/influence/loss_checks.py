@@ -93,6 +93,17 @@ def check_gradients(G: Array, examples: Examples, start: int) -> None:
         )
 
 
+def check_tokens(losses: Array) -> Array:
+    """Return losses if there is one for each token, shape (size, tokens)."""
+    if losses.ndim != 2:
+        raise ValueError(
+            "scores of tokens need a `loss` that returns one number per token, shape (size, "
+            f"tokens), 0 for ignored ones; got shape {tuple(losses.shape)}. Leave out the sum over "
+            "tokens."
+        )
+    return losses
+
+
 def _check_first(backend: Any, examples: Examples, losses: np.ndarray) -> None:
     first = examples.read_first(losses.size)
     again = losses[:0] if first is None else _checked(backend, first, examples, 0)
@@ -124,9 +135,9 @@ def _checked(
         raise TypeError(f"`loss` must be real and floating-point; got {describe(losses)}.")
     if tuple(losses.shape) != (size,):
         raise ValueError(
-            f"`loss` must return one number per example, shape ({size},); got shape "
-            f"{tuple(losses.shape)} on {where}. Use reduction='none', and sum over all axes but "
-            "the first."
+            f"`loss` must return one number per example, shape ({size},), or per token, shape "
+            f"({size}, tokens); got shape {tuple(losses.shape)} on {where}. Use reduction='none', "
+            "and sum over all axes but the first."
         )
     host = to_host(losses)
     return host if host.dtype == np.float64 else host.astype(np.float32)

@@ -15,6 +15,7 @@ from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.conversion import eps
 from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse.influence.loss_checks import check_tokens
 from lowrank_inverse.operators.function import FunctionOperator
 from lowrank_inverse_jax.curvature.operators import full_precision
 from lowrank_inverse_jax.influence.data import as_batches, flatten
@@ -47,7 +48,9 @@ class JaxBackend:
         }
         self._total = jax.jit(jax.grad(self._weighted))
         self._values = jax.jit(self._losses)
-        self._slopes = jax.jit(self._pushed)
+        self._slopes = jax.jit(partial(self._pushed, self._losses))
+        self._token_slopes = jax.jit(partial(self._pushed, self._of_tokens))
+        self._token_gradients = jax.jit(jax.jacrev(lambda v, b: self._of_tokens(v, b)[0]))
         self._gradients = jax.jit(self._each)
 
     def vector(self) -> jax.Array:
@@ -114,6 +117,16 @@ class JaxBackend:
         with full_precision():
             return self._slopes(self.vector(), batch, Z)
 
+    def token_slopes(self, batch: Any, Z: jax.Array) -> jax.Array:
+        """Return the same for the loss of each token: (m, size, tokens)."""
+        with full_precision():
+            return self._token_slopes(self.vector(), batch, Z)
+
+    def token_gradients(self, batch: Any) -> jax.Array:
+        """Return the gradient of each token's loss in a batch of one example: (n, tokens)."""
+        with full_precision():
+            return self._token_gradients(self.vector(), batch).T
+
     def total(self, examples: Examples, weights: np.ndarray) -> jax.Array:
         """Return ``sum_i w_i g_i``, shape (n,)."""
         result = jnp.zeros_like(self.vector())
@@ -129,10 +142,16 @@ class JaxBackend:
         return jnp.asarray(w, self.like.dtype)
 
     def _losses(self, vector: jax.Array, batch: Any) -> Any:
+        return _per_example(self._raw_losses(vector, batch))
+
+    def _raw_losses(self, vector: jax.Array, batch: Any) -> Any:
         params = self._params.replace(vector)
         if self._outputs is None:
             return self._loss(params, batch)
         return self._loss(self._outputs(params, batch), batch)
+
+    def _of_tokens(self, vector: jax.Array, batch: Any) -> Any:
+        return check_tokens(self._raw_losses(vector, batch))
 
     def _weighted(self, vector: jax.Array, batch: Any, w: jax.Array) -> jax.Array:
         return jnp.sum(w * self._losses(vector, batch))
@@ -151,8 +170,10 @@ class JaxBackend:
         gradient = jax.vmap(jax.grad(of_one), in_axes=axes, out_axes=1)
         return gradient(vector, *(leaves[i] for i in rows))
 
-    def _pushed(self, vector: jax.Array, batch: Any, Z: jax.Array) -> jax.Array:
-        push = jax.linearize(lambda v: self._losses(v, batch), vector)[1]
+    def _pushed(
+        self, losses: Callable[..., Any], vector: jax.Array, batch: Any, Z: jax.Array
+    ) -> jax.Array:
+        push = jax.linearize(lambda v: losses(v, batch), vector)[1]
         return _mapped(push, Z)
 
     def _hessian(self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array) -> jax.Array:
@@ -166,7 +187,9 @@ class JaxBackend:
         outputs = partial(self._outputs_at, batch=batch)
         out, push = jax.linearize(outputs, vector)
         pull = jax.linear_transpose(push, vector)
-        curve = jax.linearize(jax.grad(lambda z: jnp.sum(w * self._loss(z, batch))), out)[1]
+        curve = jax.linearize(
+            jax.grad(lambda z: jnp.sum(w * _per_example(self._loss(z, batch)))), out
+        )[1]
         return _mapped(lambda v: pull(curve(push(v)))[0], block).T
 
     def _outputs_at(self, vector: jax.Array, batch: Any) -> Any:
@@ -210,6 +233,11 @@ class MeanCurvature(FunctionOperator):
 def _mapped(linear: Callable[[jax.Array], jax.Array], block: jax.Array) -> jax.Array:
     """Return the images of the columns of a block as rows, some at a time."""
     return jax.lax.map(linear, block.T, batch_size=min(CHUNK_SIZE, block.shape[1]))
+
+
+def _per_example(losses: Any) -> Any:
+    """Return one loss for each example: those of its tokens are summed."""
+    return losses.sum(axis=1) if getattr(losses, "ndim", None) == 2 else losses
 
 
 def _widened(leaf: Any) -> Any:

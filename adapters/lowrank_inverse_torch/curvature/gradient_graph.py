@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, autograd
 from torch.overrides import TorchFunctionMode
 
-from lowrank_inverse_torch.model_guard import evaluate_loss, explained
+from lowrank_inverse_torch.model_guard import explained
 
 Values = list[Tensor | None]
 
@@ -111,7 +111,7 @@ class GradientGraph:
         self.loss = loss.detach()
         if any(node.name() == "WeightNormInterfaceBackward0" for node in graph_nodes([loss])):
             raise RuntimeError(_WEIGHT_NORM)
-        self.grads = _grad_with_graph(loss, self.tensors, _seed(loss), name, by)
+        self.grads = grad_with_graph(loss, self.tensors, _seed(loss), name, by)
 
     def gradient(self) -> Values:
         """Return the gradient, detached; None where the loss does not depend on the tensor."""
@@ -141,44 +141,11 @@ class GradientGraph:
             One for each of `wrt`, without a graph unless it is asked for; None where the gradient
             does not depend on it.
         """
-        return _pull_back(self.grads, vectors, wrt, batched, create_graph)
+        return pull_back(self.grads, vectors, wrt, batched, create_graph)
 
     def product(self, vectors: Sequence[Tensor | None], *, batched: bool = False) -> Values:
         """Multiply the Hessian with a vector, given and returned as in `vjp`."""
         return self.vjp(vectors, self.tensors, batched=batched)
-
-
-class GaussNewtonGraph:
-    """``J^T H_L J`` of ``loss(outputs)``, with J the Jacobian of the outputs by the tensors.
-
-    ``J^T u`` is linear in u, so that differentiating ``<v, J^T u>`` by u gives ``J v``: a second
-    backward pass instead of forward mode, which not every operation has.
-    """
-
-    def __init__(
-        self, outputs: Any, loss: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]
-    ) -> None:
-        if not isinstance(outputs, Tensor):
-            raise TypeError(f"`outputs` must return one tensor; got {type(outputs).__name__}.")
-        if not outputs.is_floating_point():
-            raise TypeError(f"`outputs` must be real and floating-point; got {outputs.dtype}.")
-        self.tensors = tuple(tensors)
-        self._outputs = outputs
-        self._seed = _seed(outputs)
-        self._pullback = _grad_with_graph(outputs, self.tensors, self._seed, "outputs", "params")
-        at = outputs.detach().requires_grad_()
-        self._loss = GradientGraph(evaluate_loss(lambda: loss(at)), [at], by="outputs")
-        self.loss = self._loss.loss
-
-    def gradient(self) -> Values:
-        """Return the gradient of the loss, detached."""
-        return _pull_back([self._outputs], self._loss.gradient(), self.tensors, False)
-
-    def product(self, vectors: Sequence[Tensor | None], *, batched: bool = False) -> Values:
-        """Multiply with a vector, given and returned as in `GradientGraph.vjp`."""
-        pushed = _pull_back(self._pullback, vectors, [self._seed], batched)
-        curved = self._loss.product(pushed, batched=batched)
-        return _pull_back([self._outputs], curved, self.tensors, batched)
 
 
 def _seed(value: Tensor) -> Tensor:
@@ -187,9 +154,10 @@ def _seed(value: Tensor) -> Tensor:
     return torch.ones_like(value, requires_grad=True)
 
 
-def _grad_with_graph(
+def grad_with_graph(
     value: Tensor, tensors: Sequence[Tensor], seed: Tensor, name: str, by: str
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradient of ``<seed, value>``, with its graph."""
     grads: tuple[Tensor | None, ...] = (None,) * len(tensors)
     if value.requires_grad:
         with explained():
@@ -204,7 +172,7 @@ def _grad_with_graph(
     return grads
 
 
-def _pull_back(
+def pull_back(
     outputs: Sequence[Tensor | None],
     seeds: Sequence[Tensor | None],
     tensors: Sequence[Tensor],

@@ -19,6 +19,7 @@ from lowrank_inverse_torch.model_guard import (
     RandomStates,
     random_states,
     set_random_states,
+    twice_differentiable_attention,
     untouched,
 )
 from lowrank_inverse_torch.parameters import Parameters
@@ -282,7 +283,7 @@ class CurvatureOperator(Operator, Generic[G]):
                 "the curvature at the earlier ones. Make the operator anew after each step."
             )
         # A checkpointed module runs again in backward.
-        with untouched([*tensors, *by], self._modules):
+        with untouched([*tensors, *by], self._modules), twice_differentiable_attention():
             if self._kept is not None:
                 use(self._kept)
             else:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_inverse.arrays.spread import gathered
+from lowrank_inverse_torch.curvature.gauss_newton import GaussNewtonGraph
 from lowrank_inverse_torch.curvature.gradient_graph import (
-    GaussNewtonGraph,
     GradientGraph,
     TwiceDifferentiable,
     Values,

@@ -6,7 +6,6 @@ import copy
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, autograd, nn
 
 from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse.influence.loss_checks import check_tokens
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     GradientGraph,
@@ -23,13 +23,20 @@ from lowrank_inverse_torch.curvature.operators import (
 from lowrank_inverse_torch.influence.calls import (
     called,
     in_float32,
-    joined_outputs,
     pair,
+    per_example,
     rows_of,
     to_evaluation,
 )
 from lowrank_inverse_torch.influence.data import LOW_PRECISION, as_examples, flatten
-from lowrank_inverse_torch.model_guard import RandomStates, explained, untouched
+from lowrank_inverse_torch.influence.gradients_at_once import gradients_at_once
+from lowrank_inverse_torch.influence.mean_curvature import mean_curvature
+from lowrank_inverse_torch.model_guard import (
+    RandomStates,
+    explained,
+    twice_differentiable_attention,
+    untouched,
+)
 from lowrank_inverse_torch.parameters import Parameters, as_parameters
 
 Split = Callable[[Any], tuple[Any, Any]]
@@ -78,7 +85,8 @@ class TorchBackend:
                 "Parameters or buffers were changed in place after this influence function was "
                 "made, which holds the curvature at the earlier ones. Make it anew."
             )
-        with untouched(self.params.tensors, [self.model]) as states:
+        guard = untouched(self.params.tensors, [self.model])
+        with guard as states, twice_differentiable_attention():
             to_evaluation(self.model)
             yield states
         self._versions = [tensor._version for tensor in self._watched]
@@ -141,47 +149,19 @@ class TorchBackend:
         self, examples: Examples, curvature: str, weights: np.ndarray | None = None
     ) -> HessianOperator | GaussNewtonOperator:
         """Return the weighted curvature over all examples, divided by their number."""
-        starts = np.cumsum([0, *examples.sizes])
-        scale = len(examples) / examples.num  # the operators take the mean over batches
-
-        def weighted(losses: Tensor, i: int) -> Tensor:
-            if weights is None:
-                return scale * losses.sum()
-            return scale * (self._as_like(weights[starts[i] : starts[i + 1]]) * losses).sum()
-
-        def losses_of(i: int) -> Tensor:
-            return loss_at(outputs_of(i), i)
-
-        def outputs_of(i: int) -> Tensor:
-            to_evaluation(self.model)  # within the operator's own guard
-            rest.clear()
-            output, target = self._forward(examples.get(i))
-            joined, separate = joined_outputs(output)
-            rest[i] = separate, target
-            return joined
-
-        def loss_at(z: Tensor, i: int) -> Tensor:
-            separate, target = rest[i]
-            return self.loss(separate(z), target)
-
-        # Of the batch whose graph is being built: its targets, and the way back to its outputs.
-        rest: dict[int, tuple[Callable[[Tensor], Any], Any]] = {}
-        options: dict[str, Any] = {"chunk_size": self.chunk_size, "module": self.model}
-
-        def each(function: Callable[..., Tensor]) -> list[Any]:
-            return [partial(function, i=i) for i in range(len(examples))]
-
-        if curvature == "hessian":
-            losses = each(lambda i: weighted(losses_of(i), i))
-            return HessianOperator(losses, self.params, **options)
-        if curvature == "ggn":
-            outer = each(lambda z, i: weighted(loss_at(z, i), i))
-            return GaussNewtonOperator(outer, each(outputs_of), self.params, **options)
-        # J^T diag(w) J of the losses themselves: the curvature of half their squares
-        halves = each(lambda z, i: weighted(z**2, i) / 2)
-        operator = GaussNewtonOperator(halves, each(losses_of), self.params, **options)
-        w = np.ones(examples.num) if weights is None else weights
-        operator.gradient = self.total(examples, w) / examples.num
+        operator = mean_curvature(
+            curvature,
+            examples,
+            None if weights is None else self._as_like(weights),
+            model=self.model,
+            params=self.params,
+            forward=self._forward,
+            loss=self.loss,
+            chunk_size=self.chunk_size,
+        )
+        if curvature == "empirical_fisher":
+            w = np.ones(examples.num) if weights is None else weights
+            operator.gradient = self.total(examples, w) / examples.num
         return operator
 
     def gradients(self, batch: Any) -> Tensor:
@@ -205,15 +185,37 @@ class TorchBackend:
     def slopes(self, batch: Any, Z: Tensor) -> Tensor:
         """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
         with self.evaluating():
-            losses = self._losses(batch)
-            # <z, gradient of sum w_i loss_i> has the derivative <z, g_i> by w_i.
-            weights = torch.ones_like(losses, requires_grad=True)
-            graph = GradientGraph((weights * losses).sum(), self.params.tensors)
-            columns = Z.mT.contiguous()
+            return self._slopes(self._losses(batch), Z)
+
+    def token_slopes(self, batch: Any, Z: Tensor) -> Tensor:
+        """Return the same for the loss of each token: (m, size, tokens)."""
+        with self.evaluating():
+            return self._slopes(check_tokens(self._raw_losses(batch)), Z)
+
+    def token_gradients(self, batch: Any) -> Tensor:
+        """Return the gradient of each token's loss in a batch of one example: (n, tokens)."""
+        with self.evaluating():
+            losses = check_tokens(self._raw_losses(batch))[0]
             rows = []
-            for z in columns:
-                (row,) = graph.vjp(self.params.unflatten(z), [weights])
-                rows.append(torch.zeros_like(losses) if row is None else row)
+            for i, loss in enumerate(losses):
+                with explained():
+                    grads = autograd.grad(
+                        loss,
+                        self.params.tensors,
+                        retain_graph=i + 1 < len(losses),
+                        allow_unused=True,
+                    )
+                rows.append(self.params.flatten(grads))
+        return torch.stack(rows).mT
+
+    def _slopes(self, losses: Tensor, Z: Tensor) -> Tensor:
+        # <z, gradient of sum w_i loss_i> has the derivative <z, g_i> by w_i.
+        weights = torch.ones_like(losses, requires_grad=True)
+        graph = GradientGraph((weights * losses).sum(), self.params.tensors)
+        rows = []
+        for z in Z.mT.contiguous():
+            (row,) = graph.vjp(self.params.unflatten(z), [weights])
+            rows.append(torch.zeros_like(losses) if row is None else row)
         return torch.stack(rows).detach()
 
     def total(self, examples: Examples, weights: np.ndarray) -> Tensor:
@@ -244,38 +246,26 @@ class TorchBackend:
                 "loss as it is: give `split`, a function (batch) -> (inputs, targets), for others."
             ) from error
 
-    def _losses(self, batch: Any, values: dict[str, Tensor] | None = None) -> Tensor:
+    def _losses(self, batch: Any, values: dict[str, Tensor] | None = None) -> Any:
+        return per_example(self._raw_losses(batch, values))
+
+    def _raw_losses(self, batch: Any, values: dict[str, Tensor] | None = None) -> Any:
         output, target = self._forward(batch, values)
         return self.loss(output, target)
 
     def _gradient(self, batch: Any, weights: Tensor | None) -> Tensor:
         losses = self._losses(batch)
-        total = (losses if weights is None else weights * losses).sum()
+        return self._flat_gradient((losses if weights is None else weights * losses).sum())
+
+    def _flat_gradient(self, value: Tensor, *, retain_graph: bool = False) -> Tensor:
         with explained():
-            grads = autograd.grad(total, self.params.tensors, allow_unused=True)
+            grads = autograd.grad(
+                value, self.params.tensors, retain_graph=retain_graph, allow_unused=True
+            )
         return self.params.flatten(grads)
 
     def _gradients_at_once(self, batch: Any) -> Tensor:
-        """Return one gradient in each row, shape (size, n), by vmap."""
-        leaves, rebuild = flatten(batch)
-        has_rows = [isinstance(x, Tensor) and x.ndim > 0 for x in leaves]
-
-        def loss_of_one(values: dict[str, Tensor], *rows: Any) -> Tensor:
-            given = iter(rows)
-            alone = [
-                next(given).unsqueeze(0) if has else x
-                for x, has in zip(leaves, has_rows, strict=True)
-            ]
-            return self._losses(rebuild(alone), values).sum()
-
-        values = {
-            name: tensor.detach()
-            for name, tensor in zip(self._names, self.params.tensors, strict=True)
-        }
-        rows = [x for x, has in zip(leaves, has_rows, strict=True) if has]
-        gradient = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, *(0 for _ in rows)))
-        grads = gradient(values, *rows)
-        return torch.cat([grads[name].flatten(1) for name in self._names], dim=1).detach()
+        return gradients_at_once(self._losses, self._names, self.params.tensors, batch)
 
     def _as_like(self, values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=self.params.dtype, device=self.params.device)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,38 +18,9 @@ def called(model: nn.Module, inputs: Any, values: dict[str, Tensor] | None = Non
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     if not args and not kwargs:
         args = (inputs,)
-    with twice_differentiable_attention():
-        if values is None:
-            return model(*args, **kwargs)
-        return torch.func.functional_call(model, values, args, kwargs)
-
-
-def twice_differentiable_attention() -> AbstractContextManager[Any]:
-    """Compute attention from products and softmax: the fused kernels have no second derivative."""
-    if not hasattr(nn, "attention"):  # before torch 2.3
-        return nullcontext()
-    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
-
-
-def joined_outputs(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Return what is differentiable in the outputs as one tensor, and the way back."""
-    if isinstance(output, Tensor):
-        return output, lambda z: z
-    leaves, rebuild = flatten(output)
-    own = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not own:
-        raise ValueError(
-            "the outputs of `model` must depend on `params`; none of the tensors in the "
-            f"{type(output).__name__} does. Was it evaluated under torch.no_grad(), or detached?"
-        )
-
-    def separate(z: Tensor) -> Any:
-        values = list(leaves)
-        for i, part in zip(own, z.split([leaves[i].numel() for i in own]), strict=True):
-            values[i] = part.reshape(leaves[i].shape).to(leaves[i].dtype)
-        return rebuild(values)
-
-    return torch.cat([leaves[i].reshape(-1) for i in own]), separate
+    if values is None:
+        return model(*args, **kwargs)
+    return torch.func.functional_call(model, values, args, kwargs)
 
 
 def in_float32(model: nn.Module) -> nn.Module:
@@ -77,6 +47,16 @@ def rows_of(batch: Any, start: int, stop: int) -> Any:
     """Return some examples of a batch."""
     leaves, rebuild = flatten(batch)
     return rebuild([x[start:stop] if isinstance(x, Tensor) and x.ndim > 0 else x for x in leaves])
+
+
+def has_rows(tree: Any, size: int) -> bool:
+    """Whether all tensors of a structure have one row for each of `size` examples."""
+    return all(x.shape[0] == size for x in flatten(tree)[0] if isinstance(x, Tensor) and x.ndim > 0)
+
+
+def per_example(losses: Any) -> Any:
+    """Return one loss for each example: those of its tokens are summed."""
+    return losses.sum(1) if isinstance(losses, Tensor) and losses.ndim == 2 else losses
 
 
 def to_evaluation(model: nn.Module) -> None:

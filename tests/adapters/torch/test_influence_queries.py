@@ -72,7 +72,7 @@ def test_the_function_of_the_queries_may_be_another_than_the_loss():
     effect = ours.removal_effect(QUERY, [3, 9], query_loss=margin)
     assert_close(effect, wanted[:, [3, 9]].sum(1) / 30)
     with pytest.raises(ValueError, match="one number per example"):
-        ours.scores(QUERY, query_loss=lambda z, t: z)
+        ours.scores(QUERY, query_loss=lambda z, t: z.sum())
 
 
 @pytest.mark.parametrize("query_loss", [None, margin])

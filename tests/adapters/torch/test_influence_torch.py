@@ -321,7 +321,7 @@ def test_labels_out_of_range_are_named():
 
 def test_losses_models_and_data_of_another_kind_are_refused():
     x, y = Problem().train
-    bad(r"got shape \(14, 3\)", loss=lambda z, y: z)
+    bad(r"got shape \(14, 3, 1\)", loss=lambda z, y: z[:, :, None])
     bad("must return an array; got", loss=lambda z, y: 1.0)
     bad("`loss` must be a function", loss=3)
     bad("must be real and floating-point", loss=lambda z, y: y)

@@ -1,0 +1,65 @@
+"""The mean curvature over the examples of a data set as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse_torch.curvature.operators import GaussNewtonOperator, HessianOperator
+from lowrank_inverse_torch.influence.batch_loss import BatchLoss
+from lowrank_inverse_torch.influence.calls import per_example, to_evaluation
+from lowrank_inverse_torch.model_guard import twice_differentiable_attention
+from lowrank_inverse_torch.parameters import Parameters
+
+
+def mean_curvature(
+    curvature: str,
+    examples: Examples,
+    weights: Tensor | None,
+    *,
+    model: nn.Module,
+    params: Parameters,
+    forward: Callable[[Any], tuple[Any, Any]],
+    loss: Callable[[Any, Any], Tensor],
+    chunk_size: int,
+) -> HessianOperator | GaussNewtonOperator:
+    """Return ``1 / num * sum_i w_i C_i``; `forward` returns outputs and targets of a batch."""
+    starts = np.cumsum([0, *examples.sizes])
+    scale = len(examples) / examples.num  # the operators take the mean over batches
+    options: dict[str, Any] = {"chunk_size": chunk_size, "module": model}
+
+    def weighted(losses: Tensor, first: int, i: int) -> Tensor:
+        if weights is None:
+            return scale * losses.sum()
+        start = starts[i] + first
+        return scale * (weights[start : start + len(losses)] * losses).sum()
+
+    def halved_squares(losses: Tensor, i: int) -> Tensor:
+        return weighted(losses**2, 0, i) / 2
+
+    def outputs_of(i: int) -> tuple[Any, Any]:
+        to_evaluation(model)  # within the operator's own guard
+        return forward(examples.get(i))
+
+    def losses_of(i: int) -> Tensor:
+        return per_example(loss(*outputs_of(i)))
+
+    def used_of(i: int) -> Tensor:
+        return batch_losses[i].take(*outputs_of(i), examples.sizes[i])
+
+    def each(function: Callable[..., Any]) -> list[Any]:
+        return [partial(function, i=i) for i in range(len(examples))]
+
+    with twice_differentiable_attention():
+        if curvature == "hessian":
+            return HessianOperator(each(lambda i: weighted(losses_of(i), 0, i)), params, **options)
+        if curvature == "ggn":
+            batch_losses = [BatchLoss(loss, total) for total in each(weighted)]
+            return GaussNewtonOperator(batch_losses, each(used_of), params, **options)
+        # J^T diag(w) J of the losses themselves: the curvature of half their squares
+        return GaussNewtonOperator(each(halved_squares), each(losses_of), params, **options)

@@ -1,0 +1,111 @@
+"""Influence token by token, of training sequences or on queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.conversion import like
+from lowrank_inverse.influence.backend import Backend
+from lowrank_inverse.influence.checkpoint import Store
+from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse.influence.loss_checks import check_gradients
+from lowrank_inverse.influence.passes import Passes
+from lowrank_inverse.influence.results import check_choice
+
+
+class TokenScores(Passes):
+    """Scores of the tokens of sequences, for a loss that returns one number for each."""
+
+    def token_scores(
+        self,
+        query: Any,
+        train: Any = None,
+        *,
+        of: str = "train",
+        query_loss: Callable[..., Any] | None = None,
+    ) -> Array:
+        """Split the influence of training sequences into that of their tokens, or of a query's.
+
+        Parameters
+        ----------
+        query, train, query_loss
+            As in `scores`. The loss, or `query_loss` for ``of="query"``, returns one number for
+            each token, shape (size, tokens), and 0 for those that are ignored.
+        of : {"train", "query"}
+            Which tokens: the influence of the loss of each training token on the loss of the
+            query, or that of each training sequence on the loss of each token of the query.
+
+        Returns
+        -------
+        array, shape (n_query, n_train, tokens) or (n_query, tokens, n_train)
+            Summed over the tokens, the scores. Shorter sequences end in zeros.
+
+        Raises
+        ------
+        ValueError
+            If the loss does not tell tokens apart.
+
+        Notes
+        -----
+        For training tokens, the cost of `scores`. For the tokens of a query, one solve each. The
+        result is held: give as `train` the sequences that `top_k` found.
+
+        References
+        ----------
+        R. Grosse et al. Studying Large Language Model Generalization with Influence Functions.
+        2023, section 3.3.
+        """
+        check_choice("of", of, ("train", "query"))
+        self._check_unchanged()
+        targets = self._train if train is None else self._read(train, "train")
+        backend = self._measure(query_loss)
+        queries = self._read(query, "query", backend)
+        if of == "query":
+            return self._of_query(backend, queries, targets)
+        self._begin(queries.num, 0)
+        parts = []
+        for first, batches in self._groups(queries):
+            Z = self._solve(self._gradients(backend, queries, first, batches)).value
+            blocks = []
+            for start, batch in targets.parts():
+                block = self._backend.token_slopes(batch, Z)
+                check_gradients(array_namespace(block).sum(block, axis=2), targets, start)
+                blocks.append(block)
+            parts.append(_joined(blocks, axis=1, ragged=2))
+        return array_namespace(parts[0]).concat(parts, axis=0)
+
+    def _of_query(self, backend: Backend, queries: Examples, targets: Examples) -> Array:
+        rows: list[Array] = []
+        for start, batch in queries.parts(1):
+            for i in range(queries.size(batch)):
+                G = backend.token_gradients(queries.rows(batch, i, i + 1))
+                check_gradients(array_namespace(G).sum(G, axis=1)[:, None], queries, start + i)
+                if not rows:
+                    self._begin(queries.num * int(G.shape[1]), 0)
+                blocks = list(self._token_blocks(G, targets))
+                rows.append(array_namespace(G).concat(blocks, axis=0)[None, ...])
+        return _joined(rows, axis=0, ragged=1)
+
+    def _token_blocks(self, G: Array, targets: Examples) -> Iterator[Array]:
+        width = self._width()
+        for first in range(0, int(G.shape[1]), width):
+            Z = self._solve(G[:, first : first + width]).value
+            blocks = self._blocks(Z, targets, "auto", Store(None, {}), 0)
+            yield array_namespace(Z).concat([block for _, block in blocks], axis=1)
+
+
+def _joined(blocks: list[Array], *, axis: int, ragged: int) -> Array:
+    """Join arrays along an axis, filled up with zeros to one length along another."""
+    xp = array_namespace(blocks[0])
+    longest = max(int(block.shape[ragged]) for block in blocks)
+    padded = []
+    for block in blocks:
+        shape = list(block.shape)
+        shape[ragged] = longest - shape[ragged]
+        padded.append(xp.concat([block, like(np.zeros(shape), block)], axis=ragged))
+    return xp.concat(padded, axis=axis)
