@@ -81,3 +81,55 @@ def test_an_entry_names_the_pages_that_show_it_in_use():
     assert "choosing.md" not in text
     text = reference.on_page_markdown("::: lowrank_inverse_jax.hvp\n", page=Page, config=Config)
     assert "torch" not in text.lower()
+
+
+CLEAN = """<h1 id="top">A</h1><p><a href="#top">up</a> <a href="b.html#end">b</a>
+<a href="https://example.org/">away</a> <code>x[i][j]</code> <code>(A + B)</code></p>
+<img alt="a picture" src="a.png"><svg role="img" aria-label="a drawing"></svg>
+<pre><code>x[i][j] = ":func:"</code></pre>"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ("<p>see :func:<code>solve</code></p>", "role"),
+        ("<p>the method of [1]_</p>", "citation"),
+        ("<p>.. [2] A. Author.</p>", "citation"),
+        ("<li>(<code>(<span>array</span>, shape(n) or (n, m))</code>)</li>", "tuple"),
+        ("<td><code>(TypeError, ValueError)</code></td>", "tuple"),
+        ("<p>[<code>solve</code>][lowrank_inverse.solve]</p>", "without an end"),
+        ("<p>a paragraph {: .lead }</p>", "attributes"),
+        (r"<p>\(x^2\)</p>", "formula"),
+        ("<p>--8&lt;-- &quot;file&quot;</p>", "inclusion"),
+        ('<img src="a.png">', "no words"),
+        ('<img alt="" src="a.png">', "no words"),
+        ('<svg role="img"></svg>', "no words"),
+        ('<a href="missing.html">b</a>', "leads nowhere: missing.html"),
+        ('<a href="b.html#missing">b</a>', "leads nowhere: b.html#missing"),
+        ('<a href="#missing">b</a>', "leads nowhere: #missing"),
+        ('<img alt="a picture" src="missing.png">', "leads nowhere: missing.png"),
+        ('<script src="https://example.org/a.js"></script>', "from elsewhere"),
+        ('<link rel="stylesheet" href="//example.org/a.css">', "from elsewhere"),
+    ],
+)
+def test_the_checks_of_the_site_find(tmp_path, wrong, problem):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.html").write_text('<p id="end">b</p>')
+    (tmp_path / "a.html").write_text(CLEAN)
+    assert hook("checks").problems(tmp_path) == []
+    (tmp_path / "a.html").write_text(CLEAN + wrong)
+    found = hook("checks").problems(tmp_path)
+    assert len(found) == 1
+    assert found[0].startswith("a.html: ")
+    assert problem in found[0]
+
+
+def test_what_the_checks_find_is_a_warning(tmp_path, caplog):
+    class Config:
+        site_dir = str(tmp_path)
+
+    (tmp_path / "a.html").write_text("<p>the method of [1]_</p>")
+    hook("checks").on_post_build(config=Config)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.name.startswith("mkdocs.")
