@@ -85,7 +85,9 @@ def as_lineax(solver: Solver | SolveFunction, *, rng: RNG = 0) -> Any:
     >>> import jax.numpy as jnp
     >>> import lineax
     >>> import lowrank_inverse as li
-    >>> A = lineax.MatrixLinearOperator(2.0 * jnp.eye(2), lineax.positive_semidefinite_tag)
+    >>> A = lineax.MatrixLinearOperator(
+    ...     2.0 * jnp.eye(2), lineax.positive_semidefinite_tag
+    ... )
     >>> print(lineax.linear_solve(A, jnp.ones(2), as_lineax(li.CG())).value)
     [0.5 0.5]
     """

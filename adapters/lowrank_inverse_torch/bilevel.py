@@ -149,7 +149,10 @@ def hypergradient(
 
     >>> import torch
     >>> import lowrank_inverse as li
-    >>> w, h = torch.tensor([1.5], requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    >>> w, h = (
+    ...     torch.tensor([1.5], requires_grad=True),
+    ...     torch.tensor(1.0, requires_grad=True),
+    ... )
     >>> def inner():
     ...     return 0.5 * ((w - 3) ** 2 + h * w**2).sum()
     >>> out = hypergradient(inner, lambda: w.sum(), w, h, solver=li.CG())

@@ -217,7 +217,9 @@ def as_parameters(params: Any, *, name: str = "params", spread: bool = False) ->
     Examples
     --------
     >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False))
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False)
+    ... )
     >>> params = as_parameters(model)
     >>> params.names, params.n
     (('0.weight', '0.bias', '1.weight'), 10)

@@ -114,7 +114,14 @@ def linear_datamodelling_score(scores: Array, subsets: Array, losses: Array) -> 
     >>> from lowrank_inverse.influence.metrics import linear_datamodelling_score
     >>> subsets = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1]], dtype=bool)
     >>> losses = np.array([[0.1], [0.3], [0.2]])
-    >>> print(round(linear_datamodelling_score(np.array([[3.0, 2.0, 1.0]]), subsets, losses), 6))
+    >>> print(
+    ...     round(
+    ...         linear_datamodelling_score(
+    ...             np.array([[3.0, 2.0, 1.0]]), subsets, losses
+    ...         ),
+    ...         6,
+    ...     )
+    ... )
     1.0
     """
     s, f, m = _host("scores", scores), _host("losses", losses), _flags("subsets", subsets)
@@ -162,7 +169,9 @@ def mislabel_auc(self_influence: Array, is_mislabelled: Array) -> float:
     --------
     >>> import numpy as np
     >>> from lowrank_inverse.influence.metrics import mislabel_auc
-    >>> mislabel_auc(np.array([0.1, 0.9, 0.3, 0.2]), np.array([False, True, False, True]))
+    >>> mislabel_auc(
+    ...     np.array([0.1, 0.9, 0.3, 0.2]), np.array([False, True, False, True])
+    ... )
     0.75
     """
     values = _host("self_influence", self_influence)

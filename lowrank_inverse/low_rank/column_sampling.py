@@ -79,7 +79,9 @@ def sample_columns(
     --------
     >>> import numpy as np
     >>> from lowrank_inverse.low_rank.column_sampling import sample_columns
-    >>> print(sample_columns(np.diag([0.0, 1.0, 0.0, 2.0]), 2, sampling="diagonal", rng=0))
+    >>> print(
+    ...     sample_columns(np.diag([0.0, 1.0, 0.0, 2.0]), 2, sampling="diagonal", rng=0)
+    ... )
     [3 1]
     """
     check_sampling(sampling)

@@ -77,8 +77,13 @@ def hadamard(A: Any, B: Any) -> HadamardOperator:
     --------
     >>> import numpy as np
     >>> import lowrank_inverse as li
-    >>> t, x = np.linspace(0, 1, 50)[:, None], np.random.default_rng(0).standard_normal((50, 2))
-    >>> A = li.hadamard(li.KernelOperator(t, lengthscale=0.2), li.KernelOperator(x, "matern"))
+    >>> t, x = (
+    ...     np.linspace(0, 1, 50)[:, None],
+    ...     np.random.default_rng(0).standard_normal((50, 2)),
+    ... )
+    >>> A = li.hadamard(
+    ...     li.KernelOperator(t, lengthscale=0.2), li.KernelOperator(x, "matern")
+    ... )
     >>> print(A, float(A.diagonal()[0]))
     HadamardOperator(n=50, dtype=float64) 1.0
     """

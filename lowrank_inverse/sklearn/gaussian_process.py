@@ -112,7 +112,10 @@ class GaussianProcessRegressor(KernelRegressor):
     >>> y = np.sin(2 * X[:, 0]) + 0.1 * rng.standard_normal(200)
     >>> model = GaussianProcessRegressor().fit(X, y)
     >>> mean, std = model.predict([[0.5]], return_std=True)
-    >>> print(abs(mean[0] - np.sin(1.0)) < 3 * std[0], 0.08 < model.noise_**0.5 * y.std() < 0.12)
+    >>> print(
+    ...     abs(mean[0] - np.sin(1.0)) < 3 * std[0],
+    ...     0.08 < model.noise_**0.5 * y.std() < 0.12,
+    ... )
     True True
     """
 

@@ -14,6 +14,7 @@ from tests.conftest import kept_types_of_jax
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = re.compile(r"^( *)```python\n(.*?)^\1```\n\n\1```text\n(.*?)^\1```$", re.DOTALL | re.M)
+CODE = re.compile(r"^( *)```(?:python|console)\n(.*?)^\1```$", re.DOTALL | re.M)
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +39,8 @@ def test_each_example_prints_what_is_shown_below_it(page):
         assert printed.getvalue() == textwrap.dedent(shown)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_each_example_fits_in_eighty_columns(page):
-    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-    for _, code, _ in EXAMPLE.findall("\n".join(lines)):
-        assert max(map(len, textwrap.dedent(code).splitlines())) <= 80
+def test_code_fits_in_eighty_columns():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for _, code in CODE.findall(page.read_text(encoding="utf-8")):
+            for line in textwrap.dedent(code).splitlines():
+                assert len(line) <= 80, (page.name, line)

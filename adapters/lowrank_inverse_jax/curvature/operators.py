@@ -244,7 +244,11 @@ def hessian_columns(loss: Any, params: Any, indices: Indices, *, chunk_size: int
     Examples
     --------
     >>> import jax.numpy as jnp
-    >>> print(hessian_columns(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 2.0]), [1])[:, 0])
+    >>> print(
+    ...     hessian_columns(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 2.0]), [1])[
+    ...         :, 0
+    ...     ]
+    ... )
     [2. 0.]
     """
     return HessianOperator(loss, params, chunk_size=chunk_size).columns(indices)
