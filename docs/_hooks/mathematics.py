@@ -9,7 +9,7 @@ FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )  # as pymdownx.arithmatex leaves it
 RELATION = re.compile(r"<mi>(&#x02AAF;|&#x02AB0;)</mi>")  # ⪯ and ⪰, which are operators
-FUNCTION = re.compile(r"<mo>([a-z]{2,})</mo>")  # diag and tr, which are none
+FUNCTION = re.compile(r"<mo>(diag|tr)</mo>")  # which have no space behind
 
 
 def on_page_content(text: str, **kwargs: object) -> str:
@@ -23,5 +23,5 @@ def mathml(formula: re.Match[str]) -> str:
     latex = html.unescape(latex).strip()
     display = "block" if bracket == "[" else "inline"
     found = RELATION.sub(r"<mo>\1</mo>", convert(latex, display=display))
-    found = FUNCTION.sub(r"<mi>\1</mi>", found)
+    found = FUNCTION.sub(r'<mspace width="0.17em"/><mi>\1</mi>', found)
     return f'<{tag} class="formula">{found}</{tag}>'
