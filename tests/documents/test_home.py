@@ -44,3 +44,10 @@ def test_code_fits_in_eighty_columns():
         for _, code in CODE.findall(page.read_text(encoding="utf-8")):
             for line in textwrap.dedent(code).splitlines():
                 assert len(line) <= 80, (page.name, line)
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).is_file()] == []
