@@ -91,7 +91,9 @@ def hypergradient(
     Parameters
     ----------
     inner_loss : callable (params, hparams, *inner_args) -> scalar
+        What the training minimises.
     outer_loss : callable (params, hparams, *outer_args) -> scalar
+        What to differentiate with respect to the hyperparameters.
     params, hparams : pytree
         θ, at (or near) the minimum of the inner loss, and φ. Arrays of floats are differentiated
         by; all else is left as it is.

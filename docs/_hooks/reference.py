@@ -8,6 +8,7 @@ PAGES = ("quickstart", "guides", "tutorials")
 SHORT = {"lowrank_inverse": "li", "lowrank_inverse_torch": "lit", "lowrank_inverse_jax": "lij"}
 ENTRY = re.compile(r"^::: (\w+)((?:\.\w+)*)\.(\w+)$", re.MULTILINE)
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+NO_WORDS = re.compile(r'\s*–\s*<div class="doc-md-description">\s*</div>')
 SOURCE = '<details class="mkdocstrings-source">'
 
 
@@ -20,7 +21,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: object) ->
 
 
 def on_page_content(text: str, **kwargs: object) -> str:
-    """Leave the sources shown in the reference out of the search."""
+    """Leave sources out of the search, and dashes where no words follow."""
+    text = NO_WORDS.sub("", text)
     return text.replace(SOURCE, SOURCE.replace(">", " data-search-exclude>"))
 
 

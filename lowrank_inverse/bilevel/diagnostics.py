@@ -40,6 +40,7 @@ class Finding(NamedTuple):
         ``"not_stationary"``, ``"worse_than_identity"``, ``"unconverged"``, ``"nonfinite"`` or
         ``"no_path"``.
     message, remedy : str
+        What is wrong, with its figures, and what to do about it.
     """
 
     name: str

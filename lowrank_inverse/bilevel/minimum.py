@@ -88,6 +88,7 @@ class BilevelMinimum:
     value : float
         The outer loss there.
     history : tuple of Evaluation
+        One for each evaluation of the outer loss, in order.
     products, gradients : int
         Products with the inner Hessian, and gradients of the inner loss, all told.
     reason : str

@@ -26,6 +26,7 @@ class DiagonalEstimate(NamedTuple):
     standard_error : array, shape (n,)
         Of each entry, as the samples show it.
     num_products : int
+        What it cost.
     """
 
     value: Array

@@ -29,6 +29,7 @@ class TraceEstimate(NamedTuple):
     standard_error : float or 0-d array
         As the samples show it; 0 where nothing was drawn.
     num_products : int
+        What it cost.
     """
 
     value: Any

@@ -153,6 +153,7 @@ def mislabel_auc(self_influence: Array, is_mislabelled: Array) -> float:
     self_influence : array, shape (n,)
         Any score that is larger for suspects.
     is_mislabelled : array of bool, shape (n,)
+        Which labels are wrong.
 
     Returns
     -------

@@ -31,6 +31,7 @@ class InfluenceInfo(NamedTuple):
     Attributes
     ----------
     num_train, num_params : int
+        Training examples, and numbers in the parameters.
     curvature, solver : str
         The solver's settings; for the default, those chosen for the latest call.
     ridge, damping : float
@@ -47,6 +48,7 @@ class InfluenceInfo(NamedTuple):
         Of the last solve: norm of the true residual over that of the right-hand side. None
         before the first, and where it was read from a checkpoint.
     num_steps : numpy.ndarray of int, shape (n_query,)
+        Steps of that solve.
     message : str
         How that solve ended, in words.
     """

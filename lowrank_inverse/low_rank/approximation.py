@@ -290,7 +290,9 @@ class NystromApproximation(SpectralFunctions):
         Parameters
         ----------
         b : array, shape (n,) or (n, m)
+            Right-hand sides, one per column.
         dampings : sequence or array of q positive numbers
+            One for each solution.
 
         Returns
         -------

@@ -71,6 +71,7 @@ def load(path: str | os.PathLike[str], *, like: Array | None = None) -> NystromA
     Parameters
     ----------
     path : str or path
+        The file.
     like : array, optional
         An array of the library and device wanted. Default: NumPy.
 

@@ -109,6 +109,7 @@ def chunked_inverse(
     ----------
     A : linear operator, shape (n, n)
     indices : sequence of k distinct ints
+        Which columns of `A`.
     damping : float or 0-d array
         Positive.
     chunk_size : int
@@ -176,6 +177,7 @@ def streamed_inverse(
     A : linear operator, shape (n, n)
         Symmetric and deterministic: the same vector must give the same product.
     indices : sequence of k distinct ints
+        Which columns of `A`.
     damping : float or 0-d array
         Positive.
     chunk_size : int

@@ -77,6 +77,7 @@ def woodbury_inverse(
     Parameters
     ----------
     approx : NystromApproximation, of shape (n, n) with k columns
+        What to invert.
     damping : float or 0-d array
         Positive.
     chunk_size : int, optional

@@ -28,6 +28,7 @@ def columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array
     ----------
     A : linear operator, shape (n, n)
     indices : sequence of k distinct ints
+        Which columns, in this order.
     chunk_size : int, optional
         Columns asked for at a time. Default: all at once.
 

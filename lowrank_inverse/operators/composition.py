@@ -27,6 +27,7 @@ def shifted(A: Any, damping: Scalar) -> Operator:
     Parameters
     ----------
     A : linear operator, shape (n, n)
+        Symmetric.
     damping : float or 0-d array
         Added to the diagonal; 0 or more.
 

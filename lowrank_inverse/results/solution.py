@@ -57,12 +57,15 @@ class Solution(NamedTuple):
     Attributes
     ----------
     value : array, shape (n,) or (n, m)
+        The answer x.
     residual_norm : array, shape () or (m,)
         Euclidean norm of ``b - (A + damping I) value``, computed from `value` itself.
     num_steps : array of int, shape () or (m,)
+        Steps of the iteration; 0 for a direct method.
     num_products : int
         Products of A with one vector, all told: a product with m columns counts m.
     converged : array of bool, shape () or (m,)
+        Whether the residual met the tolerance.
     reason : array of int, shape () or (m,)
         Codes of :class:`Reason`.
     error_bound : array or None, shape () or (m,)

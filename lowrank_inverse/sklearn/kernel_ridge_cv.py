@@ -30,6 +30,7 @@ class KernelRidgeCV(KernelRegressor):
     Attributes
     ----------
     alpha_ : float, or ndarray of shape (m,) with `alpha_per_target`
+        The best of `alphas`.
     best_score_ : float, or ndarray of shape (m,) with `alpha_per_target`
         Minus the mean of the squared errors, each times the weight of its point.
     cv_results_ : ndarray, shape (n, q) or (n, m, q)

@@ -133,3 +133,12 @@ def test_what_the_checks_find_is_a_warning(tmp_path, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.name.startswith("mkdocs.")
+
+
+def test_an_entry_without_words_has_no_dash_and_a_source_is_not_searched():
+    item = '<li><code>k</code>\n – \n<div class="doc-md-description">{}</div></li>'
+    reference = hook("reference")
+    assert reference.on_page_content(item.format("\n ")) == "<li><code>k</code></li>"
+    assert reference.on_page_content(item.format("words")) == item.format("words")
+    source = '<details class="mkdocstrings-source"><pre>def f(): ...</pre></details>'
+    assert "data-search-exclude" in reference.on_page_content(source)

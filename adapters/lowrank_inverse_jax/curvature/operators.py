@@ -171,6 +171,7 @@ class GaussNewtonOperator(CurvatureOperator):
     Parameters
     ----------
     loss : callable (outputs) -> scalar, or list of callables
+        The loss of the outputs.
     outputs : callable (params) -> array or pytree, or list of callables
         The outputs of the network. Lists pair up with those of `loss`, and the operator is the
         plain mean over the pairs.

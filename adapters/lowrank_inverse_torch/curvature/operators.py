@@ -223,6 +223,7 @@ class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
     Parameters
     ----------
     loss : callable (outputs) -> scalar, or list of callables
+        The loss of the outputs.
     outputs : closure () -> Tensor, or list of closures
         The outputs of the network. Lists pair up with those of `loss`, and the operator is the
         plain mean over the pairs, one graph at a time as in `HessianOperator`.
