@@ -88,10 +88,12 @@ def spread_rows(part: Array, x: Array, n: int) -> Array:
     return _placed(part, x, "Shard", 0, shape=shape, stride=tuple(strides))
 
 
-def own_part(whole: Array, x: Array) -> Array:
-    """Return plain rows, which each process has, spread as those of `x`."""
-    mine = owned_rows(x, whole.shape[0])
-    return spread_rows(whole[mine.start : mine.stop], x, whole.shape[0])
+def rows_beside(rows: Array, x: Array) -> Array:
+    """Return plain rows, which each process has, spread as those of `x` if it is."""
+    if not is_spread(x) or is_spread(rows):
+        return rows
+    mine = owned_rows(x, rows.shape[0])
+    return spread_rows(rows[mine.start : mine.stop, ...], x, rows.shape[0])
 
 
 def taken_rows(x: Array, indices: np.ndarray) -> Array:

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.influence.dataset import Examples
+
+T = TypeVar("T")
+
+
+class Together(Protocol):
+    """The processes that share the training examples."""
+
+    size: int
+    rank: int
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Return what `function` returns; raise in all processes what it raises in one."""
+        ...
+
+    def everyone(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order."""
+        ...
+
+    def agree(self, **values: Any) -> None:
+        """Raise in all processes unless each of `values` is the same in all of them."""
+        ...
+
+
+class Alone:
+    """One process that has all examples."""
+
+    size, rank = 1, 0
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Return what `function` returns."""
+        return function()
+
+    def everyone(self, value: T) -> list[T]:
+        """Return the value."""
+        return [value]
+
+    def agree(self, **values: Any) -> None:
+        """Agree with itself."""
 
 
 class Backend(Protocol):

@@ -12,12 +12,20 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_indices
-from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.arrays.conversion import concrete, like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
+from lowrank_inverse.arrays.spread import gathered, is_spread, local, rows_beside
 from lowrank_inverse.influence.loss_checks import check_gradients
 from lowrank_inverse.influence.plan import Plan, short
 from lowrank_inverse.influence.queries.tokens import TokenScores
-from lowrank_inverse.influence.results import InfluenceInfo, TopK, merged, open_scores, top
+from lowrank_inverse.influence.results import (
+    InfluenceInfo,
+    TopK,
+    joined,
+    merged,
+    open_scores,
+    top,
+)
 
 __all__ = ["InfluenceBase", "InfluenceInfo", "Plan", "TopK"]
 
@@ -134,17 +142,20 @@ class InfluenceBase(TokenScores):
         The scores of one batch are held at a time, so that the training set may be of any size.
         """
         groups, (_, num) = self._scored(query, train, query_loss, reduction, method, checkpoint)
-        check_count("k", k, most=num)
+        nums = self._group.everyone(num)
+        check_count("k", k, most=sum(nums))
+        offset = sum(nums[: self._group.rank])
         top(np.zeros((1, 1)), 1, kind)  # refuses an unknown kind before the work
         rows = []
         for _, blocks in groups:
             best: TopK | None = None
             for start, block in blocks:
-                best = merged(best, top(to_host(block), k, kind, start), k, kind)
+                best = merged(best, top(to_host(block), k, kind, offset + start), k, kind)
             assert best is not None
-            rows.append(best)
+            rows.append(joined(self._group.everyone(best), k, kind))
         indices = np.concatenate([one.indices for one in rows])
-        return TopK(indices, like(np.concatenate([one.scores for one in rows]), self._backend.like))
+        scores = np.concatenate([one.scores for one in rows])
+        return TopK(indices, like(scores, local(self._backend.like)))
 
     def plan(
         self,
@@ -191,6 +202,7 @@ class InfluenceBase(TokenScores):
         -----
         One solve for each training example, in blocks as large as `memory_budget` allows.
         """
+        self._alone("self_influence")
         self._check_unchanged()
         self._begin(self._train.num, self._train.num)
         store = self._store(checkpoint, "self_influence", train=self._train)
@@ -229,6 +241,7 @@ class InfluenceBase(TokenScores):
         The problem without them is ``1 / num_train * sum of the others + ridge / 2 * sum(params **
         2)``: neither divisor nor ridge change. One solve, however many queries.
         """
+        self._alone("removal_effect")
         chosen = check_indices(indices, self._train.num)
         self._check_unchanged()
         backend = self._measure(query_loss)
@@ -262,7 +275,8 @@ class InfluenceBase(TokenScores):
         check_finite("G", G)
         self._check_unchanged()
         self._begin(1 if G.ndim == 1 else int(G.shape[1]), 0)
-        return self._solve(G).value
+        value = self._solve(rows_beside(G, self._backend.like)).value
+        return value if is_spread(G) else gathered(value)
 
     def with_damping(self, damping: Scalar) -> Any:
         """Return the same influence function with another damping, on the same columns.
@@ -279,19 +293,19 @@ class InfluenceBase(TokenScores):
     @property
     def info(self) -> InfluenceInfo:
         """Cost and trust; see `InfluenceInfo`."""
-        losses: Any = self._train.losses
-        gradient = self._operator.gradient + self._ridge * self._backend.vector()
+        theta = rows_beside(self._backend.vector(), self._backend.like)
+        gradient = self._operator.gradient + self._ridge * theta
         residual, steps, message = self._solution or (None, None, "nothing solved yet")
         prepared = self._factor._inverse
         return InfluenceInfo(
-            num_train=self._train.num,
+            num_train=self._num_train,
             num_params=self._backend.n,
             curvature=self._curvature,
             solver=short(self._solver),
             ridge=self._ridge,
             damping=self._damping,
-            loss=float(np.mean(losses, dtype=np.float64)),
-            gradient_norm=float(column_norm(gradient)),
+            loss=self._loss,
+            gradient_norm=float(concrete(column_norm(gradient))),
             rank=None if prepared is None else prepared.rank,
             num_products=self._factor.A.num_products,
             relative_residual=residual,

@@ -14,6 +14,8 @@ import numpy as np
 from lowrank_inverse._io import Format
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.arrays.spread import is_spread, local, spread_rows
+from lowrank_inverse.influence.backend import Alone, Together
 from lowrank_inverse.influence.loss_checks import first_difference
 
 FLOAT_RTOL = 1e-3
@@ -30,9 +32,21 @@ class Store:
     key : dict
         What the arrays depend on: text, and numbers and losses, which are equal up to rounding. A
         folder written under another key is refused.
+    group : optional
+        Processes that each have a folder: of arrays with spread rows it holds the own ones.
+    n : int
+        Rows of such arrays.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        key: dict[str, Any],
+        group: Together | None = None,
+        n: int = 0,
+    ) -> None:
+        self._group: Together = group or Alone()
+        self._n = n
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
@@ -52,23 +66,31 @@ class Store:
         if self.folder is None:
             return compute()
         path = self.folder / f"{name}.npz"
-        if path.exists():
-            return like(FILE.load(path), template)
+        if self._exists(path, template):
+            return self._read(FILE.load(path), template)
         value = compute()
-        FILE.save(path, to_host(value))
+        FILE.save(path, to_host(local(value)))
         return value
+
+    def _exists(self, path: Path, template: Array) -> bool:
+        """Whether a file is there; of what all processes compute together, in all folders."""
+        return all(self._group.everyone(path.exists())) if is_spread(template) else path.exists()
+
+    def _read(self, array: np.ndarray, template: Array) -> Array:
+        own = like(array, local(template))
+        return spread_rows(own, template, self._n) if is_spread(template) else own
 
     def write(self, name: str, arrays: tuple[Array, ...] | None) -> None:
         """Keep arrays under a name, in the place of earlier ones."""
         if self.folder is not None and arrays is not None:
-            FILE.save(self.folder / f"{name}.npz", tuple(map(to_host, arrays)))
+            FILE.save(self.folder / f"{name}.npz", tuple(to_host(local(x)) for x in arrays))
 
     def read(self, name: str, template: Array) -> tuple[Array, ...] | None:
         """Return what `write` kept, None where there is nothing."""
         path = None if self.folder is None else self.folder / f"{name}.npz"
-        if path is None or not path.exists():
+        if path is None or not self._exists(path, template):
             return None
-        return tuple(like(array, template) for array in FILE.load(path))
+        return tuple(self._read(array, template) for array in FILE.load(path))
 
 
 def differences(found: dict[str, Any], key: dict[str, Any]) -> list[str]:

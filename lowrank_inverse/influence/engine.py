@@ -20,8 +20,9 @@ from lowrank_inverse.arrays.checks import (
 )
 from lowrank_inverse.arrays.conversion import is_array, to_host
 from lowrank_inverse.arrays.linalg import column_norm
+from lowrank_inverse.arrays.spread import rows_beside
 from lowrank_inverse.estimators.trace import auto_damping
-from lowrank_inverse.influence.backend import Backend
+from lowrank_inverse.influence.backend import Alone, Backend, Together
 from lowrank_inverse.influence.damped_solver import Factor, KeptColumns, checked_damping
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_gradients, check_unchanged, measure_losses
@@ -79,7 +80,13 @@ class Workings:
                 damping = 0.0 if to_host(self._ridge).min() > 0 else "auto"
         self._solver: Any = solver
         self._measures: dict[Any, Backend] = {}  # the latest alone
+        self._group: Together = getattr(backend, "group", None) or Alone()
+        self._group.agree(solver=self._solver, curvature=curvature, damping=damping, rng=self._seed)
         self._train = self._read(train, "train")
+        losses: Any = self._train.losses
+        counts = self._group.everyone((self._train.num, float(losses.sum(dtype=np.float64))))
+        self._num_train = sum(num for num, _ in counts)
+        self._loss = sum(loss for _, loss in counts) / self._num_train
         self._operator = backend.operator(self._train, curvature)
         self._check_total(self._operator.gradient, backend, self._train)
         self._source: Any = None
@@ -121,12 +128,16 @@ class Workings:
 
     def _read(self, data: Any, name: str, backend: Backend | None = None) -> Examples:
         backend = self._backend if backend is None else backend
-        examples = backend.examples(data, name, self._batch_size, self._memory_budget)
-        measure_losses(backend, examples)
-        return examples
+
+        def read() -> Examples:
+            examples = backend.examples(data, name, self._batch_size, self._memory_budget)
+            measure_losses(backend, examples)
+            return examples
+
+        return self._group.together(read)
 
     def _check_unchanged(self) -> None:
-        check_unchanged(self._backend, self._train)
+        self._group.together(lambda: check_unchanged(self._backend, self._train))
 
     def _measure(self, query_loss: Callable[..., Any] | None) -> Backend:
         """Return the backend for the function of a query."""
@@ -148,7 +159,7 @@ class Workings:
         """Ritz pairs to keep of earlier solves."""
         if not isinstance(self._solver, CG) or self._solver.preconditioner is not None:
             return 0
-        n, num = self._backend.n, self._train.num
+        n, num = self._backend.n, self._num_train
         if not self._is_default:
             return min(n, self._solver.recycle)
         return most_pairs(n, num, self._itemsize, self._memory_budget)
@@ -229,16 +240,24 @@ class Workings:
         self, backend: Backend, examples: Examples, first: int, batches: list[Any]
     ) -> Array:
         """Return the gradients of the examples from `first` on, shape (n, size of the batches)."""
-        blocks = [backend.gradients(batch) for batch in batches]
-        G = array_namespace(blocks[0]).concat(blocks, axis=1) if len(blocks) > 1 else blocks[0]
-        check_gradients(G, examples, first)
-        return G
+
+        def taken() -> Array:
+            blocks = [backend.gradients(batch) for batch in batches]
+            G = array_namespace(blocks[0]).concat(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+            check_gradients(G, examples, first)
+            return G
+
+        return rows_beside(self._group.together(taken), self._backend.like)
 
     def _check_total(self, total: Array, backend: Backend, examples: Examples) -> None:
         """Name an example whose gradient makes the sum of all no number."""
         if not bool(all_finite(total)):
-            for start, batch in examples.parts(self._num_gradients()):
-                check_gradients(backend.gradients(batch), examples, start)
+
+            def look() -> None:
+                for start, batch in examples.parts(self._num_gradients()):
+                    check_gradients(backend.gradients(batch), examples, start)
+
+            self._group.together(look)
 
 
 def _checked_ridge(ridge: Any) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.linalg import dot
+from lowrank_inverse.arrays.spread import gathered, local, rows_beside
 from lowrank_inverse.influence.backend import Backend
 from lowrank_inverse.influence.checkpoint import Store, shown
 from lowrank_inverse.influence.dataset import Examples
@@ -43,6 +45,8 @@ class Passes(Recorded):
         targets = self._train if train is None else self._read(train, "train")
         backend = self._measure(query_loss)
         queries = self._read(query, "query", backend)
+        if self._group.size > 1:
+            self._group.agree(queries=queries.digest(), method=method, reduction=reduction)
         shape = 1 if reduction == "sum" else queries.num, targets.num
         self._begin(shape[0], shape[0] * shape[1])
         store = self._store(checkpoint, "scores", method, reduction, query=queries, train=targets)
@@ -70,6 +74,7 @@ class Passes(Recorded):
             def compute(number: int = number, first: int = first, batches: Any = batches) -> Array:
                 if batches is None:
                     G = backend.total(queries, np.ones(queries.num))[:, None]
+                    G = rows_beside(G, self._backend.like)
                     self._check_total(G, backend, queries)
                 else:
                     G = self._gradients(backend, queries, first, batches)
@@ -79,7 +84,10 @@ class Passes(Recorded):
 
             Z = store.get(f"directions-{first}", compute, self._backend.like)
             self._remember(solutions)
-            yield first, self._blocks(Z, targets, method, store, first)
+            blocks = self._blocks(gathered(Z), targets, method, store, first)
+            if self._group.size > 1:  # before the next solve, in which all must take part
+                blocks = iter(self._group.together(partial(list, blocks)))
+            yield first, blocks
 
     def _blocks(
         self, Z: Array, targets: Examples, method: str, store: Store, first: int
@@ -95,7 +103,7 @@ class Passes(Recorded):
                     return self._backend.slopes(batch, Z)
                 return Z.T @ self._backend.gradients(batch)
 
-            block = store.get(f"scores-{first}-{start}", compute, self._backend.like)
+            block = store.get(f"scores-{first}-{start}", compute, local(self._backend.like))
             check_gradients(block, targets, start)
             yield start, block
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_inverse._io import Format
-from lowrank_inverse.arrays.conversion import is_array, like, to_host
+from lowrank_inverse.arrays.conversion import is_array, like, rows_like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.influence.checkpoint import Store, differences, digest
 from lowrank_inverse.influence.damped_solver import from_record, to_record
@@ -39,6 +39,7 @@ class Recorded(Workings):
         What they depend on: hashes of the weights, frozen ones and buffers too, and of the training
         set, the loss of each training example, and a product with the curvature.
         """
+        self._alone("save")
         self._check_unchanged()
         settings = self._settings() | {"solver": to_record(self._settings()["solver"])}
         _ = self._factor.inverse  # computes the columns
@@ -65,6 +66,7 @@ class Recorded(Workings):
 
     def __reduce__(self) -> Any:
         """Pickle what it was made of, and the columns; it is made anew on the other side."""
+        self._alone("pickle")
         self._check_unchanged()
         arguments, options = self._arguments
         limits = {
@@ -73,6 +75,14 @@ class Recorded(Workings):
             "progress": self._progress,
         }
         return _rebuilt, (type(self), arguments, options | limits | self._settings(), self._kept())
+
+    def _alone(self, name: str) -> None:
+        """Raise where there is a mesh, for what is not taken over processes."""
+        if self._group.size > 1:
+            raise ValueError(
+                f"`{name}` is for an influence function of one process; this one has a `mesh`. "
+                "Make one without it, of all training examples."
+            )
 
     def _settings(self) -> dict[str, Any]:
         undecided = self._is_default and not isinstance(self._solver, Exact)
@@ -98,7 +108,7 @@ class Recorded(Workings):
     def _key(self) -> dict[str, Any]:
         """Return what the columns depend on, beside the settings."""
         signs = np.random.default_rng(0).integers(0, 2, self._backend.n) * 2.0 - 1
-        probe = like(signs, self._backend.like)
+        probe = rows_like(signs, self._backend.like)
         return {
             "parameters": self._backend.fingerprint(),
             "training set": self._train.digest(),
@@ -110,6 +120,8 @@ class Recorded(Workings):
         """Return a store whose key is all that the results depend on."""
         if folder is None:
             return Store(None, {})
+        if self._group.size > 1:
+            folder = os.path.join(folder, f"{self._group.rank}-of-{self._group.size}")
         sampled = isinstance(self._solver, (Nystrom, NystromCG))
         if sampled and not self._seeded and self._solver.indices is None:
             raise ValueError(
@@ -124,7 +136,7 @@ class Recorded(Workings):
         for name, one in data.items():
             if one is not self._train:
                 key |= {name: one.digest(), f"{name} losses": one.losses}
-        return Store(folder, key)
+        return self._group.together(lambda: Store(folder, key, self._group, self._backend.n))
 
 
 def _rebuilt(

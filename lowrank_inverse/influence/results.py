@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +83,11 @@ def merged(best: TopK | None, other: TopK, k: int, kind: str) -> TopK:
     scores = np.concatenate([best.scores, other.scores], axis=1)
     chosen = top(scores, k, kind).indices
     return TopK(*(np.take_along_axis(x, chosen, axis=1) for x in (indices, scores)))
+
+
+def joined(parts: list[TopK], k: int, kind: str) -> TopK:
+    """Return the k best of all parts, of equal ones those that came first."""
+    return reduce(lambda best, part: merged(best, part, k, kind), parts)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

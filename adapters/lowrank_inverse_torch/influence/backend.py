@@ -6,12 +6,14 @@ import copy
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, autograd, nn
 
+from lowrank_inverse.arrays.checks import no_entries
+from lowrank_inverse.arrays.spread import local, rows_beside
 from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_tokens
@@ -39,6 +41,11 @@ from lowrank_inverse_torch.model_guard import (
 )
 from lowrank_inverse_torch.parameters import Parameters, as_parameters
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lowrank_inverse_torch.mesh.processes import Processes
+
 Split = Callable[[Any], tuple[Any, Any]]
 
 
@@ -52,6 +59,7 @@ class TorchBackend:
         params: Any,
         split: Split | None,
         chunk_size: int,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
@@ -71,7 +79,14 @@ class TorchBackend:
             self.model = in_float32(model)
             parameters = dict(self.model.named_parameters())
             self.params = as_parameters([parameters[name] for name in self._names])
-        self.n, self.like = self.params.n, self.params.flatten(self.params.tensors)[:0]
+        self.n, self.mesh = self.params.n, mesh
+        self.group: Processes | None = None
+        self.like = no_entries(self.vector())
+        if mesh is not None:
+            from lowrank_inverse_torch.mesh.processes import Processes
+
+            self.group = group = Processes(mesh, self.params)
+            self.like = no_entries(group.laid(self.vector()))
         floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         self.unit = max(torch.finfo(dtype).eps for dtype in floats)
         self._watched = [*model.parameters(), *model.buffers()]  # the user's own
@@ -106,15 +121,14 @@ class TorchBackend:
                     f"`ridge` must be a number, an array of shape ({self.n},), or a dict by name "
                     f"of parameter; got shape {tuple(vector.shape)}."
                 )
-            return vector
+            return vector if vector.ndim == 0 else rows_beside(vector, self.like)
         if set(ridge) != set(self._names):
             raise ValueError(
                 f"`ridge` must have one entry for each parameter, {self._names}; got {list(ridge)}."
             )
         pairs = zip(self._names, self.params.tensors, strict=True)
-        return self.params.flatten(
-            [self._as_like(ridge[name]).expand_as(tensor) for name, tensor in pairs]
-        )
+        parts = [self._as_like(ridge[name]).expand_as(tensor) for name, tensor in pairs]
+        return rows_beside(self.params.flatten(parts), self.like)
 
     def fingerprint(self) -> str:
         """Hash all parameters and buffers."""
@@ -125,7 +139,7 @@ class TorchBackend:
         return as_examples(
             data,
             name,
-            like=self.like,
+            like=local(self.like),
             widen=self.is_widened,
             batch_size=batch_size,
             memory_budget=budget,
@@ -158,10 +172,16 @@ class TorchBackend:
             forward=self._forward,
             loss=self.loss,
             chunk_size=self.chunk_size,
+            mesh=self.mesh,
+            group=self.group,
         )
         if curvature == "empirical_fisher":
-            w = np.ones(examples.num) if weights is None else weights
-            operator.gradient = self.total(examples, w) / examples.num
+            w, group = np.ones(examples.num) if weights is None else weights, self.group
+            if group is None:
+                operator.gradient = self.total(examples, w) / examples.num
+            else:
+                num = sum(group.everyone(examples.num))
+                operator.gradient = group.spread(group.own_sum(self.total(examples, w) / num))
         return operator
 
     def gradients(self, batch: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -12,6 +12,9 @@ from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse_torch.influence.backend import Split, TorchBackend
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["InfluenceFunction"]
 
@@ -71,6 +74,12 @@ class InfluenceFunction(InfluenceBase):
         product.
     progress : bool
         Show progress bars, which need tqdm, and print the plan before each computation.
+    mesh : DeviceMesh, optional
+        Of one dimension, over processes that each give their own part of the training set as
+        `train`, of any size, and otherwise the same. Each makes the same calls. `scores` returns
+        the columns of the own examples; `top_k` is that of all, numbered process by process; a
+        checkpoint is a folder for each process. `self_influence`, `removal_effect` and `save` are
+        for one process.
 
     Raises
     ------
@@ -127,13 +136,14 @@ class InfluenceFunction(InfluenceBase):
         rng: RNG = 0,
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         if isinstance(params, Iterator):
             params = list(params)
         about = {"params": params, "split": split, "chunk_size": chunk_size}
         self._arguments = (model, loss, train), about
         super().__init__(
-            TorchBackend(model, loss, params, split, chunk_size),
+            TorchBackend(model, loss, params, split, chunk_size, mesh),
             train,
             curvature=curvature,
             solver=solver,

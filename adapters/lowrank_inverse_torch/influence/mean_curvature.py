@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from lowrank_inverse_torch.influence.batch_loss import BatchLoss
 from lowrank_inverse_torch.influence.calls import per_example, to_evaluation
 from lowrank_inverse_torch.model_guard import twice_differentiable_attention
 from lowrank_inverse_torch.parameters import Parameters
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lowrank_inverse_torch.mesh.processes import Processes
 
 
 def mean_curvature(
@@ -27,11 +32,19 @@ def mean_curvature(
     forward: Callable[[Any], tuple[Any, Any]],
     loss: Callable[[Any, Any], Tensor],
     chunk_size: int,
+    mesh: DeviceMesh | None = None,
+    group: Processes | None = None,
 ) -> HessianOperator | GaussNewtonOperator:
-    """Return ``1 / num * sum_i w_i C_i``; `forward` returns outputs and targets of a batch."""
+    """Return ``1 / num * sum_i w_i C_i``; `forward` returns outputs and targets of a batch.
+
+    On a mesh, the sum is over the examples of all processes of the group.
+    """
     starts = np.cumsum([0, *examples.sizes])
-    scale = len(examples) / examples.num  # the operators take the mean over batches
-    options: dict[str, Any] = {"chunk_size": chunk_size, "module": model}
+    counts = [(len(examples), examples.num)]
+    counts = counts if group is None else group.everyone(counts[0])
+    num_batches, num = map(sum, zip(*counts, strict=True))
+    scale = num_batches / num  # the operators take the mean over batches
+    options: dict[str, Any] = {"chunk_size": chunk_size, "module": model, "mesh": mesh}
 
     def weighted(losses: Tensor, first: int, i: int) -> Tensor:
         if weights is None:

@@ -72,6 +72,12 @@ class Processes:
         distributed.all_gather(parts, numbers, group=self.group)
         return parts
 
+    def everyone(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order."""
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value, group=self.group)
+        return found
+
     # What has n rows.
 
     def laid(self, vector: Tensor) -> DTensor:
@@ -155,9 +161,7 @@ class Processes:
 
     def fail(self, error: Exception | None) -> None:
         """Raise in all processes what some of them met, in the words of the first."""
-        found: list[Any] = [None] * self.size
-        mine = None if error is None else (type(error).__name__, str(error))
-        distributed.all_gather_object(found, mine, group=self.group)
+        found = self.everyone(None if error is None else (type(error).__name__, str(error)))
         rank, (kind, message) = next((i, one) for i, one in enumerate(found) if one is not None)
         kinds = {one.__name__: one for one in (ValueError, TypeError, RuntimeError)}
         prefix = "" if kind in kinds else f"{kind}: "

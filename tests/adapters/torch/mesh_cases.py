@@ -349,3 +349,102 @@ def dies(mesh: DeviceMesh) -> None:
 
     H = operator(mesh)
     li.solve(H, H.gradient, solver=li.CG(damping=0.1, rtol=1e-12), callback=step)
+
+
+# Influence.
+
+
+def losses(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="none")
+
+
+def influence_of(mesh: DeviceMesh | None, **options: Any) -> Any:
+    rows, (x, y) = own_rows(mesh), data()
+    options = {"ridge": 0.05, "solver": li.NystromCG(rank=20, rtol=1e-13)} | options
+    return lit.InfluenceFunction(network(), losses, (x[rows], y[rows]), mesh=mesh, **options)
+
+
+def queries() -> tuple[Tensor, Tensor]:
+    x, y = data()
+    return x[:4] + 0.1, y[:4]
+
+
+def scores_of_all(influence: Any, mesh: DeviceMesh | None, **options: Any) -> Tensor:
+    """Return the scores of all processes side by side."""
+    own = influence.scores(queries(), **options)
+    if mesh is None:
+        return own
+    parts: list[Any] = [None] * mesh.size()
+    torch.distributed.all_gather_object(parts, own)
+    return torch.cat(parts, dim=1)
+
+
+INFLUENCES: dict[str, dict[str, Any]] = {
+    "NystromCG": {},
+    "default": {"solver": None},
+    "dense": {"solver": li.Exact()},
+    "auto": {"ridge": 0.0, "damping": "auto"},
+    "hessian": {"curvature": "hessian", "ridge": torch.linspace(0.05, 0.1, 57)},
+    "fisher": {"curvature": "empirical_fisher", "batch_size": 7},
+}
+
+
+def influence(mesh: DeviceMesh | None, names: list[str]) -> dict[str, Tensor]:
+    found = {}
+    for name in names:
+        made = influence_of(mesh, **INFLUENCES[name])
+        found[f"{name} jvp"] = scores_of_all(made, mesh, method="jvp")
+        found[f"{name} gradients"] = scores_of_all(made, mesh, method="gradients")
+        found[f"{name} sum"] = scores_of_all(made, mesh, reduction="sum")
+        best = made.top_k(queries(), 5, "absolute")
+        found[f"{name} best"] = torch.from_numpy(best.indices).double()
+        found[f"{name} best scores"] = best.scores
+        info = made.info
+        found[f"{name} info"] = torch.tensor(
+            [info.num_train, info.loss, info.gradient_norm, info.damping], dtype=torch.float64
+        )
+        G = torch.linspace(0, 1, 57, dtype=torch.float64)
+        found[f"{name} product"] = made.inverse_product(G)
+    return found
+
+
+def resumed(mesh: DeviceMesh | None, folder: str) -> dict[str, Tensor]:
+    """Scores that are interrupted, and gone on with where one process has lost its directions."""
+    import os
+    import shutil
+
+    made = influence_of(mesh)
+    first = scores_of_all(made, mesh, checkpoint=folder)
+    before = made.info.num_products
+    again = influence_of(mesh)
+    found = {"first": first, "again": scores_of_all(again, mesh, checkpoint=folder)}
+    if mesh is not None:
+        assert again.info.message == "read from the checkpoint" and before > 0
+        own = os.path.join(folder, f"{mesh.get_local_rank()}-of-{mesh.size()}")
+        assert os.path.isdir(own)
+        torch.distributed.barrier()
+        if mesh.get_local_rank() == 0:
+            shutil.rmtree(own)
+    found["after a loss"] = scores_of_all(influence_of(mesh), mesh, checkpoint=folder)
+    return found
+
+
+def wrong_influence(mesh: DeviceMesh, what: str) -> Any:
+    """Let the last process differ from the others in one thing."""
+    last = mesh.get_local_rank() == mesh.size() - 1
+    rows, (x, y) = own_rows(mesh), data()
+    x, y = x[rows].clone(), y[rows].clone()
+    if what == "nan" and last:
+        x[3] = float("nan")
+    if what == "no examples" and last:
+        x, y = x[:0], y[:0]
+    seed = int(last and what == "rng")
+    model = network()
+    made = lit.InfluenceFunction(model, losses, (x, y), ridge=0.05, rng=seed, mesh=mesh)
+    if what == "changed" and last:
+        y[:] = 0
+        model[0].weight.data.mul_(1.1)
+    query_x, query_y = queries()
+    if what == "self":
+        return made.self_influence()
+    return made.scores((query_x + (0.1 if last and what == "queries" else 0), query_y))

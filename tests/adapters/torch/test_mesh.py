@@ -144,3 +144,40 @@ def test_a_process_that_ends_ends_the_others():
         assert not fine and answer.startswith("RuntimeError") and other == "the process ended"
     finally:
         group.close()
+
+
+def test_influence_equals_that_of_one_process(two):
+    names = ["NystromCG"]
+    equal_to_one_process(two.run("influence", names=names), mesh_cases.influence(None, names))
+
+
+@pytest.mark.slow
+def test_influence_of_all_kinds_equals_that_of_one_process(two):
+    names = list(mesh_cases.INFLUENCES)
+    found, expected = two.run("influence", names=names), mesh_cases.influence(None, names)
+    equal_to_one_process(found, expected, bound=1e-4)  # the tolerance of the default solver
+    sharp = {name: x for name, x in expected.items() if not name.startswith("default")}
+    equal_to_one_process(found, sharp, bound=1e-11)
+
+
+@pytest.mark.slow
+def test_scores_go_on_from_a_folder_for_each_process(two, tmp_path):
+    expected = mesh_cases.resumed(None, str(tmp_path / "one"))
+    equal_to_one_process(two.run("resumed", folder=str(tmp_path / "two")), expected)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("nan", "ValueError: process 1 of 2: `loss` must be finite; it is nan for example 3 of"),
+        ("no examples", "ValueError: process 1 of 2: `train` must hold at least one example"),
+        ("rng", "RuntimeError: the processes disagree on the rng: those of rank [1]"),
+        ("changed", "RuntimeError: process 1 of 2: The loss of example 0 of `train` was"),
+        ("queries", "RuntimeError: the processes disagree on the queries: those of rank [1]"),
+        ("self", "ValueError: `self_influence` is for an influence function of one process"),
+    ],
+)
+def test_what_goes_wrong_with_influence_in_one_process_is_said_in_all(two, what, message):
+    errors = two.errors("wrong_influence", what=what)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(message)
