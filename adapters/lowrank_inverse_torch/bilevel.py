@@ -159,7 +159,7 @@ def hypergradient(
     >>> print(out.grads.item(), out.info.inner_grad_norm)
     -0.75 0.0
     """
-    params = as_parameters(params)
+    params = as_parameters(params, gather=mesh is not None)
     hparams = as_parameters(hparams, name="hparams", spread=mesh is not None)
     _check_distinct(params, hparams)
     if mesh is None:

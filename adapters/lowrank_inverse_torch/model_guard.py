@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
+from lowrank_inverse_torch.mesh.sharded import WholeModule
 
 RandomStates = dict[torch.device, Tensor]
+
+Module = nn.Module | WholeModule
 
 
 _LOCK = threading.RLock()
@@ -63,17 +66,15 @@ _DDP_FLAGS = ("require_backward_grad_sync", "require_forward_param_sync")
 
 
 @contextmanager
-def untouched(
-    tensors: Sequence[Tensor], modules: Iterable[nn.Module] = ()
-) -> Iterator[RandomStates]:
+def untouched(tensors: Sequence[Tensor], modules: Iterable[Module] = ()) -> Iterator[RandomStates]:
     """Put everything back on the way out that evaluating a model may change.
 
     Training mode and buffers of the modules, ``.grad`` of the tensors and of the modules'
     parameters, the random state of the CPU and of every other device in use. Within, grad mode is
     on, and the gradient hooks of those tensors are off: torch would apply them to each product
-    with the Hessian. So is what DistributedDataParallel sends. Buffers are not copied back, which
-    would raise their version and break the user's own graphs: clones stand in for them meanwhile.
-    Threads enter one after the other.
+    with the Hessian. DistributedDataParallel sends nothing, and fully sharded modules have whole
+    parameters. Buffers are not copied back, which would raise their version and break the user's
+    own graphs: clones stand in for them meanwhile. Threads enter one after the other.
 
     Yields
     ------
@@ -109,7 +110,8 @@ def _in_engine() -> bool:
     return isinstance(threading.current_thread(), threading._DummyThread)
 
 
-def _untouched(tensors: Sequence[Tensor], modules: Iterable[nn.Module]) -> Iterator[RandomStates]:
+def _untouched(tensors: Sequence[Tensor], modules: Iterable[Module]) -> Iterator[RandomStates]:
+    modules = list(modules)
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     modes = [(part, part.training) for part in parts]
     buffers = [
@@ -141,7 +143,10 @@ def _untouched(tensors: Sequence[Tensor], modules: Iterable[nn.Module]) -> Itera
             held.clear()  # autograd reads this very dict
         for part, key, _ in synchronous:  # what one process does alone, the others would wait for
             setattr(part, key, False)
-        with torch.enable_grad():
+        with torch.enable_grad(), ExitStack() as stack:
+            for module in modules:
+                if isinstance(module, WholeModule):
+                    stack.enter_context(module.in_place())
             yield states
     finally:
         for held, own in hooks:

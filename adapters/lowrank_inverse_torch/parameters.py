@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse.arrays.spread import everywhere, is_spread, laid_as
+from lowrank_inverse_torch.mesh.sharded import with_whole_modules
 from lowrank_inverse_torch.structures import expand_modules, is_leaf, tree_map, walk
 
 __all__ = ["Parameters", "as_parameters"]
@@ -33,6 +35,8 @@ class Parameters:
         The modules in the structure, whose buffers and mode are to be guarded.
     offsets : tuple of int
         ``offsets[i]:offsets[i + 1]`` is the place of tensor ``i`` in the vector; the last is ``n``.
+    sharded : tuple of Tensor
+        The user's own tensors where those are DTensors and `tensors` hold all their values.
     """
 
     tensors: tuple[Tensor, ...]
@@ -40,6 +44,7 @@ class Parameters:
     modules: tuple[nn.Module, ...]
     offsets: tuple[int, ...]
     _positions: Any  # the user's structure, with positions in `tensors`, and None where frozen
+    sharded: tuple[Tensor, ...] = ()
 
     @property
     def n(self) -> int:
@@ -138,6 +143,9 @@ class Parameters:
         if got != wanted:
             raise ValueError(f"`values` must have shape {wanted} as the parameters; got {got}.")
         tensors = self.unflatten(values) if isinstance(values, Tensor) else values
+        if self.sharded:
+            pairs = zip(tensors, self.sharded, strict=True)
+            tensors = [None if x is None else laid_as(everywhere(x, y), y) for x, y in pairs]
         return tree_map(lambda i: None if i is None else tensors[i], self._positions)
 
     def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> list[Tensor | None]:
@@ -188,7 +196,9 @@ class Parameters:
         return v.detach()
 
 
-def as_parameters(params: Any, *, name: str = "params", spread: bool = False) -> Parameters:
+def as_parameters(
+    params: Any, *, name: str = "params", spread: bool = False, gather: bool = False
+) -> Parameters:
     """Find the distinct tensors that require grad in `params`.
 
     Parameters
@@ -199,8 +209,9 @@ def as_parameters(params: Any, *, name: str = "params", spread: bool = False) ->
         weights) counts once. Tensors that are not leaves of the graph are welcome. None is kept.
     name : str
         What messages call the argument.
-    spread : bool
-        Whether DTensors are welcome.
+    spread, gather : bool
+        Whether DTensors are welcome; and whether whole tensors stand for them, which all processes
+        then gather.
 
     Returns
     -------
@@ -230,6 +241,12 @@ def as_parameters(params: Any, *, name: str = "params", spread: bool = False) ->
     if isinstance(params, Iterable) and not known and is_leaf(params):  # such as an iterator
         params = list(params)
     tree, modules = expand_modules(params)
+    own: dict[int, Tensor] = {}
+    if gather and any(is_spread(leaf) for _, leaf in walk(tree, tree, name=name)):
+        leaves = {id(leaf): leaf for _, leaf in walk(tree, tree, name=name)}
+        modules, wholes = with_whole_modules(modules, leaves.values())
+        own = {id(whole): leaves[place] for place, whole in wholes.items() if place in leaves}
+        tree = tree_map(lambda leaf: wholes.get(id(leaf), leaf), tree)
     found: dict[int, int] = {}
     tensors: list[Tensor] = []
     names: list[str] = []
@@ -253,7 +270,8 @@ def as_parameters(params: Any, *, name: str = "params", spread: bool = False) ->
     _check_one_kind(tensors, names, name, spread)
     offsets = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))
     positions = tree_map(lambda leaf: found.get(id(leaf)), tree)
-    return Parameters(tuple(tensors), tuple(names), tuple(modules), offsets, positions)
+    sharded = tuple(own[id(tensor)] for tensor in tensors) if own else ()
+    return Parameters(tuple(tensors), tuple(names), tuple(modules), offsets, positions, sharded)
 
 
 def _check_one_kind(

@@ -120,7 +120,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         mesh: DeviceMesh | None = None,
         name: str = "loss",
     ) -> None:
-        params = as_parameters(params)
+        params = as_parameters(params, gather=mesh is not None)
         losses: Sequence[Any] = loss if isinstance(loss, (list, tuple)) else [loss]
         if create_graph and mesh is not None:
             raise ValueError("`create_graph` is for one process; leave out it or `mesh`.")
@@ -258,7 +258,7 @@ class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
         module: Modules | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
-        params = as_parameters(params)
+        params = as_parameters(params, gather=mesh is not None)
         losses = loss if isinstance(loss, (list, tuple)) else [loss]
         closures = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         if (not losses and mesh is None) or len(losses) != len(closures):

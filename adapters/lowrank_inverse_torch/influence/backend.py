@@ -69,16 +69,24 @@ class TorchBackend:
                 f"got {type(loss).__name__}."
             )
         self.model, self.loss, self.split = model, loss, split
-        self.params: Parameters = as_parameters(model if params is None else params)
+        self.params: Parameters = as_parameters(
+            model if params is None else params, gather=mesh is not None
+        )
         self.chunk_size = chunk_size
         self.has_outputs = True
         self._names = _names(model, self.params)
         self._batched: bool | None = None
         self.is_widened = self.params.dtype in LOW_PRECISION
+        if self.is_widened and self.params.sharded:
+            raise TypeError(
+                f"fully sharded parameters must be float32 or float64; got {self.params.dtype}. "
+                "Keep them in float32, and give fully_shard a MixedPrecisionPolicy."
+            )
         if self.is_widened:
             self.model = in_float32(model)
             parameters = dict(self.model.named_parameters())
             self.params = as_parameters([parameters[name] for name in self._names])
+        self._guarded = self.params.modules if self.params.sharded else (self.model,)
         self.n, self.mesh = self.params.n, mesh
         self.group: Processes | None = None
         self.like = no_entries(self.vector())
@@ -100,7 +108,7 @@ class TorchBackend:
                 "Parameters or buffers were changed in place after this influence function was "
                 "made, which holds the curvature at the earlier ones. Make it anew."
             )
-        guard = untouched(self.params.tensors, [self.model])
+        guard = untouched(self.params.tensors, self._guarded)
         with guard as states, twice_differentiable_attention():
             to_evaluation(self.model)
             yield states
@@ -168,6 +176,7 @@ class TorchBackend:
             examples,
             None if weights is None else self._as_like(weights),
             model=self.model,
+            guarded=self._guarded,
             params=self.params,
             forward=self._forward,
             loss=self.loss,
@@ -295,7 +304,8 @@ def _names(model: nn.Module, params: Parameters) -> list[str]:
     """Return the name in the model of each tensor."""
     known = {id(tensor): name for name, tensor in model.named_parameters()}
     names = []
-    for tensor, place in zip(params.tensors, params.names, strict=True):
+    tensors = params.sharded or params.tensors
+    for tensor, place in zip(tensors, params.names, strict=True):
         if id(tensor) not in known:
             raise ValueError(
                 f"`params` must be parameters of `model`; {place!r} is none of them. Give a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ def mean_curvature(
     weights: Tensor | None,
     *,
     model: nn.Module,
+    guarded: Sequence[nn.Module],
     params: Parameters,
     forward: Callable[[Any], tuple[Any, Any]],
     loss: Callable[[Any, Any], Tensor],
@@ -44,7 +45,7 @@ def mean_curvature(
     counts = counts if group is None else group.everyone(counts[0])
     num_batches, num = map(sum, zip(*counts, strict=True))
     scale = num_batches / num  # the operators take the mean over batches
-    options: dict[str, Any] = {"chunk_size": chunk_size, "module": model, "mesh": mesh}
+    options: dict[str, Any] = {"chunk_size": chunk_size, "module": guarded, "mesh": mesh}
 
     def weighted(losses: Tensor, first: int, i: int) -> Tensor:
         if weights is None:

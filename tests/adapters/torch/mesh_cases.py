@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -264,6 +265,47 @@ def parallel_module(mesh: DeviceMesh | None) -> dict[str, Tensor]:
     loss().backward()
     grads = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
     return {"product": product, "training": grads}
+
+
+def sharded_module(mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """All that is asked of a fully sharded module, and the training after it."""
+    model, (x, y), rows = network(), data(), own_rows(mesh)
+    model[0].bias.requires_grad_(False)
+    if mesh is not None:
+        for part in (model[0], model[2], model):
+            fully_shard(part, mesh=mesh)
+    scale = (1 if mesh is None else mesh.size()) / NUM
+    h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def loss() -> Tensor:
+        return scale * F.cross_entropy(model(x[rows]), y[rows], reduction="sum")
+
+    def inner_loss() -> Tensor:
+        weights = torch.cat([p.reshape(-1) for p in model.parameters() if p.requires_grad])
+        return loss() + h * (weights**2).sum()
+
+    H = lit.HessianOperator(loss, model, mesh=mesh)
+    found = {"product": whole(H @ H.gradient), "columns": whole(H.columns([3, 44]))}
+    out = lit.hypergradient(inner_loss, loss, model, h, solver=SOLVERS["CG"], mesh=mesh)
+    found["hypergradient"] = out.grads[None]
+    for name, value in out.ihvp.items():
+        if name == "0.bias":
+            assert value is None
+            continue
+        found[f"ihvp {name}"] = whole(value)
+        live = dict(model.named_parameters())[name]
+        assert mesh is None or value.placements == live.placements
+    made = lit.InfluenceFunction(
+        model, losses, (x[rows], y[rows]), ridge=0.1, solver=SOLVERS["CG"], mesh=mesh
+    )
+    found["scores"] = scores_of_all(made, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss().backward()
+    optimizer.step()
+    found["training"] = torch.cat([whole(p.detach()).reshape(-1) for p in model.parameters()])
+    after = lit.HessianOperator(loss, model, mesh=mesh)
+    found["product after"] = after @ torch.linspace(0, 1, 51, dtype=torch.float64)
+    return found
 
 
 # What goes wrong.

@@ -92,6 +92,10 @@ def test_a_parallel_module_keeps_its_training(two):
     equal_to_one_process(two.run("parallel_module"), mesh_cases.parallel_module(None))
 
 
+def test_a_fully_sharded_module_is_as_a_whole_one(two):
+    equal_to_one_process(two.run("sharded_module"), mesh_cases.sharded_module(None))
+
+
 def test_a_process_without_data_takes_part(two):
     equal_to_one_process(two.run("empty_process"), mesh_cases.empty_process(None))
 
