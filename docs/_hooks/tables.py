@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 INCLUDED = re.compile(r'^```text\n--8<-- "(benchmarks/[\w-]+\.txt)"\n```$', re.MULTILINE)
+CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
+LONG_CODE = re.compile(r"<code>([^<]{41,})</code>")
 VERDICT = re.compile(r"Paper: (.*)\nHere: +(.*)\n→ (.*)")
 
 
@@ -21,6 +23,17 @@ def on_page_markdown(markdown: str, config: Any, **kwargs: object) -> str:
     """Put the results that a page includes in their place."""
     folder = Path(config.docs_dir)
     return INCLUDED.sub(lambda file: results((folder / file[1]).read_text("utf-8")), markdown)
+
+
+def on_page_content(text: str, **kwargs: object) -> str:
+    """Let long names in the cells of a table break behind their parts."""
+    return CELL.sub(lambda cell: LONG_CODE.sub(breakable, cell[0]), text)
+
+
+def breakable(code: re.Match[str]) -> str:
+    """Return code that may break behind slashes, underscores and colons."""
+    parts = re.sub(r"(/|_|::)", r"\1<wbr>", code[1])
+    return f'<code class="long">{parts}</code>'
 
 
 def results(text: str) -> str:

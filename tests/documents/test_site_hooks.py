@@ -142,3 +142,12 @@ def test_an_entry_without_words_has_no_dash_and_a_source_is_not_searched():
     assert reference.on_page_content(item.format("words")) == item.format("words")
     source = '<details class="mkdocstrings-source"><pre>def f(): ...</pre></details>'
     assert "data-search-exclude" in reference.on_page_content(source)
+
+
+def test_only_long_names_in_tables_may_break():
+    name = "tests/low_rank/test_preconditioner.py::test_the_basis"
+    cell = hook("tables").on_page_content(f"<td><code>{name}</code> <code>a_b</code></td>")
+    assert '<code class="long">tests/<wbr>low_<wbr>rank/<wbr>' in cell
+    assert "<code>a_b</code>" in cell
+    assert cell.replace("<wbr>", "").replace(' class="long"', "").startswith(f"<td><code>{name}<")
+    assert hook("tables").on_page_content(f"<code>{name}</code>") == f"<code>{name}</code>"
