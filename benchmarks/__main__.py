@@ -14,6 +14,7 @@ COMMANDS = {
     "minibatch": ("bilevel.minibatch", "a fresh minibatch in each product, against a frozen one"),
     "leaveoneout": ("influence.leaveoneout", "influence against training without each image"),
     "influence": ("influence.libraries", "influence functions, ours beside other libraries"),
+    "influence-scale": ("influence.scale", "a million parameters, 50 000 images: plan and use"),
     "accuracy": ("systems.accuracy", "float32 accuracy of each form of the damped inverse"),
     "certificate": ("systems.certificate", "how tight the error bounds are"),
     "psd": ("systems.psd", "steps and time to solve positive semidefinite systems"),

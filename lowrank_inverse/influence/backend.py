@@ -75,6 +75,10 @@ class Backend(Protocol):
         """Return ``1 / num * sum_i w_i C_i`` as an operator with its `gradient`."""
         ...
 
+    def product_bytes(self, batch: Any, curvature: str) -> int:
+        """Measure the memory of a product with the curvature of one batch."""
+        ...
+
     def gradients(self, batch: Any) -> Array:
         """Return the gradient of each example of a batch as a column, shape (n, size)."""
         ...

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Indices, Scalar
-from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_indices
+from lowrank_inverse._typing import Array, Scalar
+from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
 from lowrank_inverse.arrays.conversion import concrete, like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.arrays.spread import gathered, is_spread, local, rows_beside
-from lowrank_inverse.influence.loss_checks import check_gradients
+from lowrank_inverse.influence.passes import checked_weights
 from lowrank_inverse.influence.plan import Plan, short
+from lowrank_inverse.influence.queries.groups import GroupScores
 from lowrank_inverse.influence.queries.tokens import TokenScores
 from lowrank_inverse.influence.results import (
     InfluenceInfo,
@@ -30,7 +31,7 @@ from lowrank_inverse.influence.results import (
 __all__ = ["InfluenceBase", "InfluenceInfo", "Plan", "TopK"]
 
 
-class InfluenceBase(TokenScores):
+class InfluenceBase(TokenScores, GroupScores):
     """Influence of the training examples on the loss of others [1]_, [2]_.
 
     With g_q the gradient of a query, g_i that of a training example and H the mean curvature:
@@ -45,6 +46,8 @@ class InfluenceBase(TokenScores):
     .. [1] F. R. Hampel. The Influence Curve and Its Role in Robust Estimation. JASA 69, 1974.
     .. [2] P. W. Koh, P. Liang. Understanding Black-box Predictions via Influence Functions. ICML
        2017.
+    .. [3] E. Barshan, M. Brunet, G. Dziugaite. RelatIF: Identifying Explanatory Training Examples
+       via Relative Influence. AISTATS 2020.
     """
 
     def scores(
@@ -54,6 +57,8 @@ class InfluenceBase(TokenScores):
         *,
         query_loss: Callable[..., Any] | None = None,
         reduction: str = "none",
+        weights: Any = None,
+        normalize: str = "none",
         method: str = "auto",
         checkpoint: str | os.PathLike[str] | None = None,
         out: Any = None,
@@ -71,9 +76,16 @@ class InfluenceBase(TokenScores):
             margin. Default: the loss of the training.
         reduction : {"none", "sum"}
             "sum" takes the sum over the queries for one query: one solve, however many there are.
+        weights : array, shape (n_query,) or (k, n_query), optional
+            Of the queries in such a sum, or in each of k sums: one solve a sum.
+        normalize : {"none", "theta-relatif", "l-relatif", "cosine"}
+            Divide the score of each training example by the norm of its step ``H^-1 g_i``, or by
+            the root of its self-influence ``g_i.T H^-1 g_i`` [3]_; for the cosine by that of the
+            query too. One solve more for each training example.
         method : {"auto", "jvp", "gradients"}
             One directional derivative of all losses for each query, or the gradient of each
-            example once for all queries. Equal up to rounding; "auto" takes the cheaper one.
+            example once for all queries. Equal up to rounding; "auto" takes the faster one, of
+            many batches by timing one of them.
         checkpoint : path, optional
             A folder for partial results. The same call after an interruption goes on from there.
         out : path that ends in .npy, or NumPy array, shape (n_query, n_train), optional
@@ -83,7 +95,7 @@ class InfluenceBase(TokenScores):
         Returns
         -------
         array, shape (n_query, n_train)
-            Positive is helpful. In the order of the data sets. One row for ``reduction="sum"``.
+            Positive is helpful. In the order of the data sets. One row for each sum of queries.
 
         Raises
         ------
@@ -98,9 +110,19 @@ class InfluenceBase(TokenScores):
         One solve for each query, all of them in one block as far as `memory_budget` allows, and
         one pass over the examples for each block. `plan` says what it will cost.
         """
-        groups, shape = self._scored(query, train, query_loss, reduction, method, checkpoint)
+        asked = self._asked(
+            query,
+            train,
+            query_loss=query_loss,
+            reduction=reduction,
+            weights=weights,
+            normalize=normalize,
+            method=method,
+            checkpoint=checkpoint,
+        )
+        groups = self._scored(asked)
         if out is not None:
-            out = open_scores(out, shape, to_host(self._backend.like).dtype)
+            out = open_scores(out, asked.shape, to_host(self._backend.like).dtype)
             for first, blocks in groups:
                 for start, block in blocks:
                     rows, columns = block.shape
@@ -116,11 +138,7 @@ class InfluenceBase(TokenScores):
         k: int,
         kind: str = "helpful",
         train: Any = None,
-        *,
-        query_loss: Callable[..., Any] | None = None,
-        reduction: str = "none",
-        method: str = "auto",
-        checkpoint: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> TopK:
         """Find the k most influential training examples of each query.
 
@@ -129,7 +147,7 @@ class InfluenceBase(TokenScores):
         k : int
         kind : {"helpful", "harmful", "absolute"}
             The largest scores, the smallest, or the largest absolute values.
-        query, train, query_loss, reduction, method, checkpoint
+        query, train, **options
             As in `scores`.
 
         Returns
@@ -141,13 +159,13 @@ class InfluenceBase(TokenScores):
         -----
         The scores of one batch are held at a time, so that the training set may be of any size.
         """
-        groups, (_, num) = self._scored(query, train, query_loss, reduction, method, checkpoint)
-        nums = self._group.everyone(num)
+        asked = self._asked(query, train, **options)
+        nums = self._group.everyone(asked.targets.num)
         check_count("k", k, most=sum(nums))
         offset = sum(nums[: self._group.rank])
         top(np.zeros((1, 1)), 1, kind)  # refuses an unknown kind before the work
         rows = []
-        for _, blocks in groups:
+        for _, blocks in self._scored(asked):
             best: TopK | None = None
             for start, block in blocks:
                 best = merged(best, top(to_host(block), k, kind, offset + start), k, kind)
@@ -163,6 +181,8 @@ class InfluenceBase(TokenScores):
         *,
         query_loss: Callable[..., Any] | None = None,
         reduction: str = "none",
+        weights: Any = None,
+        normalize: str = "none",
     ) -> Plan:
         """Say what the scores of `query` will take, before the work.
 
@@ -170,19 +190,26 @@ class InfluenceBase(TokenScores):
         ----------
         query : examples, optional
             Default: the training set, for self-influence.
-        query_loss, reduction
+        query_loss, reduction, weights, normalize
             As in `scores`.
 
         Returns
         -------
         Plan
-            Printed, it is two lines. ``progress=True`` prints it before each computation.
+            Printed, it is four lines. ``progress=True`` prints it before each computation.
+
+        Notes
+        -----
+        Unit costs are measured once: a product, and the scores of a batch by both methods.
         """
+        self._check_unchanged()
         if query is None:
             return self._plan(self._train.num, self._train.num)
         num = self._read(query, "query", self._measure(query_loss)).num
-        num = 1 if reduction == "sum" else num
-        return self._plan(num, num * self._train.num)
+        sums = checked_weights(weights, reduction, num)
+        num = num if sums is None else len(sums)
+        num_solves = num + (normalize != "none") * self._train.num
+        return self._plan(num_solves, num * self._train.num)
 
     def self_influence(self, *, checkpoint: str | os.PathLike[str] | None = None) -> Array:
         """Compute the influence of each training example on its own loss.
@@ -206,57 +233,7 @@ class InfluenceBase(TokenScores):
         self._check_unchanged()
         self._begin(self._train.num, self._train.num)
         store = self._store(checkpoint, "self_influence", train=self._train)
-        parts = list(self._self_values(store))
-        return array_namespace(parts[0]).concat(parts, axis=0)
-
-    def removal_effect(
-        self,
-        query: Any,
-        indices: Indices,
-        leverage: bool = False,
-        *,
-        query_loss: Callable[..., Any] | None = None,
-    ) -> Array:
-        """Predict by how much the loss of each query rises when training examples are removed.
-
-        Parameters
-        ----------
-        query : examples
-        indices : sequence of int
-            The examples to remove, all at once.
-        leverage : bool
-            Let the curvature of the removed examples go too: one Newton step of the problem
-            without them. It is exact for a quadratic loss, and better for large or unusual groups.
-        query_loss : callable, optional
-            As in `scores`.
-
-        Returns
-        -------
-        array, shape (n_query,)
-            In units of the loss, to first order in the step of the parameters. Positive where the
-            examples were helpful.
-
-        Notes
-        -----
-        The problem without them is ``1 / num_train * sum of the others + ridge / 2 * sum(params **
-        2)``: neither divisor nor ridge change. One solve, however many queries.
-        """
-        self._alone("removal_effect")
-        chosen = check_indices(indices, self._train.num)
-        self._check_unchanged()
-        backend = self._measure(query_loss)
-        queries = self._read(query, "query", backend)
-        self._begin(1, queries.num)
-        weights = np.zeros(self._train.num)
-        weights[chosen] = 1
-        removed = self._backend.total(self._train, weights) / self._train.num
-        factor = self._factor_without(1 - weights) if leverage else None
-        step = self._solve(removed[:, None], factor).value
-        parts = []
-        for start, batch in queries.parts():
-            slopes = backend.slopes(batch, step)
-            check_gradients(slopes, queries, start)
-            parts.append(slopes[0, :])
+        parts = list(self._own_values(self._train, store, "values"))
         return array_namespace(parts[0]).concat(parts, axis=0)
 
     def inverse_product(self, G: Array) -> Array:

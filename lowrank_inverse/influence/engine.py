@@ -26,7 +26,20 @@ from lowrank_inverse.influence.backend import Alone, Backend, Together
 from lowrank_inverse.influence.damped_solver import Factor, KeptColumns, checked_damping
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_gradients, check_unchanged, measure_losses
-from lowrank_inverse.influence.plan import BLOCKS, Plan, dense_pays, make_plan, most_pairs
+from lowrank_inverse.influence.plan import (
+    BLOCKS,
+    JVP_LEAST,
+    JVP_MOST,
+    TRIALS,
+    Plan,
+    UnitCosts,
+    dense_pays,
+    make_plan,
+    measured,
+    most_pairs,
+    reason,
+    unit_costs,
+)
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.iterative import CG
@@ -92,6 +105,9 @@ class Workings:
         self._source: Any = None
         if curvature == "hessian" and backend.has_outputs and isinstance(solver, NystromCG):
             self._source = backend.operator(self._train, "ggn")
+        self._unit_costs: UnitCosts | None = None
+        self._product: tuple[float, int] | None = None
+        """Seconds and bytes of one."""
         self._solution: tuple[np.ndarray | None, np.ndarray | None, str] | None = None
         damping = getattr(solver, "damping", 0.0) if damping is None else damping
         self._set_damping(damping, None)
@@ -178,16 +194,40 @@ class Workings:
             self._factor = self._factor_of(self._operator)
             self._factor.A.num_products = spent
 
+    def _costs(self) -> UnitCosts:
+        """Measure once what the scores of a training example take."""
+        if self._unit_costs is None:
+            self._unit_costs = unit_costs(self._backend, self._train, self._num_gradients())
+        return self._unit_costs
+
+    def _jvp_pays(self, width: int, num_batches: int) -> bool:
+        """Whether directional derivatives give the scores of `width` queries faster."""
+        if num_batches < TRIALS or width <= JVP_LEAST:  # to time both would not pay
+            return width <= JVP_MOST
+        costs = self._costs()
+        return costs.scores(width, jvp=True) <= costs.scores(width, jvp=False)
+
     def _plan(self, num_solves: int, num_scores: int) -> Plan:
+        n, solver, costs = self._backend.n, self._solver_for(num_solves), self._costs()
+        if self._product is None:
+            probe = rows_beside(self._backend.vector(), self._backend.like)
+            seconds = measured(lambda: self._operator @ probe)
+            num_bytes = self._backend.product_bytes(self._train.get(0), self._curvature)
+            self._product = seconds, num_bytes
+        width = min(self._width(), num_solves)
         return make_plan(
-            self._solver_for(num_solves),
-            self._backend.n,
+            solver,
+            n,
             self._itemsize,
+            why=reason(solver, n, num_solves, is_default=self._is_default),
+            jvp=self._jvp_pays(width, len(self._train)),
             train=self._train,
             num_solves=num_solves,
-            width=self._width(),
+            width=width,
             num_scores=num_scores,
             recycle=self._recycle(),
+            product=self._product,
+            costs=costs,
         )
 
     def _solver_for(self, num_solves: int) -> Any:

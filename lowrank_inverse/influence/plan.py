@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from math import isqrt
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.influence.backend import Backend
+from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
 
@@ -21,6 +28,32 @@ PAIR_BLOCKS = 4
 """Vectors and products, of pairs and of the directions that are joined with them."""
 BLOCKS = 16
 """Vectors of n numbers a right-hand side: conjugate gradients, and the products inside."""
+JVP_LEAST, JVP_MOST = 4, 24
+"""Queries up to which directional derivatives are taken: always, and where none is timed."""
+TRIALS = 8
+"""Batches from which on it pays to time one of them in both ways."""
+LONG = 0.2
+"""Seconds that no compilation explains."""
+
+
+class UnitCosts(NamedTuple):
+    """Seconds for the scores of one training example, measured on a batch.
+
+    Attributes
+    ----------
+    graph, slope : float
+        Of the loss with its graph, and of each directional derivative.
+    gradient : float
+        Of the gradient of the example alone.
+    """
+
+    graph: float
+    slope: float
+    gradient: float
+
+    def scores(self, width: int, *, jvp: bool) -> float:
+        """Return the seconds for the scores of `width` queries."""
+        return self.graph + width * self.slope if jvp else self.gradient
 
 
 class Plan(NamedTuple):
@@ -28,36 +61,73 @@ class Plan(NamedTuple):
 
     Attributes
     ----------
-    solver : str
-        Its settings; for the default, those chosen for so many right-hand sides.
-    num_params, num_train, num_solves : int
-        Size of the system, training examples, and right-hand sides.
+    solver, why : str
+        Its settings, for the default those chosen for so many right-hand sides; and the reason.
+    method : str
+        How scores are computed: "jvp" or "gradients".
+    num_params, num_train, num_solves, width : int
+        Size of the system, training examples, right-hand sides, and how many of them at a time.
     num_products : int
         Products of curvature and vector; for conjugate gradients with 20 steps a right-hand side.
     num_passes : int
         Over the training set: for those products, a block at a time, and for the scores.
     num_bytes : dict of int
         Of each stage: ``data`` that is kept, ``columns`` of the solver or its pairs, ``solve`` of
-        a block of right-hand sides, ``scores``. Beside them stands what a gradient of a batch
-        takes.
+        a block of right-hand sides, ``batch`` of a product with the curvature of one, as measured,
+        ``scores``.
+    seconds : dict of float
+        From measured unit costs: ``product``, of one; ``columns``, ``solve`` and ``scores``, of
+        the stages.
     """
 
     solver: str
+    why: str
+    method: str
     num_params: int
     num_train: int
     num_solves: int
+    width: int
     num_products: int
     num_passes: int
     num_bytes: dict[str, int]
+    seconds: dict[str, float]
 
     def __str__(self) -> str:
         """Return it as a few lines."""
         sizes = ", ".join(f"{name} {size / 2**20:.4g}" for name, size in self.num_bytes.items())
+        times = ", ".join(f"{name} {value:.2g}" for name, value in self.seconds.items())
         return (
-            f"{self.num_solves} right-hand sides of {self.num_params} parameters by "
-            f"{self.solver}:\nabout {self.num_products} products, {self.num_passes} passes over "
-            f"{self.num_train} examples; MiB: {sizes}"
+            f"{self.num_solves} right-hand sides of {self.num_params} parameters, {self.width} at "
+            f"a time, by {self.solver}: {self.why};\nabout {self.num_products} products, "
+            f"{self.num_passes} passes over {self.num_train} examples, scores by {self.method};\n"
+            f"MiB: {sizes};\nseconds: {times}"
         )
+
+
+def measured(run: Callable[[], Any]) -> float:
+    """Time a call, the second one where the first may have compiled something."""
+    for _ in range(2):
+        start = time.perf_counter()
+        to_host(run())  # of an accelerator, to the end
+        seconds = time.perf_counter() - start
+        if seconds > LONG:
+            break
+    return seconds
+
+
+def unit_costs(backend: Backend, examples: Examples, num_gradients: int) -> UnitCosts:
+    """Measure the scores of one batch by both methods."""
+    batch = examples.get(0)
+    size = examples.size(batch)
+    few = examples.rows(batch, 0, min(size, num_gradients))
+    Z = like(np.ones((backend.n, JVP_LEAST)), backend.like)
+    one, several = (
+        measured(lambda k=k: backend.slopes(batch, Z[:, :k])) / size  # type: ignore[misc]
+        for k in (1, JVP_LEAST)
+    )
+    slope = max(several - one, 0.0) / (JVP_LEAST - 1)
+    gradient = measured(lambda: backend.gradients(few)[:1, ...]) / examples.size(few)
+    return UnitCosts(max(one - slope, 0.0), slope, gradient)
 
 
 def short(solver: Any) -> str:
@@ -76,6 +146,18 @@ def dense_pays(solver: Any, n: int, num_solves: int, itemsize: int, budget: int)
     """Whether all n columns cost less than conjugate gradients, and fit."""
     fits = n <= DENSE_MOST and COPIES[Exact] * n * n * itemsize <= budget
     return fits and n < num_columns(solver, n) + num_solves * TYPICAL_STEPS
+
+
+def reason(solver: Any, n: int, num_solves: int, *, is_default: bool) -> str:
+    """Say why the default is what it is for so many right-hand sides."""
+    if not is_default:
+        return "as it was given"
+    steps = num_solves * TYPICAL_STEPS
+    if isinstance(solver, Exact):
+        return f"all {n} columns cost less than about {steps} products, or are there"
+    if n > DENSE_MOST:
+        return f"more than {DENSE_MOST} parameters"
+    return f"all {n} columns cost more than about {steps} products, or do not fit"
 
 
 def most_pairs(n: int, num_train: int, itemsize: int, budget: int) -> int:
@@ -106,31 +188,49 @@ def make_plan(
     n: int,
     itemsize: int,
     *,
+    why: str,
+    jvp: bool,
     train: Any,
     num_solves: int,
     width: int,
     num_scores: int,
     recycle: int,
+    product: tuple[float, int],
+    costs: UnitCosts,
 ) -> Plan:
-    """Return the plan for `num_solves` right-hand sides, `width` at a time."""
+    """Return the plan for `num_solves` right-hand sides, `width` at a time.
+
+    `product` is the time of one, and its bytes beside the vectors.
+    """
     columns = num_columns(solver, n)
     steps = 2 + (getattr(solver, "max_steps", None) or TYPICAL_STEPS)
     if isinstance(solver, (Exact, Nystrom)):  # which multiply to know their residual
         steps = 0 if isinstance(solver, Exact) else 1
+    width = min(width, num_solves)
     groups = -(-num_solves // width)
     held = columns if getattr(solver, "memory", "stored") == "stored" else 0
     copies = COPIES.get(type(solver), 1)
     return Plan(
         solver=short(solver),
+        why=why,
+        method="jvp" if jvp else "gradients",
         num_params=n,
         num_train=train.num,
         num_solves=num_solves,
+        width=width,
         num_products=columns + steps * num_solves,
         num_passes=(columns > 0) + groups * (steps + 1),
         num_bytes={
             "data": train.num_bytes,
             "columns": (copies * held + PAIR_BLOCKS * recycle) * n * itemsize,
-            "solve": BLOCKS * min(width, num_solves) * n * itemsize,
+            "solve": BLOCKS * width * n * itemsize,
+            "batch": product[1],
             "scores": num_scores * itemsize,
+        },
+        seconds={
+            "product": product[0],
+            "columns": columns * product[0],
+            "solve": steps * num_solves * product[0],
+            "scores": groups * train.num * costs.scores(width, jvp=jvp),
         },
     )

@@ -9,7 +9,14 @@ import pytest
 
 import lowrank_inverse as li
 from lowrank_inverse.influence.damped_solver import KeptColumns
-from lowrank_inverse.influence.plan import dense_pays, make_plan, most_pairs, short
+from lowrank_inverse.influence.plan import (
+    UnitCosts,
+    dense_pays,
+    make_plan,
+    most_pairs,
+    reason,
+    short,
+)
 from lowrank_inverse.influence.results import open_scores
 from tests import problems
 
@@ -38,16 +45,31 @@ def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, colum
     train = SimpleNamespace(num=100, num_bytes=5)
     sizes = {"num_solves": 10, "width": 4, "num_scores": 1000}
     recycle = 3 if isinstance(solver, li.CG) else 0
-    plan = make_plan(solver, 30, 8, train=train, recycle=recycle, **sizes)
+    units = {"product": (0.5, 7), "costs": UnitCosts(1.0, 2.0, 4.0), "jvp": True, "why": "so"}
+    plan = make_plan(solver, 30, 8, train=train, recycle=recycle, **units, **sizes)
     assert plan.num_products == products
     assert plan.num_passes == passes
     assert plan.num_bytes == {
         "data": 5,
         "columns": columns * 30 * 8,
         "solve": 16 * 4 * 30 * 8,
+        "batch": 7,
         "scores": 8000,
     }
-    assert str(plan).startswith(f"10 right-hand sides of 30 parameters by {short(solver)}:\n")
+    assert plan.seconds["columns"] + plan.seconds["solve"] == products / 2
+    assert plan.seconds["scores"] == 3 * 100 * (1 + 4 * 2)  # three groups of at most four
+    first = f"10 right-hand sides of 30 parameters, 4 at a time, by {short(solver)}: so;\n"
+    assert str(plan).startswith(first)
+
+
+def test_the_faster_way_to_scores_is_known_from_unit_costs():
+    costs = UnitCosts(graph=1.0, slope=0.5, gradient=6.0)
+    faster = [costs.scores(width, jvp=True) <= costs.scores(width, jvp=False) for width in (10, 11)]
+    assert faster == [True, False]
+    assert reason(li.Exact(), 30, 10, is_default=True).startswith("all 30 columns cost less")
+    assert reason(li.CG(), 30, 1, is_default=True).startswith("all 30 columns cost more")
+    assert reason(li.CG(), 3000, 1, is_default=True) == "more than 2000 parameters"
+    assert reason(li.CG(), 30, 1, is_default=False) == "as it was given"
 
 
 def test_pairs_are_kept_as_far_as_they_pay_and_fit():

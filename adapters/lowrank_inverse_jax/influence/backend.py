@@ -107,6 +107,16 @@ class JaxBackend:
         gradient = self.total(examples, w) / examples.num
         return MeanCurvature(self, self._products[curvature], examples, w, gradient)
 
+    def product_bytes(self, batch: Any, curvature: str) -> int:
+        """Ask the compiler for the memory of a product with the curvature of one batch."""
+        leaves, _ = flatten(batch)
+        size = next(leaf.shape[0] for leaf in leaves if jnp.ndim(leaf) > 0)
+        w, block = jnp.ones(size, self.like.dtype), jnp.ones((self.n, 1), self.like.dtype)
+        with full_precision():
+            lowered = self._products[curvature].lower(self.vector(), batch, w, block)
+            about = lowered.compile().memory_analysis()
+        return int(getattr(about, "temp_size_in_bytes", 0))
+
     def gradients(self, batch: Any) -> jax.Array:
         """Return the gradient of each example as a column, shape (n, size)."""
         with full_precision():

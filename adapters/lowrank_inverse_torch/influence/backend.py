@@ -17,6 +17,7 @@ from lowrank_inverse.arrays.spread import local, rows_beside
 from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_tokens
+from lowrank_inverse_torch.allocations import Allocations
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
     GradientGraph,
@@ -192,6 +193,13 @@ class TorchBackend:
                 num = sum(group.everyone(examples.num))
                 operator.gradient = group.spread(group.own_sum(self.total(examples, w) / num))
         return operator
+
+    def product_bytes(self, batch: Any, curvature: str) -> int:
+        """Measure the memory of a product with the curvature of one batch."""
+        one = self.examples([batch], "batch", None, 0)
+        with Allocations() as allocations:
+            _ = self.operator(one, curvature) @ torch.ones_like(self.vector())
+        return allocations.peak
 
     def gradients(self, batch: Any) -> Tensor:
         """Return the gradient of each example as a column, shape (n, size)."""

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_inverse as li
+from lowrank_inverse.influence.plan import UnitCosts
+from lowrank_inverse.influence.queries.ensemble import Ensemble
 from lowrank_inverse_torch import InfluenceFunction
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -37,8 +39,8 @@ def linear() -> nn.Linear:
     return nn.Linear(4, 3).double()
 
 
-def dense(shift: Any, query_loss: Any = cross_entropy) -> Tensor:
-    """Return the scores from the dense Hessian, which for a linear model is Gauss-Newton."""
+def derivatives(query_loss: Any = cross_entropy) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the Hessian, which for a linear model is Gauss-Newton, and the gradients as rows."""
     flat = torch.cat([p.detach().reshape(-1) for p in linear().parameters()])
 
     def losses(flat: Tensor, loss: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -47,6 +49,12 @@ def dense(shift: Any, query_loss: Any = cross_entropy) -> Tensor:
     H = torch.func.hessian(lambda v: losses(v, cross_entropy, X, Y).mean())(flat)
     by_train = torch.func.jacrev(lambda v: losses(v, cross_entropy, X, Y))(flat)
     by_query = torch.func.jacrev(lambda v: losses(v, query_loss, *QUERY))(flat)
+    return H, by_train, by_query
+
+
+def dense(shift: Any, query_loss: Any = cross_entropy) -> Tensor:
+    """Return the scores from the dense Hessian."""
+    H, by_train, by_query = derivatives(query_loss)
     shift = torch.as_tensor(shift, dtype=torch.float64).expand(15)
     return by_query @ torch.linalg.solve(H + torch.diag(shift), by_train.T)
 
@@ -90,6 +98,131 @@ def test_the_sum_over_a_query_set_takes_one_solve(query_loss, tmp_path):
         ours.scores(QUERY, checkpoint=tmp_path, query_loss=query_loss)
     with pytest.raises(ValueError, match="`reduction` must be one of 'none', 'sum'; got 'mean'"):
         ours.scores(QUERY, reduction="mean")
+
+
+def test_weighted_sums_of_queries_take_one_solve_each(tmp_path):
+    W = np.random.default_rng(0).standard_normal((3, 5))
+    wanted = torch.as_tensor(W) @ dense(0.1)
+    for ours in (influence(batch_size=2), influence(memory_budget=1)):  # one sum at a time
+        assert_close(ours.scores(QUERY, weights=W), wanted)
+    before = ours.info.num_products
+    assert_close(
+        ours.scores(QUERY, weights=torch.as_tensor(W[0]), out=tmp_path / "w.npy"), wanted[:1]
+    )
+    assert ours.info.relative_residual.shape == (1,) and ours.info.num_products > before
+    best = ours.top_k(QUERY, 4, weights=W).indices
+    assert np.array_equal(best, wanted.argsort(dim=1, descending=True)[:, :4])
+    assert ours.plan(QUERY, weights=W).num_solves == 3
+    with pytest.raises(ValueError, match=r"shape \(5,\) or \(k, 5\), .*; got shape \(4,\)"):
+        ours.scores(QUERY, weights=np.ones(4))
+    with pytest.raises(ValueError, match="`weights` must be finite"):
+        ours.scores(QUERY, weights=np.full(5, np.nan))
+    with pytest.raises(ValueError, match="got both"):
+        ours.scores(QUERY, weights=np.ones(5), reduction="sum")
+
+
+def test_scores_are_normalised_by_what_the_dense_inverse_says(tmp_path):
+    H, of_train, of_query = derivatives()
+    inverse = torch.linalg.inv(H + 0.1 * torch.eye(15).double())
+    scores, own = of_query @ inverse @ of_train.T, (of_train @ inverse * of_train).sum(1)
+    of_queries = (of_query @ inverse * of_query).sum(1)
+    wanted = {
+        "none": scores,
+        "theta-relatif": scores / (of_train @ inverse).norm(dim=1),
+        "l-relatif": scores / own.sqrt(),
+        "cosine": scores / torch.outer(of_queries, own).sqrt(),
+    }
+    solver = li.Exact(damping=0.1)
+    for ours in (
+        influence(solver=solver),
+        influence(solver=solver, memory_budget=2**13, batch_size=7),  # several groups
+    ):
+        for normalize, expected in wanted.items():
+            assert_close(ours.scores(QUERY, normalize=normalize), expected)
+    assert_close(ours.scores(QUERY, normalize="cosine", method="gradients"), wanted["cosine"])
+    best = ours.top_k(QUERY, 3, normalize="l-relatif")
+    assert np.array_equal(best.indices, wanted["l-relatif"].argsort(dim=1, descending=True)[:, :3])
+    few = ours.scores(QUERY, (X[4:9], Y[4:9]), normalize="cosine", checkpoint=tmp_path)
+    assert_close(few, wanted["cosine"][:, 4:9])
+    again = ours.scores(QUERY, (X[4:9], Y[4:9]), normalize="cosine", checkpoint=tmp_path)
+    assert torch.equal(few, again)
+    assert ours.plan(QUERY, normalize="cosine").num_solves == 35
+    with pytest.raises(ValueError, match="`normalize` must be one of 'none', 'theta-relatif'"):
+        ours.scores(QUERY, normalize="length")
+
+
+def test_an_example_without_gradient_has_a_normalised_score_of_zero():
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(output, target) * (target != 1)
+
+    for normalize in ("theta-relatif", "l-relatif", "cosine"):
+        solver = li.CG(damping=0.1, rtol=1e-12)
+        ours = InfluenceFunction(linear(), loss, (X, Y), solver=solver)
+        scores = ours.scores(QUERY, normalize=normalize)
+        assert torch.all(scores[:, Y == 1] == 0) and torch.isfinite(scores).all()
+
+
+def test_groups_of_training_examples_have_the_sum_of_their_scores():
+    groups, wanted = torch.arange(30) % 4, dense(0.1)
+    expected = torch.stack([wanted[:, groups == i].sum(1) for i in range(4)], dim=1)
+    for ours in (influence(), influence(memory_budget=2**13, batch_size=7)):
+        assert_close(ours.group_scores(QUERY, groups), expected)
+    some = ours.group_scores(QUERY, [0, 1, 0], (X[:3], Y[:3]), reduction="sum")
+    assert_close(some, torch.stack([wanted[:, [0, 2]].sum(), wanted[:, 1].sum()])[None])
+    with pytest.raises(ValueError, match=r"shape \(30,\); got shape \(3,\) and dtype int64"):
+        ours.group_scores(QUERY, [0, 1, 2])
+    with pytest.raises(ValueError, match="numbered from 0 on; got -1"):
+        ours.group_scores(QUERY, groups - 1)
+
+
+def test_an_ensemble_has_the_mean_of_the_scores_of_its_models():
+    other = nn.Linear(4, 3).double()
+    second = InfluenceFunction(other, cross_entropy, (X, Y), solver=li.Exact(damping=0.1))
+    ensemble = Ensemble([influence(), second])
+    wanted = (dense(0.1) + second.scores(QUERY)) / 2
+    assert_close(ensemble.scores(QUERY), wanted)
+    best = ensemble.top_k(QUERY, 4, "harmful")
+    assert np.array_equal(best.indices, wanted.argsort(dim=1)[:, :4])
+    few = InfluenceFunction(other, cross_entropy, (X[:9], Y[:9]), solver=li.Exact(damping=0.1))
+    with pytest.raises(ValueError, match=r"one training set; got sets of \[9, 30\] examples"):
+        Ensemble([second, few])
+    with pytest.raises(ValueError, match="at least one influence function"):
+        Ensemble([])
+    with pytest.raises(TypeError, match="must be influence functions; got"):
+        Ensemble([other])
+
+
+def test_the_faster_way_to_the_scores_is_timed_where_there_are_many_batches(monkeypatch, tmp_path):
+    for graph, jvp in ((0.0, True), (1e9, False)):
+        ours = influence(batch_size=3)
+        costs = UnitCosts(graph=graph, slope=0.0, gradient=1.0)
+        monkeypatch.setattr(ours, "_unit_costs", costs)
+        assert ours.plan(QUERY).method == ("jvp" if jvp else "gradients")
+        taken: list[int] = []
+        gradients = ours._backend.gradients
+
+        def counted(batch: Any, of: Any = gradients, taken: list[int] = taken) -> Tensor:
+            taken.append(len(batch[0]))
+            return of(batch)
+
+        monkeypatch.setattr(ours._backend, "gradients", counted)
+        assert_close(ours.scores(QUERY, checkpoint=tmp_path / str(jvp)), dense(0.1))
+        assert sum(taken) == (5 if jvp else 35)  # of the queries, and of the training examples
+        monkeypatch.setattr(ours, "_unit_costs", costs._replace(graph=1e9 - graph))
+        assert_close(ours.scores(QUERY, checkpoint=tmp_path / str(jvp)), dense(0.1))
+    timed = influence(batch_size=3)
+    assert_close(timed.scores(QUERY), dense(0.1))
+    assert min(timed._unit_costs) >= 0 and timed._unit_costs.gradient > 0
+
+
+def test_a_plan_has_the_seconds_and_bytes_of_a_product():
+    wide = nn.Linear(4, 5000).double()
+    ours = InfluenceFunction(wide, cross_entropy, (X, Y), solver=li.CG(damping=0.1))
+    plan = ours.plan(QUERY)
+    assert plan.seconds["product"] > 0 and plan.why == "as it was given"
+    outputs, vector = 30 * 5000 * 8, 25_000 * 8
+    assert outputs + vector <= plan.num_bytes["batch"] <= 20 * outputs + 5 * vector
+    assert ours.info.num_products == 0
 
 
 def test_scores_go_to_a_memory_mapped_file(tmp_path):

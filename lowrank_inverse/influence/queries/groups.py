@@ -1,0 +1,112 @@
+"""The influence of groups of training examples, and of their removal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from lowrank_inverse._typing import Array, Indices
+from lowrank_inverse.arrays.checks import check_indices
+from lowrank_inverse.arrays.conversion import is_array, like, to_host
+from lowrank_inverse.arrays.spread import local
+from lowrank_inverse.influence.loss_checks import check_gradients
+from lowrank_inverse.influence.passes import Passes
+
+
+class GroupScores(Passes):
+    """Influence of several training examples together."""
+
+    def group_scores(self, query: Any, groups: Any, train: Any = None, **options: Any) -> Array:
+        """Sum the influence of the training examples of each group, such as a source or a class.
+
+        Parameters
+        ----------
+        groups : integer array, shape (n_train,)
+            The group of each training example, from 0 on.
+        query, train, **options
+            As in `scores`, without `out`.
+
+        Returns
+        -------
+        array, shape (n_query, groups.max() + 1)
+
+        Notes
+        -----
+        The scores of one batch are held at a time. First order in the group: `removal_effect` with
+        ``leverage=True`` is a Newton step.
+        """
+        self._alone("group_scores")
+        asked = self._asked(query, train, **options)
+        labels = _checked_groups(groups, asked.targets.num)
+        sums = np.zeros((asked.shape[0], labels.max() + 1))
+        for first, blocks in self._scored(asked):
+            for start, block in blocks:
+                rows, size = block.shape
+                part = sums[first : first + rows].T
+                np.add.at(part, labels[start : start + size], to_host(block).T)
+        return like(sums, local(self._backend.like))
+
+    def removal_effect(
+        self,
+        query: Any,
+        indices: Indices,
+        leverage: bool = False,
+        *,
+        query_loss: Callable[..., Any] | None = None,
+    ) -> Array:
+        """Predict by how much the loss of each query rises when training examples are removed.
+
+        Parameters
+        ----------
+        query : examples
+        indices : sequence of int
+            The examples to remove, all at once.
+        leverage : bool
+            Let the curvature of the removed examples go too: one Newton step of the problem
+            without them. It is exact for a quadratic loss, and better for large or unusual groups.
+        query_loss : callable, optional
+            As in `scores`.
+
+        Returns
+        -------
+        array, shape (n_query,)
+            In units of the loss, to first order in the step of the parameters. Positive where the
+            examples were helpful.
+
+        Notes
+        -----
+        The problem without them is ``1 / num_train * sum of the others + ridge / 2 * sum(params **
+        2)``: neither divisor nor ridge change. One solve, however many queries.
+        """
+        self._alone("removal_effect")
+        chosen = check_indices(indices, self._train.num)
+        self._check_unchanged()
+        backend = self._measure(query_loss)
+        queries = self._read(query, "query", backend)
+        self._begin(1, queries.num)
+        weights = np.zeros(self._train.num)
+        weights[chosen] = 1
+        removed = self._backend.total(self._train, weights) / self._train.num
+        factor = self._factor_without(1 - weights) if leverage else None
+        step = self._solve(removed[:, None], factor).value
+        parts = []
+        for start, batch in queries.parts():
+            slopes = backend.slopes(batch, step)
+            check_gradients(slopes, queries, start)
+            parts.append(slopes[0, :])
+        return array_namespace(parts[0]).concat(parts, axis=0)
+
+
+def _checked_groups(groups: Any, num: int) -> np.ndarray:
+    labels = np.asarray(to_host(groups) if is_array(groups) else groups)
+    if labels.shape != (num,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"`groups` must be integers, one for each training example, shape ({num},); got shape "
+            f"{labels.shape} and dtype {labels.dtype}."
+        )
+    if labels.min() < 0:
+        raise ValueError(f"`groups` must be numbered from 0 on; got {labels.min()}.")
+    return labels
