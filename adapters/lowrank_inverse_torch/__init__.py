@@ -18,6 +18,8 @@ from lowrank_inverse_torch.curvature.operators import (
 )
 from lowrank_inverse_torch.influence.function import InfluenceFunction
 from lowrank_inverse_torch.interop import as_solve
+from lowrank_inverse_torch.kronecker.kfac import KFAC
+from lowrank_inverse_torch.kronecker.subsampled import SubsampledGaussNewton
 from lowrank_inverse_torch.minimization import minimize_bilevel
 from lowrank_inverse_torch.minimizer import implicit_minimizer
 
@@ -25,10 +27,12 @@ if hasattr(_torch.serialization, "add_safe_globals"):  # for torch.load of check
     _torch.serialization.add_safe_globals([_HypergradientState])
 
 __all__ = [
+    "KFAC",
     "GaussNewtonOperator",
     "HessianOperator",
     "Hypergradient",
     "InfluenceFunction",
+    "SubsampledGaussNewton",
     "as_solve",
     "check_hessian",
     "hessian_columns",

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar
+from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, Solver
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE
 from lowrank_inverse.iterative.neumann_series import neumann_series
+from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse.operators.composition import split_shift
 from lowrank_inverse.results.solution import Pairs, Solution
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
@@ -23,8 +24,11 @@ class CG:
 
     Parameters
     ----------
-    damping, rtol, atol, max_steps, check_every, preconditioner, callback, block_size
+    damping, rtol, atol, max_steps, check_every, callback, block_size
         As in :func:`lowrank_inverse.cg`.
+    preconditioner : linear operator, or settings of a solver, optional
+        As there; of settings, such as ``Nystrom(rank=20)`` or ``lowrank_inverse_torch.KFAC``, the
+        inverse that they prepare for the operator and the damping, whose products are counted.
     recycle : int
         Ritz pairs of earlier solves, those of largest magnitude, that a `state` keeps to
         precondition later ones: ``2 recycle n`` numbers, and as many again during a solve, for the
@@ -37,7 +41,7 @@ class CG:
     atol: float = 0.0
     max_steps: int | None = None
     check_every: int = 1
-    preconditioner: LinearOperator | None = None
+    preconditioner: LinearOperator | Solver | None = None
     callback: Callable[[Array, Array], object] | None = None
     block_size: int = BLOCK_SIZE
     recycle: int = 20
@@ -54,7 +58,12 @@ class CG:
         Where there is no `preconditioner`, `pairs` of A less its diagonal shift, as a state has
         them, make one.
         """
-        preconditioner, approx = self.preconditioner, None
+        preconditioner: Any = self.preconditioner
+        approx, spent = None, 0
+        if callable(getattr(preconditioner, "prepare", None)):  # settings
+            inverse = preconditioner.prepare(ShiftedOperator(A, self.damping), rng=rng, b=b)
+            spent = inverse.num_products
+            preconditioner = inverse if inverse.preconditioner is None else inverse.preconditioner
         if pairs is not None and preconditioner is None:
             approx = recycled_approximation(A, self.damping, pairs)
             preconditioner = preconditioner_of(A, self.damping, approx)
@@ -62,6 +71,7 @@ class CG:
         return PreparedInverse(
             H,
             partial(solve_by_cg, self, H, damping, preconditioner),
+            num_products=spent,
             preconditioner=preconditioner,
             approximation=approx,
             keeps=True,

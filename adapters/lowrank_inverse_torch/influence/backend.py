@@ -265,14 +265,15 @@ class TorchBackend:
                     result += self._gradient(batch, self._as_like(w))
         return result
 
-    def _forward(self, batch: Any, values: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
-        """Return output and target; the whole of a dict where nothing says how to split it."""
+    def split_batch(self, batch: Any) -> tuple[Any, Any]:
+        """Return inputs and target; the whole of a dict where nothing says how to split it."""
         if self.split is not None:
-            inputs, target = self.split(batch)
-        elif isinstance(batch, Mapping):
-            inputs, target = batch, batch
-        else:
-            inputs, target = pair(batch)
+            return self.split(batch)
+        return (batch, batch) if isinstance(batch, Mapping) else pair(batch)
+
+    def _forward(self, batch: Any, values: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
+        """Return output and target."""
+        inputs, target = self.split_batch(batch)
         try:
             return called(self.model, inputs, values), target
         except TypeError as error:

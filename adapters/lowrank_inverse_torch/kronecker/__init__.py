@@ -1,0 +1,1 @@
+"""Kronecker-factored curvature of torch models."""
