@@ -151,3 +151,15 @@ def test_only_long_names_in_tables_may_break():
     assert "<code>a_b</code>" in cell
     assert cell.replace("<wbr>", "").replace(' class="long"', "").startswith(f"<td><code>{name}<")
     assert hook("tables").on_page_content(f"<code>{name}</code>") == f"<code>{name}</code>"
+
+
+def test_every_symbol_of_the_mathematics_has_its_name_in_the_code():
+    page = (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \$.*?\| (`.*?) \|", page, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(names) > 15
+    sources = [*(ROOT / "lowrank_inverse").rglob("*.py"), *(ROOT / "adapters").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    for name in names:
+        declared = rf"^ +{name}[:,=]|[(,] ?{name}[:,=)]|self\.{name}\b|^class {name}\b"
+        assert re.search(declared, code, re.MULTILINE), name
