@@ -27,13 +27,18 @@ def on_page_content(text: str, **kwargs: object) -> str:
 
 
 def code_of_pages(docs: Path) -> dict[str, tuple[str, str]]:
-    """Return title and code of the pages that show the package in use, by their address."""
+    """Return title and code of the pages that show the package in use, by their address.
+
+    Tutorials are scripts, with a title in a comment, of which the build makes pages.
+    """
     found = {}
-    for path in sorted(path for folder in PAGES for path in (docs / folder).glob("*.md")):
+    for path in sorted(path for folder in PAGES for path in (docs / folder).glob("*.[mp][dy]")):
         text = path.read_text(encoding="utf-8")
-        title = re.search(r"^# (.*)$", text, re.MULTILINE)
-        address = f"../{path.relative_to(docs).as_posix()}"
-        found[address] = title[1] if title else path.stem, "\n".join(CODE.findall(text))
+        heading = r"^# # (.*)$" if path.suffix == ".py" else r"^# (.*)$"
+        title = re.search(heading, text, re.MULTILINE)
+        address = f"../{path.relative_to(docs).with_suffix('.md').as_posix()}"
+        code = text if path.suffix == ".py" else "\n".join(CODE.findall(text))
+        found[address] = title[1] if title else path.stem, re.sub(r"^#.*", "", code, flags=re.M)
     return found
 
 

@@ -163,3 +163,14 @@ def test_every_symbol_of_the_mathematics_has_its_name_in_the_code():
     for name in names:
         declared = rf"^ +{name}[:,=]|[(,] ?{name}[:,=)]|self\.{name}\b|^class {name}\b"
         assert re.search(declared, code, re.MULTILINE), name
+
+
+def test_a_tutorial_that_is_a_script_is_named_by_its_page(tmp_path):
+    (tmp_path / "tutorials").mkdir()
+    script = "# %% [markdown]\n# # Clean labels\n# With li.solve.\n\n# %%\nli.logdet(A)\n"
+    (tmp_path / "tutorials" / "clean.py").write_text(script)
+    reference = hook("reference")
+    pages = reference.code_of_pages(tmp_path)
+    line = reference.seen_in("lowrank_inverse", "logdet", pages)
+    assert "[Clean labels](../tutorials/clean.md)" in line
+    assert reference.seen_in("lowrank_inverse", "solve", pages) == ""
