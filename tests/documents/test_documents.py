@@ -14,6 +14,7 @@ from tests.documents import pages
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "docs" / "concepts.md",
     *(
         page
         for folder in ("quickstart", "guides")
