@@ -83,4 +83,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@mv $(UNFINISHED) $(STAMP)
 
 clean:
-	rm -rf $(VENV) site dist build results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site dist build results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
