@@ -124,8 +124,8 @@ print(f"accuracy on new digits from a random start: {accuracy_before:.2f}")
 #
 # The proximal term, written out, is `λ/2 ‖θ‖² − λ <θ, φ>` and a constant. Its first part is a *ridge*: hand it over
 # as such, and it is treated exactly. The second goes into the inner loss. The hypergradient of the query loss
-# with respect to φ then takes a few conjugate gradient steps, for all tasks at once, and does not need the path of
-# the adaptation.
+# with respect to φ then takes six conjugate gradient steps, for all tasks at once, and does not need the path of the
+# adaptation.
 
 # %%
 outer, values = torch.optim.Adam(meta.values(), lr=0.01), []
@@ -142,7 +142,7 @@ for _ in range(50):
         lambda: loss(params, query),
         params,
         meta,
-        solver=li.CG(max_steps=12),
+        solver=li.CG(max_steps=6),
         ridge=prox,
     )
     outer.zero_grad()
@@ -170,8 +170,9 @@ plt.show()
 # %% [markdown]
 # ## How to tell that it worked
 #
-# The query loss falls, on digits that are seen. The accuracy on digits that never were rises. And the record of the
-# hypergradient has no complaint of the linear system:
+# The query loss falls, on digits that are seen, and the accuracy on digits that never were rises. The record of the
+# hypergradient says how far to trust it. Six steps leave a residual of about a tenth, which `explain()` remarks on: it
+# is enough for Adam. For more, raise `max_steps`.
 
 # %%
 print(out.info.explain())

@@ -17,16 +17,16 @@ PAGES = [
     ROOT / "docs" / "concepts.md",
     *(
         page
-        for folder in ("quickstart", "guides")
+        for folder in ("quickstart", "guides", "migrating")
         for page in sorted((ROOT / "docs" / folder).glob("*.md"))
     ),
 ]
 ONCE = {"gradients", "gaussian_processes"}
 """Costly, and run by a test that looks at the answers."""
-SLOW = {ROOT / "docs" / "quickstart" / "jax.md"}
+SLOW = {ROOT / "docs" / "quickstart" / "jax.md", ROOT / "docs" / "migrating" / "jaxopt.md"}
 """Costly, and with nothing to look at but what it prints."""
 TASKS = {"minimize", "hypercleaning", "weight_decay", "loss_weights", "imaml", "distillation"}
-FRAMEWORKS = {"torch", "jax", "optax", "equinox", "flax", "sklearn"}
+FRAMEWORKS = {"torch", "jax", "jaxopt", "optax", "equinox", "flax", "sklearn"}
 
 
 @pytest.fixture(autouse=True)
