@@ -77,8 +77,9 @@ def picture(figure: plt.Figure, alt: str) -> str:
     svg = re.sub(r' id="[a-z]+_\d+"', "", svg).replace(INK, "currentColor")
     width = re.search(r'width="([\d.]+)pt"', svg)[1]
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{alt}" style="max-width: {width}pt"', 1)
-    return " ".join(f"<figure>{svg}</figure>".split())
+    style = f"width: 100%; max-width: {width}pt"
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{alt}" style="{style}"', 1)
+    return " ".join(f'<figure style="width: 100%">{svg}</figure>'.split())
 
 
 def run(text: str, name: str) -> list[Cell]:

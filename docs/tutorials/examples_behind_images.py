@@ -92,8 +92,8 @@ for row, (image, label) in enumerate(zip(*query, strict=True)):
 plt.show()
 
 # %% [markdown]
-# The helpful images have the right label; the harmful ones look like the test image and are called what the network
-# wrongly said.
+# Most of the helpful images have the right label. Most of the harmful ones have another label and look like the test
+# image, or have the right one and look like another digit.
 #
 # ## How to tell that it worked
 #

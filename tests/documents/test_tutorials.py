@@ -41,7 +41,7 @@ def test_a_page_shows_what_a_cell_prints_and_draws(tmp_path):
     assert page.startswith("# A line\n\n[Script](line.py)")
     assert "\n\nProse.\n\n```python\nimport matplotlib" in page
     assert "```text\nsix 6\n```" in page
-    (picture,) = (line for line in page.splitlines() if line.startswith("<figure>"))
+    (picture,) = (line for line in page.splitlines() if line.startswith("<figure"))
     assert 'role="img" aria-label="A rising line."' in picture
     assert "currentColor" in picture and "#000000" not in picture
     cells = json.loads(hook.notebook(found))["cells"]
