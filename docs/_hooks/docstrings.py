@@ -33,7 +33,8 @@ def markdown(text: str, obj: griffe.Object) -> str:
     text = re.sub(r"shape of `(\w+)`", r"shape of \1", text)
     text = re.sub(r", shape (?=\()", " of shape ", text)
     text = ROLE.sub(lambda role: link(role[1], role[2], obj), text)
-    text = CITATION.sub(r"[[\1]](#ref-\1)", text)
+    here = {reference[2] for reference in REFERENCE.finditer(text)}  # others are of the class
+    text = CITATION.sub(lambda c: f"[[{c[1]}]](#ref-{c[1]})" if c[1] in here else f"[{c[1]}]", text)
     return REFERENCE.sub(r"\1[\2] \3\n\1{: #ref-\2 }\n", text)
 
 

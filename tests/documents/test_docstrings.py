@@ -80,3 +80,10 @@ def test_citations_are_links_to_references(package):
     assert "{: #ref-1 }" in text
     assert "]_" not in text
     assert ".. [" not in text
+
+
+def test_a_citation_of_the_references_of_the_class_is_no_link(package):
+    markdown = hook("docstrings").markdown
+    method = package["low_rank.approximation.NystromApproximation.inverse"]
+    text = "By [1]_, [2]_.\n\nReferences\n----------\n.. [1] A. Author.\n"
+    assert markdown(text, method).startswith("By [[1]](#ref-1), [2].")
