@@ -1,7 +1,9 @@
 """The Python blocks of a page, what they print, and what the page shows of it.
 
 ``python -m tests.documents.pages PAGE ...`` runs pages and writes what their blocks print below
-them. Numbers are compared to the last digit shown; ``3e-12`` stands for its order of magnitude.
+them. Words are compared exactly; a number such as 0.12 to the last digit shown or a thousandth, a
+count above ten, which may be one of steps, to a tenth, and one such as 3.1e-12 by its order of
+magnitude.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def close(shown: str, printed: str) -> bool:
     if "e" in shown:
         return 0.1 < abs(float(printed) / float(shown)) < 10
     digits = len(shown.partition(".")[2])
-    allowed = 1.01 * 10.0**-digits if digits else abs(int(shown)) // 10
+    unit, thousandth = 1.01 * 10.0**-digits, 1e-3 * abs(float(shown))
+    allowed = max(unit, thousandth) if digits else abs(int(shown)) // 10
     return abs(float(shown) - float(printed)) <= allowed
 
 

@@ -83,7 +83,9 @@ class SubsampledGaussNewton:
     ...     return ((output - target) ** 2).sum(dim=1) / 2
     >>> terms = lit.SubsampledGaussNewton(model, loss, train, rank=3)
     >>> solver = li.CG(preconditioner=terms)
-    >>> influence = lit.InfluenceFunction(model, loss, train, solver=solver, damping=0.1)
+    >>> influence = lit.InfluenceFunction(
+    ...     model, loss, train, solver=solver, damping=0.1
+    ... )
     >>> _ = influence.scores(train, reduction="sum")
     >>> print(terms, int(influence.info.num_steps[0]))
     SubsampledGaussNewton(n=3, rank=3) 1
