@@ -25,6 +25,7 @@ COMMANDS = {
     "gradients": ("systems.gradients", "memory of a gradient through conjugate gradients"),
     "table5": ("speed.table5", "Table 5 of the paper: time and memory of a hypergradient"),
     "peers": ("speed.peers", "a hypergradient against those of other packages"),
+    "mesh": ("speed.mesh", "what processes hold and send, and a model of many"),
     "scaling": ("speed.scaling", "time and memory against n and k, and under a budget"),
     "paper": ("paper.everything", "all figures and tables of the paper, and a summary"),
     "figure1": ("paper.figure1", "Figure 1 of the paper: inverses of a low-rank matrix"),

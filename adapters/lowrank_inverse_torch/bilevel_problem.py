@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, autograd
 
+from lowrank_inverse.arrays.spread import gathered
 from lowrank_inverse.bilevel.evaluation import Differentiated, tolerant_solver
 from lowrank_inverse_torch.bilevel import hypergradient
 from lowrank_inverse_torch.curvature.operators import Modules
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched
 from lowrank_inverse_torch.parameters import Parameters
 from lowrank_inverse_torch.ridge import Ridge
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lowrank_inverse_torch.mesh.processes import Processes
 
 
 class Problem:
@@ -31,6 +38,7 @@ class Problem:
         seed: int,
         chunk_size: int,
         module: Modules | None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         for part, name in ((theta, "params"), (phi, "hparams")):
             for tensor, place in zip(part.tensors, part.names, strict=True):
@@ -46,6 +54,11 @@ class Problem:
         self._ridge = ridge if callable(ridge) else lambda: ridge
         self._solver = solver
         self._options: dict[str, Any] = {"rng": seed, "chunk_size": chunk_size, "module": module}
+        self._processes: Processes | None = None
+        if mesh is not None:
+            from lowrank_inverse_torch.mesh.processes import Processes
+
+            self._processes, self._options["mesh"] = Processes(mesh, theta), mesh
         modules = [module] if isinstance(module, torch.nn.Module) else list(module or ())
         self._modules = [*theta.modules, *phi.modules, *modules]
         self.params, self.hparams = host(theta), host(phi)
@@ -59,27 +72,41 @@ class Problem:
     def inner(self, x: np.ndarray, h: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the inner loss with its ridge, and the gradient by the parameters."""
         self.write(x, h)
-        theta, total, value = self._theta, np.zeros_like(x), 0.0
-        with untouched(theta.tensors, self._modules), explained():
-            for loss in self._losses[0]:
-                scalar = _value(loss, "inner_loss")
-                if scalar is None:
-                    return np.nan, np.full_like(x, np.nan)
-                # Retained, for closures may share what was computed outside of them.
-                grads = autograd.grad(scalar, theta.tensors, retain_graph=True, allow_unused=True)
-                value += scalar.item() / len(self._losses[0])
-                total += _host(theta.flatten(grads)) / len(self._losses[0])
+        theta = self._theta
+
+        def sums() -> np.ndarray:
+            total = np.zeros(2 + x.size)
+            with untouched(theta.tensors, self._modules), explained():
+                for loss in self._losses[0]:
+                    scalar = _value(loss, "inner_loss")
+                    if scalar is None:
+                        return np.full_like(total, np.nan)
+                    # Retained, for closures may share what was computed outside of them.
+                    grads = autograd.grad(
+                        scalar, theta.tensors, retain_graph=True, allow_unused=True
+                    )
+                    total[:2] += 1, scalar.item()
+                    total[2:] += _host(theta.flatten(grads))
+            return total
+
+        num, value, *_ = total = self._total(sums, 2 + x.size)
         known = self._coefficients()
-        return value + 0.5 * float(np.sum(known * x**2)), total + known * x
+        return value / num + 0.5 * float(np.sum(known * x**2)), total[2:] / num + known * x
 
     def differentiate(
         self, x: np.ndarray, h: np.ndarray, state: Any, rtol: float
     ) -> Differentiated:
         """Return the outer loss and its hypergradient."""
         self.write(x, h)
-        with untouched(self._theta.tensors, self._modules), torch.no_grad():
-            values = [_value(loss, "outer_loss") for loss in self._losses[1]]
-        if any(value is None for value in values):
+
+        def sums() -> np.ndarray:
+            with untouched(self._theta.tensors, self._modules), torch.no_grad():
+                values = [_value(loss, "outer_loss") for loss in self._losses[1]]
+            found = [np.nan if value is None else value.item() for value in values]
+            return np.array([len(found), np.sum(found)])
+
+        num, total = self._total(sums, 2)
+        if not np.isfinite(total):
             return Differentiated(np.nan, h, x, None, state, 0.0)
         ridge = self._ridge()
         try:
@@ -98,9 +125,9 @@ class Problem:
                 raise
             return Differentiated(np.nan, h, x, None, state, 0.0)
         return Differentiated(
-            float(np.mean([value.item() for value in values if value is not None])),
+            float(total / num),
             _host(self._phi.flatten(self._phi.collect(out.grads))),
-            _host(out.solution.value),
+            _host(gathered(out.solution.value)),
             out.info,
             out.state,
             float(np.mean(self._coefficients())),
@@ -113,6 +140,12 @@ class Problem:
             part.restore([tensor.detach().clone() for tensor in part.tensors])
             for part in (self._theta, self._phi)
         )
+
+    def _total(self, function: Callable[[], np.ndarray], size: int) -> np.ndarray:
+        """Return `size` numbers, summed over the processes if there are several."""
+        if self._processes is None:
+            return function()
+        return self._processes.total_of(function, size)
 
     def _coefficients(self) -> Any:
         ridge = self._ridge()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from lowrank_inverse.bilevel.minimum import BilevelMinimum
 from lowrank_inverse_torch.bilevel_problem import OptimizerStep, Problem, host, side
 from lowrank_inverse_torch.curvature.operators import Loss, Modules
 from lowrank_inverse_torch.parameters import as_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["minimize_bilevel"]
 
@@ -39,6 +43,7 @@ def minimize_bilevel(
     rng: RNG = 0,
     chunk_size: int = 1,
     module: Modules | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> BilevelMinimum:
     """Minimise the outer loss at the minimiser of the inner one by hyperparameters.
 
@@ -82,8 +87,9 @@ def minimize_bilevel(
         as if it had never stopped, if all else is the same.
     rng : int or numpy.random.Generator, optional
         Seed of what is drawn; None for fresh entropy.
-    chunk_size, module
-        As in `hypergradient`.
+    chunk_size, module, mesh
+        As in `hypergradient`; a checkpoint is then a file for each process. What `inner` and
+        `outer` do must be the same in all processes.
 
     Returns
     -------
@@ -132,8 +138,12 @@ def minimize_bilevel(
     converged 0.5
     """
     theta, phi = as_parameters(params), as_parameters(hparams, name="hparams")
+    if mesh is not None and checkpoint is not None:  # a file of its own for each process
+        path = Path(checkpoint)
+        own = f"{path.stem}-{mesh.get_local_rank()}-of-{mesh.size()}{path.suffix}"
+        checkpoint = path.with_name(own)
     problem = Problem(
-        inner_loss, outer_loss, theta, phi, solver, ridge, seed_of(rng), chunk_size, module
+        inner_loss, outer_loss, theta, phi, solver, ridge, seed_of(rng), chunk_size, module, mesh
     )
     train: Any = None
     if isinstance(inner, torch.optim.Optimizer):

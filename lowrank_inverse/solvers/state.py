@@ -11,8 +11,8 @@ from array_api_compat import array_namespace
 from lowrank_inverse._io import Format
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import all_finite, check_finite, describe, namespace
-from lowrank_inverse.arrays.conversion import is_traced, like_device, to_host
-from lowrank_inverse.arrays.spread import reduced
+from lowrank_inverse.arrays.conversion import is_traced, like_device, rows_like, to_host
+from lowrank_inverse.arrays.spread import is_spread, reduced
 from lowrank_inverse.iterative.recycling import joined_pairs
 from lowrank_inverse.operators.differentiation import constant
 from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended
@@ -196,7 +196,9 @@ def adopt(state: Any, b: Array) -> Any:
     where = like_device(b)
 
     def moved(x: np.ndarray | None) -> Array | None:
+        if x is None or is_spread(b):
+            return None if x is None else rows_like(x, b)
         # A copy: memory of the library's own, aligned as it likes, gives the same sums again.
-        return None if x is None else xp.asarray(x, device=where, copy=True)
+        return xp.asarray(x, device=where, copy=True)
 
     return HypergradientState(*map(moved, state))

@@ -72,6 +72,16 @@ class Processes:
         distributed.all_gather(parts, numbers, group=self.group)
         return parts
 
+    def total_of(self, function: Callable[[], np.ndarray], size: int) -> np.ndarray:
+        """Return the sum over processes of `size` numbers that `function` returns in each."""
+        numbers, error = self.attempt(function)
+        given = np.zeros(size) if numbers is None else numbers
+        flagged = torch.tensor([*given, error is not None], dtype=torch.float64)
+        totals = self.total(flagged.to(self.device)).cpu().numpy()
+        if totals[-1] != 0:
+            self.fail(error)
+        return totals[:-1]
+
     def everyone(self, value: T) -> list[T]:
         """Return the values of all processes, in their order."""
         found: list[Any] = [None] * self.size

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,6 +19,9 @@ from tests.adapters.torch.processes import Group
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
+
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +97,17 @@ def test_a_state_is_recycled_over_processes(two):
     equal_to_one_process(two.run("chain"), mesh_cases.chain(None))
 
 
+@pytest.mark.slow
+def test_a_bilevel_minimum_is_that_of_one_process(two, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    found = two.run("minimum", folder=str(tmp_path / "two"))
+    # Steps of L-BFGS, whose tolerances are not of rounding.
+    equal_to_one_process(found, mesh_cases.minimum(None, str(tmp_path / "one")), bound=1e-6)
+    files = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert files == ["minimum-0-of-2.npz", "minimum-1-of-2.npz"]
+
+
 def test_a_parallel_module_keeps_its_training(two):
     equal_to_one_process(two.run("parallel_module"), mesh_cases.parallel_module(None))
 
@@ -102,16 +122,16 @@ def test_a_process_without_data_takes_part(two):
 
 def test_a_product_sends_two_vectors_and_a_step_four_numbers_more(two):
     n, size = 57, 2
+    most = n + 2 * size  # a number for each process, and parts of equal length
     answers = two.run("sent")
     for found in answers:
-        assert len(found["product"]) == 2
-        assert sum(found["product"]) <= 2 * (n + size) and max(found["product"]) <= n + size
+        assert len(found["product"]) == 2 and max(found["product"]) <= most
         few, many = found["3 steps"], found["8 steps"]
-        assert sum(many) - sum(few) <= 5 * (2 * (n + size) + 4)
-        assert max(many) <= n + size
+        assert sum(many) - sum(few) <= 5 * (2 * most + 4)
+        assert max(many) <= most
         # A column is not gathered; beside the columns there is what is k×k.
-        assert max(found["columns"]) <= max(n + size, 20 * 20)
-        assert sum(x for x in found["columns"] if x >= n) <= 20 * (n + size) + 6 * 20 * 20
+        assert max(found["columns"]) <= max(most, 20 * 20)
+        assert sum(x for x in found["columns"] if n <= x <= most) <= 20 * most
     assert [found["held"] for found in answers] == [(29, 20), (28, 20)]
 
 
@@ -185,3 +205,25 @@ def test_what_goes_wrong_with_influence_in_one_process_is_said_in_all(two, what,
     errors = two.errors("wrong_influence", what=what)
     assert errors[0] == errors[1]
     assert errors[0].startswith(message)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_guide_runs_in_two_processes_as_in_one(tmp_path):
+    page = (ROOT / "docs" / "guides" / "several_devices.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r'```python title="influence.py"\n(.*?)```', page, re.DOTALL)
+    (tmp_path / "influence.py").write_text(script, encoding="utf-8")
+    outputs = []
+    for size in (1, 2):
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
+        done = subprocess.run(
+            [sys.executable, *command, str(tmp_path / "influence.py")],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout.split())
+    one, two = outputs
+    assert one[: one.index("hypergradient")] == two[: two.index("hypergradient")]
+    assert float(two[-2]) == pytest.approx(float(one[-2]), rel=1e-3)
