@@ -55,8 +55,8 @@ def same_solutions(group, names, held, width=1):
         assert [one[name][3] for one in found] == held
 
 
-def test_solutions_equal_those_of_one_process(two):
-    same_solutions(two, ["NystromCG"], [29, 28])
+def test_eigenvectors_are_those_of_the_first_process(two):
+    equal_to_one_process(two.run("other_signs"), mesh_cases.other_signs(None))
 
 
 @pytest.mark.slow
@@ -112,10 +112,12 @@ def test_a_parallel_module_keeps_its_training(two):
     equal_to_one_process(two.run("parallel_module"), mesh_cases.parallel_module(None))
 
 
+@pytest.mark.slow
 def test_a_fully_sharded_module_is_as_a_whole_one(two):
     equal_to_one_process(two.run("sharded_module"), mesh_cases.sharded_module(None))
 
 
+@pytest.mark.slow
 def test_a_process_without_data_takes_part(two):
     equal_to_one_process(two.run("empty_process"), mesh_cases.empty_process(None))
 
@@ -126,8 +128,8 @@ def test_a_product_sends_two_vectors_and_a_step_four_numbers_more(two):
     answers = two.run("sent")
     for found in answers:
         assert len(found["product"]) == 2 and max(found["product"]) <= most
-        few, many = found["3 steps"], found["8 steps"]
-        assert sum(many) - sum(few) <= 5 * (2 * most + 4)
+        few, many = found["2 steps"], found["4 steps"]
+        assert sum(many) - sum(few) <= 2 * (2 * most + 4)
         assert max(many) <= most
         # A column is not gathered; beside the columns there is what is k×k.
         assert max(found["columns"]) <= max(most, 20 * 20)
@@ -170,18 +172,13 @@ def test_a_process_that_ends_ends_the_others():
         group.close()
 
 
-def test_influence_equals_that_of_one_process(two):
-    names = ["NystromCG"]
-    equal_to_one_process(two.run("influence", names=names), mesh_cases.influence(None, names))
-
-
 @pytest.mark.slow
-def test_influence_of_all_kinds_equals_that_of_one_process(two):
-    names = list(mesh_cases.INFLUENCES)
-    found, expected = two.run("influence", names=names), mesh_cases.influence(None, names)
-    equal_to_one_process(found, expected, bound=1e-4)  # the tolerance of the default solver
-    sharp = {name: x for name, x in expected.items() if not name.startswith("default")}
-    equal_to_one_process(found, sharp, bound=1e-11)
+@pytest.mark.parametrize("name", list(mesh_cases.INFLUENCES))
+def test_influence_equals_that_of_one_process(two, name):
+    # The default solver has a tolerance of its own; that of the others is near rounding.
+    bound = {"default": 1e-4, "NystromCG": 1e-12}.get(name, 1e-11)
+    found, expected = two.run("influence", names=[name]), mesh_cases.influence(None, [name])
+    equal_to_one_process(found, expected, bound)
 
 
 @pytest.mark.slow
