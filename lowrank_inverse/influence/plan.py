@@ -26,8 +26,8 @@ MOST_PAIRS = 200
 JOINING = 10
 PAIR_BLOCKS = 4
 """Vectors and products, of pairs and of the directions that are joined with them."""
-BLOCKS = 16
-"""Vectors of n numbers a right-hand side: conjugate gradients, and the products inside."""
+BLOCKS = 20
+"""Vectors of n numbers a right-hand side, as counted: it, conjugate gradients, and products."""
 JVP_LEAST, JVP_MOST = 4, 24
 """Queries up to which directional derivatives are taken: always, and where none is timed."""
 TRIALS = 8

@@ -21,7 +21,7 @@ PAGES = [
         for page in sorted((ROOT / "docs" / folder).glob("*.md"))
     ),
 ]
-ONCE = {"gradients", "gaussian_processes"}
+ONCE = {"gradients", "gaussian_processes", "language_models"}
 """Costly, and run by a test that looks at the answers."""
 SLOW = {ROOT / "docs" / "quickstart" / "jax.md", ROOT / "docs" / "migrating" / "jaxopt.md"}
 """Costly, and with nothing to look at but what it prints."""
@@ -98,6 +98,14 @@ def test_the_guide_to_gaussian_processes_has_one_likelihood_in_three_libraries()
     assert abs(float(names["value"]) - names["exact"]) < 1e-6
     assert abs(names["theta"].grad.numpy() - names["slope"]).max() < 1e-4
     assert abs(names["gradient"] - names["slope"]).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_the_guide_to_language_models_finds_the_sequences_behind_an_answer():
+    *_, names = run_blocks(ROOT / "docs" / "guides" / "language_models.md")
+    assert names["influence"].info.relative_residual <= 1e-2
+    assert names["after"] > names["before"] + 5
+    assert max(names["random"]) < names["before"] + 1
 
 
 def answers(page):

@@ -52,7 +52,7 @@ def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, colum
     assert plan.num_bytes == {
         "data": 5,
         "columns": columns * 30 * 8,
-        "solve": 16 * 4 * 30 * 8,
+        "solve": 20 * 4 * 30 * 8,
         "batch": 7,
         "scores": 8000,
     }
