@@ -9,6 +9,7 @@ from collections.abc import Callable
 COMMANDS = {
     "hypercleaning": ("bilevel.hypercleaning", "data hyper-cleaning on handwritten digits"),
     "bilevel": ("bilevel.optimum", "MNIST data cleaning to the optimum, beside other solvers"),
+    "penalties": ("bilevel.penalties", "penalties of linear models, learned by hypergradient"),
     "state": ("bilevel.state", "state over outer steps: errors at equal products"),
     "krylov": ("systems.krylov", "errors against products, by what these are spent on"),
     "minibatch": ("bilevel.minibatch", "a fresh minibatch in each product, against a frozen one"),

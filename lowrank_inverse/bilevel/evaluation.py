@@ -9,7 +9,7 @@ import numpy as np
 
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.bilevel.minimum import Evaluation, Stop
-from lowrank_inverse.bilevel.quasi_newton import Scaling, lbfgs
+from lowrank_inverse.bilevel.quasi_newton import Change, Scaling, lbfgs
 from lowrank_inverse.solvers.iterative import CG
 from lowrank_inverse.solvers.state import HypergradientState
 
@@ -69,6 +69,9 @@ class Problem(Protocol):
     def restore(self, theta: np.ndarray, phi: np.ndarray) -> tuple[Any, Any]:
         """Return parameters and hyperparameters as the user has them."""
         ...
+
+    # A problem that knows better variables for its inner minimisations has besides
+    # change(phi, gradient), which returns a Change or None.
 
 
 Train = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
@@ -146,7 +149,7 @@ class Evaluator:
         nothing = np.zeros_like(phi)
         for further in range(ROUNDS):
             wanted = accuracy * self.curvature * self.length * 0.1**further
-            value, theta, residual, solved = self._minimised(theta, phi, wanted)
+            value, theta, residual, solved = self.minimised(theta, phi, wanted)
             record = record._replace(gradients=self._gradients)
             if not np.isfinite(value):
                 return record._replace(rejected="nonfinite"), nothing
@@ -191,7 +194,7 @@ class Evaluator:
             self.curvature = residual / step
         return step / self.length
 
-    def _minimised(
+    def minimised(
         self, theta: np.ndarray, phi: np.ndarray, wanted: float
     ) -> tuple[float, np.ndarray, np.ndarray, bool]:
         """Return value, parameters and gradient of the inner problem, and whether it is solved."""
@@ -220,7 +223,7 @@ class Evaluator:
                 function,
                 theta,
                 (value, gradient),
-                scaling=self._scaling(gradient),
+                scaling=self._scaling(phi, gradient),
                 rounding=ROUNDING * self.problem.eps,
                 max_steps=self._inner_steps,
             )
@@ -246,8 +249,11 @@ class Evaluator:
         self._gradients += 1
         return self.problem.inner(theta, phi)
 
-    def _scaling(self, gradient: np.ndarray) -> Scaling:
+    def _scaling(self, phi: np.ndarray, gradient: np.ndarray) -> Change:
         """Return variables in which the Hessian is near the identity, so far as the pairs tell."""
+        known = getattr(self.problem, "change", lambda *_: None)(phi, gradient)
+        if known is not None:
+            return known
         norm = float(np.linalg.norm(gradient))
         plain = Scaling(norm / self.curvature if self.curvature > 0 else 1.0)
         if self.state.vectors is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from scipy.optimize import minimize
@@ -12,6 +12,23 @@ MEMORY = 20
 """Pairs that L-BFGS keeps."""
 
 Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
+
+
+class Change(Protocol):
+    """Variables z of ``x = x0 + T z``."""
+
+    @property
+    def unit(self) -> float:
+        """Length of T z over that of z, where T is a multiple of the identity."""
+        ...
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        """Return ``T z``."""
+        ...
+
+    def adjoint(self, x: np.ndarray) -> np.ndarray:
+        """Return ``T.T x``."""
+        ...
 
 
 class Scaling(NamedTuple):
@@ -30,13 +47,17 @@ class Scaling(NamedTuple):
             return self.unit * z
         return self.unit * (z + self.vectors @ (self.factors * (self.vectors.T @ z)))
 
+    def adjoint(self, x: np.ndarray) -> np.ndarray:
+        """Return ``T.T x``."""
+        return self(x)
+
 
 def lbfgs(
     function: Function,
     x0: np.ndarray,
     start: tuple[float, np.ndarray],
     *,
-    scaling: Scaling,
+    scaling: Change,
     rounding: float,
     value_unit: float = 1.0,
     bounds: tuple[np.ndarray, np.ndarray] | None = None,
@@ -52,7 +73,7 @@ def lbfgs(
     x0 : array, shape (n,)
     start : value, gradient
         At x0, where both are finite.
-    scaling : Scaling
+    scaling : Change
         The first step has unit length in the scaled variables.
     rounding : float
         Relative error of the values. A difference of values that is below is taken from the
@@ -67,7 +88,7 @@ def lbfgs(
     .. [1] R. H. Byrd, P. Lu, J. Nocedal, C. Zhu. A Limited Memory Algorithm for Bound
        Constrained Optimization. SIAM J. Sci. Comput. 16, 1995.
     """
-    value, gradient = start[0] / value_unit, scaling(start[1]) / value_unit
+    value, gradient = start[0] / value_unit, scaling.adjoint(start[1]) / value_unit
     first = 0.0, gradient  # SciPy is shown what is above the start, with all its digits
     base = latest = np.zeros_like(x0), value, *first  # where a line search begins
 
@@ -79,7 +100,7 @@ def lbfgs(
         value, gradient = function(x0 + scaling(z))
         if not (np.isfinite(value) and np.all(np.isfinite(gradient))):
             return shown + abs(slope @ (z - at)), -slope
-        value, gradient = value / value_unit, scaling(gradient) / value_unit
+        value, gradient = value / value_unit, scaling.adjoint(gradient) / value_unit
         change = value - before
         if abs(change) <= rounding * max(abs(value), abs(before)):
             change = float((slope + gradient) @ (z - at)) / 2

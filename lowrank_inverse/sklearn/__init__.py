@@ -1,4 +1,4 @@
-"""Regressions with kernels as scikit-learn estimators; this package needs scikit-learn."""
+"""Regressions as scikit-learn estimators; this package needs scikit-learn."""
 
 try:
     from sklearn.utils.validation import validate_data  # noqa: F401 (came with 1.6)
@@ -9,8 +9,17 @@ except ImportError as error:
     ) from error
 
 from lowrank_inverse.sklearn.gaussian_process import GaussianProcessRegressor
+from lowrank_inverse.sklearn.group_ridge.classification import GroupLogisticRegressionCV
+from lowrank_inverse.sklearn.group_ridge.regression import GroupRidgeCV
 from lowrank_inverse.sklearn.kernel_ridge import KernelRidge
 from lowrank_inverse.sklearn.kernel_ridge_cv import KernelRidgeCV
 from lowrank_inverse.sklearn.nystrom_ridge import NystromRidge
 
-__all__ = ["GaussianProcessRegressor", "KernelRidge", "KernelRidgeCV", "NystromRidge"]
+__all__ = [
+    "GaussianProcessRegressor",
+    "GroupLogisticRegressionCV",
+    "GroupRidgeCV",
+    "KernelRidge",
+    "KernelRidgeCV",
+    "NystromRidge",
+]
