@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
+from jax.sharding import Mesh
 
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import describe
@@ -82,6 +83,7 @@ def hypergradient(
     key: Any = None,
     rng: RNG = None,
     chunk_size: int = 8,
+    mesh: Mesh | None = None,
 ) -> Hypergradient:
     """Differentiate the outer loss at the minimiser of the inner one by hyperparameters.
 
@@ -117,6 +119,9 @@ def hypergradient(
         ``jax.jit`` they are drawn once, when the function is traced.
     chunk_size : int
         Hessian products taken at a time; see `HessianOperator`.
+    mesh : jax.sharding.Mesh, optional
+        Of the devices that vectors and columns of the solver are cut over. Parameters,
+        hyperparameters and data lie on it as they like; what is returned lies as they do.
 
     Returns
     -------
@@ -126,7 +131,7 @@ def hypergradient(
     ------
     ValueError
         If a loss is no scalar, or not finite (unchecked while tracing), no hyperparameter reaches
-        a loss, or both `key` and `rng` are given.
+        a loss, or both `key` and `rng` are given; for arrays that are not on `mesh`.
 
     Notes
     -----
@@ -151,7 +156,10 @@ def hypergradient(
     >>> print(out.grads, out.info.inner_grad_norm)
     -0.75 0.0
     """
-    theta, phi = as_parameters(params), as_parameters(hparams, name="hparams")
+    theta = as_parameters(params, mesh=mesh)
+    phi = as_parameters(hparams, name="hparams", mesh=mesh)
+    theta.layout.check(inner_args, "inner_args")
+    theta.layout.check(outer_args, "outer_args")
     settings = default_solver(solver)
     if key is not None:
         settings = with_drawn_columns(settings, key, rng, theta.n)

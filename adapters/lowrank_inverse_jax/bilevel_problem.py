@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.bilevel.evaluation import Differentiated, tolerant_solver
 from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse_jax.bilevel import flat_ridge, hypergradient
@@ -53,6 +54,7 @@ class Problem:
                 solver=tolerant_solver(solver, rtol),
                 ridge=ridge,
                 state=state,
+                mesh=theta.layout.mesh,
                 **options,
             )
             known = flat_ridge(ridge_of(hparams), theta)
@@ -76,8 +78,9 @@ class Problem:
         """Return the outer loss and its hypergradient."""
         n, dtype = self._theta.n, self._theta.dtype
         if self._solver is None and state.value is None:  # zeros: all is compiled once
-            pairs = jnp.zeros((n, min(tolerant_solver(None, 1.0).recycle, n)), dtype)
-            state = HypergradientState(jnp.zeros(n, dtype), pairs, pairs)
+            lay = self._theta.layout.rows
+            pairs = lay(jnp.zeros((n, min(tolerant_solver(None, 1.0).recycle, n)), dtype))
+            state = HypergradientState(lay(jnp.zeros(n, dtype)), pairs, pairs)
         wanted = jnp.asarray(rtol, dtype)
         found, info, state = self._differentiate(*self._at(x, h), state, wanted, self._args)
         value, gradient, product, ridge = found
@@ -91,7 +94,9 @@ class Problem:
         return self._theta.replace(vector), self._phi.replace(other)
 
     def _at(self, x: np.ndarray, h: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(x, self._theta.dtype), jnp.asarray(h, self._phi.dtype)
+        pairs = (x, self._theta), (h, self._phi)
+        vector, other = (own.layout.rows(jnp.asarray(v, own.dtype)) for v, own in pairs)
+        return vector, other
 
 
 class OptimizerStep:
@@ -121,7 +126,7 @@ class OptimizerStep:
 
 def host(vector: jax.Array) -> np.ndarray:
     """Return a vector in float64 on the host."""
-    return np.asarray(vector, np.float64)
+    return to_host(vector).astype(np.float64)
 
 
 def is_optimizer(given: Any) -> bool:

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.bilevel.minimization import check_bounds, minimize, seed_of
@@ -38,6 +39,7 @@ def minimize_bilevel(
     checkpoint: str | PathLike[str] | None = None,
     rng: RNG = 0,
     chunk_size: int = 8,
+    mesh: Mesh | None = None,
 ) -> BilevelMinimum:
     """Minimise the outer loss at the minimiser of the inner one by hyperparameters.
 
@@ -79,11 +81,13 @@ def minimize_bilevel(
         Show a bar (needs tqdm).
     checkpoint : path, optional
         A folder for the evaluations. A call that finds some there goes on from them, bit for bit
-        as if it had never stopped, if all else is the same.
+        as if it had never stopped, if all else is the same. Of several processes, each has a
+        folder in it.
     rng : int or numpy.random.Generator, optional
         Seed of what is drawn; None for fresh entropy.
-    chunk_size : int
-        As in `hypergradient`.
+    chunk_size, mesh
+        As in `hypergradient`. The loop holds a few vectors of the parameters on the host, and each
+        process all of them.
 
     Returns
     -------
@@ -125,7 +129,8 @@ def minimize_bilevel(
     >>> print(found.reason, round(float(found.hparams), 3))
     converged 0.5
     """
-    theta, phi = as_parameters(params), as_parameters(hparams, name="hparams")
+    theta = as_parameters(params, mesh=mesh)
+    phi = as_parameters(hparams, name="hparams", mesh=mesh)
     problem = Problem(
         (inner_loss, outer_loss),
         (tuple(inner_args), tuple(outer_args)),
@@ -164,6 +169,6 @@ def minimize_bilevel(
         inner_steps=inner_steps,
         callback=callback,
         progress=progress,
-        checkpoint=checkpoint,
+        checkpoint=theta.layout.folder(checkpoint),
         seed=seed,
     )

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+
+from lowrank_inverse_jax.layout import Layout
 
 __all__ = ["Parameters", "as_parameters"]
 
@@ -26,9 +29,13 @@ class Parameters:
         Where each float leaf lies, such as ``"['w']"``.
     n : int
         Length of the vector.
+    layout : Layout
+        Of the vector, and of what has its length.
     """
 
-    def __init__(self, tree: Any, *, name: str = "params") -> None:
+    def __init__(self, tree: Any, *, name: str = "params", mesh: Mesh | None = None) -> None:
+        self.layout = Layout(mesh)
+        self.layout.check(tree, name, axes=True)
         if isinstance(tree, float):  # as jax.grad takes it
             tree = jnp.asarray(tree)
         _refuse_collections(tree, name)
@@ -41,7 +48,7 @@ class Parameters:
             for i, (path, _) in enumerate(places)
             if i in set(self._floats)
         )
-        arrays = [jnp.asarray(self._leaves[i]) for i in self._floats]
+        arrays = [jnp.asarray(self.layout.put(self._leaves[i], name)) for i in self._floats]
         if sum(array.size for array in arrays) == 0:
             raise ValueError(
                 f"`{name}` must hold a floating-point array to differentiate by; of its "
@@ -66,14 +73,14 @@ class Parameters:
                 )
         self._shapes = [array.shape for array in arrays]
         self.dtype = arrays[0].dtype
-        self.vector = jnp.concatenate([array.reshape(-1) for array in arrays])
+        self.vector = self.layout.join(arrays)
         self.n = int(self.vector.size)
 
     def arrays(self, vector: jax.Array) -> list[jax.Array]:
         """Split a vector, shape (n,), into arrays of the shapes of the float leaves."""
-        sizes = [int(np.prod(shape, dtype=int)) for shape in self._shapes]
-        parts = jnp.split(vector, np.cumsum(sizes)[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        leaves = [self._leaves[i] for i in self._floats]
+        arrays: list[jax.Array] = self.layout.split(vector, self._shapes, leaves)
+        return arrays
 
     def joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """Undo `arrays`.
@@ -81,6 +88,8 @@ class Parameters:
         Each is written to its place: on a CPU a compiled concatenation of matrix products takes up
         to four times as long as the products.
         """
+        if self.layout.mesh is not None:  # where such writes would gather the vector
+            return self.layout.join(arrays)
         vector, start = jnp.zeros(self.n, self.dtype), 0
         for array in arrays:
             vector = jax.lax.dynamic_update_slice(vector, array.reshape(-1), (start,))
@@ -107,7 +116,7 @@ class Parameters:
         """Return values in the user's structure, None in the place of what is no float array."""
         leaves: list[Any] = [None] * len(self._leaves)
         for i, array in zip(self._floats, self.arrays(vector), strict=True):
-            leaves[i] = array
+            leaves[i] = self.layout.alike(array, self._leaves[i])
         return jax.tree_util.tree_unflatten(self._structure, leaves)
 
     def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> jax.Array:
@@ -139,10 +148,10 @@ class Parameters:
                 raise ValueError(
                     f"`{name}` at {place!r} must have shape {shape}; got {jnp.shape(leaf)}."
                 )
-        return jnp.concatenate([jnp.asarray(leaf, self.dtype).reshape(-1) for leaf in leaves])
+        return self.layout.join([jnp.asarray(leaf, self.dtype) for leaf in leaves])
 
 
-def as_parameters(params: Any, *, name: str = "params") -> Parameters:
+def as_parameters(params: Any, *, name: str = "params", mesh: Mesh | None = None) -> Parameters:
     """Find the float arrays in `params`.
 
     Parameters
@@ -152,6 +161,8 @@ def as_parameters(params: Any, *, name: str = "params") -> Parameters:
         float counts as an array.
     name : str
         What messages call the argument.
+    mesh : jax.sharding.Mesh, optional
+        Over whose devices the vector is to be cut.
 
     Returns
     -------
@@ -162,8 +173,9 @@ def as_parameters(params: Any, *, name: str = "params") -> Parameters:
     ------
     ValueError
         No leaf is an array of floats.
+        Arrays on other devices than those of `mesh`, or on another mesh of them.
     TypeError
-        Complex arrays, or arrays of several dtypes.
+        Complex arrays, or arrays of several dtypes; a mesh with explicit axes.
 
     Examples
     --------
@@ -172,7 +184,9 @@ def as_parameters(params: Any, *, name: str = "params") -> Parameters:
     >>> print(params.n, params.names)
     6 ("['w']",)
     """
-    return params if isinstance(params, Parameters) else Parameters(params, name=name)
+    if isinstance(params, Parameters):
+        return params
+    return Parameters(params, name=name, mesh=mesh)
 
 
 def _is_float(leaf: Any) -> bool:

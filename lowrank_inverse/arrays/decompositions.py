@@ -5,6 +5,7 @@ from __future__ import annotations
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.devices import tall_qr
 from lowrank_inverse.arrays.spread import from_first, is_spread, local, spread_rows, stacked_rows
 
 
@@ -20,11 +21,9 @@ def thin_qr(X: Array) -> tuple[Array, Array]:
     Of rows spread over processes, each process decomposes its own, and then the stacked factors R
     of all: k² numbers are sent by each.
     """
-    xp = array_namespace(X)
     if not is_spread(X):
-        Q, R = xp.linalg.qr(X)
-        return Q, R
-    k = X.shape[1]
+        return tall_qr(X)
+    xp, k = array_namespace(X), X.shape[1]
     Q, R = xp.linalg.qr(local(X))
     rank = R.shape[0]  # less than k where a process has fewer rows
     R = xp.concat([R, R.new_zeros((k - rank, k))], axis=0)

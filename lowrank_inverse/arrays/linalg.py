@@ -27,6 +27,7 @@ from lowrank_inverse.arrays.conversion import (
     wide_dtype,
 )
 from lowrank_inverse.arrays.decompositions import eigh
+from lowrank_inverse.arrays.devices import num_devices
 from lowrank_inverse.arrays.spread import is_spread, local, reduced, spread_rows, summed
 
 BLOCK_NUMBERS = 2**18
@@ -36,9 +37,12 @@ MAX_BLOCKS = 32
 def row_blocks(x: Array, width: int) -> list[slice]:
     """Slices of the rows of `x`, so that blocks of `width` columns fit a CPU's cache.
 
-    Elsewhere, and in a compiled program, there are few blocks: each costs a launch or code.
+    Elsewhere, and in a compiled program, there are few blocks: each costs a launch or code. Rows
+    that are spread over devices are one block: cut, they would be sent around.
     """
     n = x.shape[0]
+    if num_devices(x) > 1:
+        return [slice(0, n)]
     rows = max(1024, BLOCK_NUMBERS // width)
     if is_traced(x) or not on_cpu(x):
         rows = max(rows, -(-n // MAX_BLOCKS))

@@ -19,7 +19,6 @@ from lowrank_inverse.arrays.checks import (
     describe,
     namespace,
 )
-from lowrank_inverse.arrays.control_flow import map_traced
 from lowrank_inverse.arrays.conversion import (
     astype,
     copied,
@@ -32,6 +31,7 @@ from lowrank_inverse.arrays.conversion import (
     take,
     wide_dtype,
 )
+from lowrank_inverse.arrays.devices import cut, map_rows
 from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.differentiation import made_of, parts, recomputed
@@ -224,17 +224,11 @@ class KernelOperator(Operator):
     def _mapped(self, Z: Array, block: Array) -> Array:
         """Return ``K(Z, X) @ block`` by a compiled loop over blocks of rows of `Z`."""
         xp = array_namespace(block)
-        p = int(Z.shape[0])
-        size = min(p, max(1, self.chunk_size**2 // self.shape[0]))
-        steps = -(-p // size)
-        rows = xp.reshape(xp.arange(steps * size), (steps, size)) % p  # the last step wraps round
 
         def step(rows: Array) -> Array:
-            return self.evaluate(xp.take(Z, rows, axis=0), self.X) @ block
+            return cut(self.evaluate(xp.take(Z, rows, axis=0), self.X), 1, block) @ block
 
-        if steps == 1:
-            return step(rows[0])
-        return xp.reshape(map_traced(step, rows), (steps * size, *block.shape[1:]))[:p, ...]
+        return map_rows(step, int(Z.shape[0]), self.chunk_size**2 // self.shape[0], block)
 
     def _chosen(self, indices: Indices) -> Array:
         if isinstance(self.X, np.ndarray):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lowrank_inverse._typing import Indices
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_indices, describe
@@ -46,21 +47,26 @@ class CurvatureOperator(Operator):
         chunk_size: int,
     ) -> None:
         self.chunk_size = check_count("chunk_size", chunk_size)
-        self.params = params
+        self.params, self._lay = params, params.layout.rows
         self.shape, self.dtype, self.like = (params.n, params.n), params.dtype, params.vector[:0]
         self._linearize = linearize
         with full_precision():
             if len(linearize) == 1:
-                self.gradient, self._product = linearize[0](params.vector)
+                gradient, self._linear = linearize[0](params.vector)
             else:
                 gradients = [one(params.vector)[0] for one in linearize]
-                self.gradient = jnp.stack(gradients).mean(axis=0)
-                self._product = self._mean_product
+                gradient = jnp.stack(gradients).mean(axis=0)
+                self._linear = self._mean_product
+            self.gradient = self._lay(gradient)
         check_finite("gradient of the loss", self.gradient)
 
     def _mean_product(self, v: jax.Array) -> jax.Array:
         products = [one(self.params.vector)[1](v) for one in self._linearize]
         return jnp.stack(products).mean(axis=0)
+
+    def _product(self, v: jax.Array) -> jax.Array:
+        product: jax.Array = self._lay(self._linear(self._lay(v)))
+        return product
 
     def _multiply(self, block: jax.Array) -> jax.Array:
         with full_precision():
@@ -83,7 +89,8 @@ class CurvatureOperator(Operator):
         -----
         k products, `chunk_size` at a time; unit vectors are made a chunk at a time too.
         """
-        chosen = jnp.asarray(check_indices(indices, self.shape[0]))
+        indices = check_indices(indices, self.shape[0])
+        chosen = jnp.asarray(self.params.layout.put(indices, "indices"))
         places = jnp.arange(self.shape[0])
         with full_precision():  # no scatter, which checkify cannot batch
             return self._by_chunks(lambda j: (places == j).astype(self.dtype), chosen)
@@ -97,12 +104,13 @@ class CurvatureOperator(Operator):
         if items.size == 0:
             return jnp.zeros((self.shape[0], 0), self.dtype)
         if is_traced(self.gradient) or is_traced(items):
-            return jax.lax.map(product, items, batch_size=self.chunk_size).T
+            rows = jax.lax.map(product, items, batch_size=self.chunk_size)
+            return self._lay(rows, axis=1).T
         # An eager lax.map compiles anew at each call.
         if self.chunk_size == 1:
-            return jnp.stack([product(item) for item in items], axis=1)
+            return self._lay(jnp.stack([product(item) for item in items], axis=1))
         chunks = [items[i : i + self.chunk_size] for i in range(0, items.size, self.chunk_size)]
-        return jnp.concatenate([jax.vmap(product)(chunk) for chunk in chunks]).T
+        return self._lay(jnp.concatenate([jax.vmap(product)(chunk) for chunk in chunks]).T)
 
 
 class HessianOperator(CurvatureOperator):
@@ -117,6 +125,9 @@ class HessianOperator(CurvatureOperator):
         Where to differentiate; see `as_parameters`.
     chunk_size : int
         Products taken at a time, in one batch. Memory grows with it.
+    mesh : jax.sharding.Mesh, optional
+        Over whose devices vectors, products and columns are cut along their first axis, all axes
+        of the mesh taken together; `params` lie on it as they like.
 
     Attributes
     ----------
@@ -152,8 +163,10 @@ class HessianOperator(CurvatureOperator):
     [4. 2.]
     """
 
-    def __init__(self, loss: Any, params: Any, *, chunk_size: int = 8) -> None:
-        params = as_parameters(params)
+    def __init__(
+        self, loss: Any, params: Any, *, chunk_size: int = 8, mesh: Mesh | None = None
+    ) -> None:
+        params = as_parameters(params, mesh=mesh)
 
         def linearizer(one: Any) -> Callable[[jax.Array], tuple[jax.Array, Linear]]:
             gradient = params.gradient(scalar(one))
@@ -175,7 +188,7 @@ class GaussNewtonOperator(CurvatureOperator):
     outputs : callable (params) -> array or pytree, or list of callables
         The outputs of the network. Lists pair up with those of `loss`, and the operator is the
         plain mean over the pairs.
-    params, chunk_size
+    params, chunk_size, mesh
         As in `HessianOperator`.
 
     References
@@ -191,8 +204,16 @@ class GaussNewtonOperator(CurvatureOperator):
     [2. 4.]
     """
 
-    def __init__(self, loss: Any, outputs: Any, params: Any, *, chunk_size: int = 8) -> None:
-        params = as_parameters(params)
+    def __init__(
+        self,
+        loss: Any,
+        outputs: Any,
+        params: Any,
+        *,
+        chunk_size: int = 8,
+        mesh: Mesh | None = None,
+    ) -> None:
+        params = as_parameters(params, mesh=mesh)
         losses, functions = as_list(loss), as_list(outputs, name="outputs")
         if len(losses) != len(functions):
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.conversion import eps
@@ -32,13 +33,18 @@ class JaxBackend:
     """
 
     def __init__(
-        self, loss: Callable[..., Any], params: Any, outputs: Callable[..., Any] | None
+        self,
+        loss: Callable[..., Any],
+        params: Any,
+        outputs: Callable[..., Any] | None,
+        mesh: Mesh | None = None,
     ) -> None:
         for name, function in (("loss", loss), ("outputs", outputs)):
             if not callable(function) and (name == "loss" or function is not None):
                 raise TypeError(f"`{name}` must be a function; got {describe(function)}.")
         self._loss, self._outputs = loss, outputs
-        self._params = as_parameters(jax.tree_util.tree_map(_widened, params))
+        self._params = as_parameters(jax.tree_util.tree_map(_widened, params), mesh=mesh)
+        self.layout = self._params.layout
         self.n, self.like = self._params.n, self._params.vector[:0]
         self.has_outputs, self.unit = outputs is not None, eps(self.like)
         self._products = {
@@ -59,13 +65,15 @@ class JaxBackend:
 
     def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a pytree of arrays, a list of batches or an iterable of them as examples."""
-        return Examples(
+        examples = Examples(
             as_batches(data, name, batch_size),
             name=name,
             flatten=flatten,
             batch_size=batch_size,
             memory_budget=budget,
         )
+        self.layout.check(examples.get(0), name)
+        return examples
 
     def ridge(self, ridge: Any) -> Any:
         """Return a number, a vector, or a tree of them like the parameters, as number or vector."""
@@ -86,12 +94,14 @@ class JaxBackend:
 
     def measuring(self, loss: Callable[..., Any]) -> JaxBackend:
         """Return the same with another loss."""
-        return JaxBackend(loss, self._params.replace(self.vector()), self._outputs)
+        return JaxBackend(
+            loss, self._params.replace(self.vector()), self._outputs, self.layout.mesh
+        )
 
     def losses(self, batch: Any, *, anew: bool = False) -> Any:
         """Return the loss of each example; `anew` not as it was compiled."""
         with full_precision():
-            return (self._losses if anew else self._values)(self.vector(), batch)
+            return (self._losses if anew else self._values)(self.vector(), self._spread(batch))
 
     def operator(
         self, examples: Examples, curvature: str, weights: np.ndarray | None = None
@@ -113,19 +123,19 @@ class JaxBackend:
         size = next(leaf.shape[0] for leaf in leaves if jnp.ndim(leaf) > 0)
         w, block = jnp.ones(size, self.like.dtype), jnp.ones((self.n, 1), self.like.dtype)
         with full_precision():
-            lowered = self._products[curvature].lower(self.vector(), batch, w, block)
+            lowered = self._products[curvature].lower(self.vector(), self._spread(batch), w, block)
             about = lowered.compile().memory_analysis()
         return int(getattr(about, "temp_size_in_bytes", 0))
 
     def gradients(self, batch: Any) -> jax.Array:
         """Return the gradient of each example as a column, shape (n, size)."""
         with full_precision():
-            return self._gradients(self.vector(), batch)
+            return self._gradients(self.vector(), self._spread(batch))
 
     def slopes(self, batch: Any, Z: jax.Array) -> jax.Array:
         """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
         with full_precision():
-            return self._slopes(self.vector(), batch, Z)
+            return self._slopes(self.vector(), self._spread(batch), Z)
 
     def token_slopes(self, batch: Any, Z: jax.Array) -> jax.Array:
         """Return the same for the loss of each token: (m, size, tokens)."""
@@ -144,18 +154,27 @@ class JaxBackend:
             w = weights[start : start + examples.size(batch)]
             if np.any(w):
                 with full_precision():
-                    result = result + self._total(self.vector(), batch, self.weights(w))
+                    result = result + self._total(self.vector(), *self.weighted(batch, w))
         return result
 
-    def weights(self, w: np.ndarray) -> jax.Array:
-        """Return host weights in the dtype of the parameters."""
-        return jnp.asarray(w, self.like.dtype)
+    def weighted(self, batch: Any, w: np.ndarray) -> tuple[Any, jax.Array]:
+        """Return a batch and host weights, in the dtype of the parameters, on the devices."""
+        return self._spread(batch), self.layout.examples(np.asarray(w, self.like.dtype))
+
+    def _spread(self, batch: Any) -> Any:
+        """Return a batch with its examples cut over the devices."""
+        if self.layout.mesh is None:
+            return batch
+        leaves, rebuild = flatten(batch)
+        return rebuild([self.layout.examples(x) for x in leaves])
 
     def _losses(self, vector: jax.Array, batch: Any) -> Any:
-        return _per_example(self._raw_losses(vector, batch))
+        losses = _per_example(self._raw_losses(vector, batch))
+        # What is no array, or of another shape, is refused by name further on.
+        return self.layout.rows(losses) if getattr(losses, "ndim", 0) == 1 else losses
 
     def _raw_losses(self, vector: jax.Array, batch: Any) -> Any:
-        params = self._params.replace(vector)
+        batch, params = self._spread(batch), self._params.replace(vector)
         if self._outputs is None:
             return self._loss(params, batch)
         return self._loss(self._outputs(params, batch), batch)
@@ -167,7 +186,7 @@ class JaxBackend:
         return jnp.sum(w * self._losses(vector, batch))
 
     def _each(self, vector: jax.Array, batch: Any) -> jax.Array:
-        leaves, rebuild = flatten(batch)
+        leaves, rebuild = flatten(self._spread(batch))
         rows = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
 
         def of_one(vector: jax.Array, *one: jax.Array) -> jax.Array:
@@ -178,29 +197,32 @@ class JaxBackend:
 
         axes = (None, *(0 for _ in rows))
         gradient = jax.vmap(jax.grad(of_one), in_axes=axes, out_axes=1)
-        return gradient(vector, *(leaves[i] for i in rows))
+        each: jax.Array = self.layout.rows(gradient(vector, *(leaves[i] for i in rows)))
+        return each
 
     def _pushed(
         self, losses: Callable[..., Any], vector: jax.Array, batch: Any, Z: jax.Array
     ) -> jax.Array:
         push = jax.linearize(lambda v: losses(v, batch), vector)[1]
-        return _mapped(push, Z)
+        slopes: jax.Array = self.layout.rows(_mapped(push, Z), axis=1)
+        return slopes
 
     def _hessian(self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array) -> jax.Array:
         gradient = jax.grad(lambda v: self._weighted(v, batch, w))
-        return _mapped(jax.linearize(gradient, vector)[1], block).T
+        return self._multiplied(jax.linearize(gradient, vector)[1], block)
 
     def _gauss_newton(
         self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array
     ) -> jax.Array:
         assert self._outputs is not None
+        batch = self._spread(batch)
         outputs = partial(self._outputs_at, batch=batch)
         out, push = jax.linearize(outputs, vector)
         pull = jax.linear_transpose(push, vector)
         curve = jax.linearize(
             jax.grad(lambda z: jnp.sum(w * _per_example(self._loss(z, batch)))), out
         )[1]
-        return _mapped(lambda v: pull(curve(push(v)))[0], block).T
+        return self._multiplied(lambda v: pull(curve(push(v)))[0], block)
 
     def _outputs_at(self, vector: jax.Array, batch: Any) -> Any:
         assert self._outputs is not None
@@ -209,7 +231,12 @@ class JaxBackend:
     def _fisher(self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array) -> jax.Array:
         push = jax.linearize(lambda v: self._losses(v, batch), vector)[1]
         pull = jax.linear_transpose(push, vector)
-        return _mapped(lambda v: pull(w * push(v))[0], block).T
+        return self._multiplied(lambda v: pull(w * push(v))[0], block)
+
+    def _multiplied(self, linear: Callable[[jax.Array], jax.Array], block: jax.Array) -> jax.Array:
+        lay = self.layout.rows
+        products: jax.Array = lay(_mapped(lambda v: lay(linear(lay(v))), block), axis=1).T
+        return products
 
 
 class MeanCurvature(FunctionOperator):
@@ -232,7 +259,7 @@ class MeanCurvature(FunctionOperator):
                 w = weights[start : start + examples.size(batch)]
                 if np.any(w):
                     with full_precision():
-                        total = total + product(vector, batch, backend.weights(w), block)
+                        total = total + product(vector, *backend.weighted(batch, w), block)
             return total / examples.num
 
         super().__init__(

@@ -6,8 +6,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
+from lowrank_inverse.influence.checkpoint import Store
+from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse_jax.influence.backend import JaxBackend
 
@@ -62,6 +66,10 @@ class InfluenceFunction(InfluenceBase):
         product.
     progress : bool
         Show progress bars, which need tqdm, and print the plan before each computation.
+    mesh : jax.sharding.Mesh, optional
+        Of the devices that vectors and columns are cut over, and the examples of each batch, in
+        any number. Every process gives the same `train`, or arrays whose parts lie with all of
+        them, and gets the same scores; in a `checkpoint` each has a folder of its own.
 
     Raises
     ------
@@ -117,10 +125,13 @@ class InfluenceFunction(InfluenceBase):
         rng: RNG = 0,
         memory_budget: int = MEMORY_BUDGET,
         progress: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
-        self._arguments = (loss, params, train), {"outputs": outputs}
+        self._arguments = (loss, params, train), {"outputs": outputs, "mesh": mesh}
+        backend = JaxBackend(loss, params, outputs, mesh)
+        self._layout = backend.layout
         super().__init__(
-            JaxBackend(loss, params, outputs),
+            backend,
             train,
             curvature=curvature,
             solver=solver,
@@ -131,6 +142,9 @@ class InfluenceFunction(InfluenceBase):
             memory_budget=memory_budget,
             progress=progress,
         )
+
+    def _store(self, folder: str | os.PathLike[str] | None, *about: Any, **data: Examples) -> Store:
+        return super()._store(self._layout.folder(folder), *about, **data)
 
     @classmethod
     def load(
@@ -149,7 +163,7 @@ class InfluenceFunction(InfluenceBase):
         loss, params, train
             As they were: weights, data and the loss of each training example are checked.
         **options
-            `outputs`, `batch_size`, `memory_budget` and `progress`.
+            `outputs`, `batch_size`, `memory_budget`, `progress` and `mesh`.
         """
         influence: InfluenceFunction = cls._loaded(path, loss, params, train, **options)
         return influence

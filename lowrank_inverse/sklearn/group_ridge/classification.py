@@ -67,7 +67,9 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
     --------
     >>> from sklearn.datasets import make_classification
     >>> from lowrank_inverse.sklearn import GroupLogisticRegressionCV
-    >>> X, y = make_classification(600, 40, n_informative=3, n_redundant=0, random_state=2)
+    >>> X, y = make_classification(
+    ...     600, 40, n_informative=3, n_redundant=0, random_state=2
+    ... )
     >>> model = GroupLogisticRegressionCV().fit(X[:400], y[:400])
     >>> print(f"{model.score(X[400:], y[400:]):.2f}")
     0.90
