@@ -21,7 +21,8 @@ from lowrank_inverse.results.errors import SolveError
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.direct import Exact, Identity
 from lowrank_inverse.solvers.iterative import CG, Neumann
-from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.low_rank import Nystrom
+from lowrank_inverse.solvers.preconditioned import NystromCG
 from lowrank_inverse.solvers.solve import as_solve, solve
 from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse.spectral.log_determinant import LogDeterminant, logdet

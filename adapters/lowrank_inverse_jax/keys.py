@@ -11,7 +11,8 @@ import numpy as np
 
 from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import describe
-from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.low_rank import Nystrom
+from lowrank_inverse.solvers.preconditioned import NystromCG
 
 
 def with_drawn_columns(solver: Solver | SolveFunction, key: Any, rng: RNG, n: int) -> Any:

@@ -20,7 +20,8 @@ from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended
 from lowrank_inverse.solvers.base import PreparedInverse, as_settings
 from lowrank_inverse.solvers.direct import Exact, Identity
 from lowrank_inverse.solvers.iterative import CG, Neumann
-from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.low_rank import Nystrom
+from lowrank_inverse.solvers.preconditioned import NystromCG
 
 MARGIN = 1.2
 SETTINGS = (

@@ -43,7 +43,7 @@ from lowrank_inverse.influence.plan import (
 from lowrank_inverse.results.solution import Reason, Solution
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.iterative import CG
-from lowrank_inverse.solvers.low_rank import NystromCG
+from lowrank_inverse.solvers.preconditioned import NystromCG
 
 CURVATURES = {
     "ggn": "Gauss-Newton matrix",

@@ -14,7 +14,8 @@ from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.influence.backend import Backend
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.solvers.direct import Exact
-from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.low_rank import Nystrom
+from lowrank_inverse.solvers.preconditioned import NystromCG
 
 TYPICAL_STEPS = 20
 """Of conjugate gradients for a right-hand side; the damping and the width of a block decide."""

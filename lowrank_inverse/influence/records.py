@@ -15,7 +15,8 @@ from lowrank_inverse.influence.damped_solver import from_record, to_record
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.engine import Workings
 from lowrank_inverse.solvers.direct import Exact
-from lowrank_inverse.solvers.low_rank import Nystrom, NystromCG
+from lowrank_inverse.solvers.low_rank import Nystrom
+from lowrank_inverse.solvers.preconditioned import NystromCG
 
 FILE = Format("InfluenceFunction.save")
 

@@ -15,7 +15,7 @@ from lowrank_inverse.operators.composition import scaled_by_diagonal
 from lowrank_inverse.results.solution import Solution
 from lowrank_inverse.sklearn.regressor import KernelRegressor, kernel_matrix
 from lowrank_inverse.solvers.direct import Exact
-from lowrank_inverse.solvers.low_rank import NystromCG
+from lowrank_inverse.solvers.preconditioned import NystromCG
 from lowrank_inverse.solvers.solve import solve
 
 MEMORY_BUDGET = 2**30

@@ -15,7 +15,7 @@ from lowrank_inverse.operators.sparse import SparseOperator
 from lowrank_inverse.solvers.base import PreparedInverse
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.iterative import CG
-from lowrank_inverse.solvers.low_rank import NystromCG
+from lowrank_inverse.solvers.preconditioned import NystromCG
 
 MOST_ROWS = 1000
 """Up to which a matrix whose entries can be read is decomposed: a second, about."""

@@ -1,8 +1,7 @@
-"""Settings of the Nyström solvers."""
+"""Settings of the Nyström solver: a direct inverse of the approximation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +11,8 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping, check_scalar
-from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import eps
-from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE, conjugate_gradients
-from lowrank_inverse.low_rank.approximation import NystromApproximation
+from lowrank_inverse.iterative.conjugate_gradients import conjugate_gradients
 from lowrank_inverse.low_rank.column_sampling import DRAWN, resolve_sampling
 from lowrank_inverse.low_rank.core import is_indefinite
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
@@ -25,15 +22,13 @@ from lowrank_inverse.operators.composition import (
     scaled,
     scaled_by_diagonal,
     split_diagonal,
-    split_shift,
 )
-from lowrank_inverse.results.solution import Pairs, Solution, check_system
+from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.base import (
     PreparedInverse,
     better,
     differentiable,
     direct_solution,
-    is_positive,
     with_apply_cost,
 )
 from lowrank_inverse.solvers.column_memory import (
@@ -48,10 +43,7 @@ from lowrank_inverse.solvers.columns import (
     chosen_indices,
     is_lossy,
 )
-from lowrank_inverse.solvers.iterative import check_iteration
-from lowrank_inverse.solvers.recycled import preconditioner_of, recycled_approximation, solve_by_cg
 
-PRECONDITIONER_PIVOT_RTOL = 1e-2
 AUTO_SHARE = 0.1
 """Of the damping, that a rank which grows may leave to a direct inverse."""
 
@@ -223,95 +215,3 @@ def _solve_by_inverse(
         block_size=1,  # each application of the preconditioner has its price
     )
     return with_apply_cost(solution, inverse, b)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NystromCG:
-    """Conjugate gradients, preconditioned by a Nyström approximation.
-
-    Parameters
-    ----------
-    rank, sampling, indices, max_rank, diagonal_products
-        As in :class:`Nystrom`; but ``rank="auto"`` takes as many columns as leave about the
-        damping, and no more than pay for themselves in steps; without a damping, as many as leave
-        a thousandth of the trace.
-    damping : float
-        0 or more.
-    rtol, atol, max_steps, check_every, callback, block_size
-        As in :func:`lowrank_inverse.cg`.
-    recycle : int
-        As in :class:`CG`. With a state, columns are computed in the first solve alone.
-
-    Notes
-    -----
-    The preconditioner is that of [1]_ with the eigenpairs of the column-sampled H_k. Where the
-    columns show negative curvature, eigenvalues of W up to 1e-2 of the largest are dropped.
-
-    References
-    ----------
-    .. [1] Z. Frangella, J. A. Tropp, M. Udell. Randomized Nyström Preconditioning. SIAM J.
-       Matrix Anal. Appl. 44, 2023.
-    """
-
-    rank: Any = 20
-    damping: Scalar = 0.0
-    sampling: Sampling = "auto"
-    rtol: float = 1e-5
-    atol: float = 0.0
-    max_steps: int | None = None
-    indices: Indices = None
-    check_every: int = 1
-    callback: Callable[[Array, Array], object] | None = None
-    max_rank: int | None = None
-    diagonal_products: int | None = None
-    block_size: int = BLOCK_SIZE
-    recycle: int = 20
-
-    def __post_init__(self) -> None:
-        check_columns(self)
-        check_iteration(self)
-
-    @differentiable
-    @quietly
-    def prepare(
-        self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
-    ) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``.
-
-        With `pairs` of A less its diagonal shift, as a state has them, in the place of columns:
-        they cost no products.
-        """
-        _, damping, s = split_diagonal(A, self.damping)
-        if pairs is None:
-            approx = self._approximate(A, b, rng)
-        else:
-            approx = recycled_approximation(A, self.damping, pairs)
-        preconditioner = preconditioner_of(A, self.damping, approx)
-        system, total = split_shift(A, self.damping)
-        bounding = s is None and is_positive(damping) and pairs is None
-        negative = None  # pairs of several operators prove nothing
-        if pairs is None:
-            negative = is_indefinite(approx.core_eigenvalues, damping, eps(approx.columns))
-        return PreparedInverse(
-            system,
-            partial(solve_by_cg, self, system, total, preconditioner),
-            num_products=approx.num_products,
-            rank=approx.rank,
-            negative_curvature=negative,
-            nystrom_inverse=approx.inverse(damping) if bounding else None,
-            preconditioner=preconditioner,
-            approximation=approx,
-            keeps=True,
-            asymmetry=approx.asymmetry,
-        )
-
-    def _approximate(self, A: Any, b: Array | None, rng: RNG) -> NystromApproximation:
-        """Return the approximation behind the preconditioner, by `rank` products.
-
-        It is that of `A`; or, for an `A` that a diagonal was added to, that of ``S H S`` as in
-        :func:`lowrank_inverse.operators.composition.split_diagonal`.
-        """
-        H, damping, s = split_diagonal(A, self.damping)
-        return chosen_approximation(
-            self, H, rng, damping, scaled(b, s), indefinite_pivot_rtol=PRECONDITIONER_PIVOT_RTOL
-        )
