@@ -1,9 +1,9 @@
 """A penalty for each feature or class, learned by hypergradient, beside scikit-learn's estimators.
 
 Handwritten digits, pixels from 0 to 1, and 20 000 examples of 500 features of which 20 tell the two
-classes apart; a quarter is held out. As a regression: 500 features of which 20 matter, and noise.
-All choose by five folds; logistic regressions by their log loss. Seconds are those of the process,
-on one thread.
+classes apart; as a regression, as many of which 20 matter, and noise. A quarter is held out. All
+choose by five folds, logistic regressions by their log loss. Seconds are those of the process, on
+one thread.
 """
 
 from __future__ import annotations
