@@ -18,9 +18,9 @@ from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.iterative.block_recursion import block_sweep
 from lowrank_inverse.iterative.preconditioning import checked_preconditioner
 from lowrank_inverse.iterative.recursion import RUNNING, Kept, Progress, System, column_sweep
-from lowrank_inverse.operators.base import block_width
 from lowrank_inverse.operators.differentiation import constant, implicit
 from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.operators.product import block_width
 from lowrank_inverse.results.solution import (
     Pairs,
     Reason,

@@ -21,7 +21,7 @@ from lowrank_inverse.arrays.linalg import (
     set_rows,
 )
 from lowrank_inverse.iterative.preconditioning import apply_preconditioner
-from lowrank_inverse.operators.base import block_width
+from lowrank_inverse.operators.product import block_width
 from lowrank_inverse.results.solution import Reason, code
 
 RUNNING = -1

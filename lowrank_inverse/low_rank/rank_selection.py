@@ -15,7 +15,7 @@ from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.estimators.norm import certificate_cost
 from lowrank_inverse.low_rank.core import FLOAT64_EPS
 from lowrank_inverse.low_rank.sketches import Source, make_source
-from lowrank_inverse.operators.base import apply_cost, block_width
+from lowrank_inverse.operators.product import apply_cost, block_width
 from lowrank_inverse.results.certificate import certify
 from lowrank_inverse.results.solution import check_system
 

@@ -9,7 +9,8 @@ from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_floating, check_indices, check_symmetric
 from lowrank_inverse.arrays.conversion import take
 from lowrank_inverse.arrays.linalg import column_norm
-from lowrank_inverse.operators.base import Operator, check_square
+from lowrank_inverse.operators.base import Operator
+from lowrank_inverse.operators.product import check_square
 
 
 class DenseOperator(Operator):

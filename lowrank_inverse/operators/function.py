@@ -14,8 +14,9 @@ from array_api_compat import array_namespace, is_torch_array
 from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_count, check_indices, describe, prototype
 from lowrank_inverse.arrays.conversion import copied, is_array
-from lowrank_inverse.operators.base import Operator, check_square
+from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.dense import DenseOperator
+from lowrank_inverse.operators.product import check_square
 from lowrank_inverse.operators.sparse import SparseOperator
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_indices, describe
-from lowrank_inverse.operators.base import CombinedOperator, check_alike
+from lowrank_inverse.operators.base import CombinedOperator
 from lowrank_inverse.operators.function import aslinearoperator
+from lowrank_inverse.operators.product import check_alike
 
 TILE_NUMBERS = 2**20
 

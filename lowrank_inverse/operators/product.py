@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.checks import check_block, describe
+from lowrank_inverse.arrays.checks import check_block, describe, no_entries
 from lowrank_inverse.arrays.control_flow import full_precision
-from lowrank_inverse.arrays.conversion import concrete, is_traced
+from lowrank_inverse.arrays.conversion import concrete, is_array, is_traced, scatter
+from lowrank_inverse.arrays.conversion import like as like_array
 
 
 class ProductOnly:
@@ -74,3 +76,40 @@ class ProductOnly:
                 f"the operator has dtype {self.dtype} and `{name}` {block.dtype}. Convert one of "
                 "them: nothing is promoted silently."
             )
+
+
+def check_square(A: Any) -> None:
+    """Raise unless `A` has shape (n, n)."""
+    shape = tuple(A.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"`A` must be square, of shape (n, n) with n >= 1; got shape {shape}.")
+
+
+def block_width(b: Array) -> int:
+    """Count the columns of `b`, 1 for a vector."""
+    return 1 if b.ndim == 1 else int(b.shape[1])
+
+
+def apply_cost(operator: Any, width: int) -> int:
+    """Count the products with A that applying `operator` to a block of `width` vectors costs."""
+    cost = getattr(operator, "apply_cost", None)
+    return int(cost(width)) if cost is not None else 0
+
+
+def unit_vectors(indices: np.ndarray, n: int, like: Array) -> Array:
+    """Return the columns of the identity at `indices`, shape (n, k), in the manner of `like`."""
+    return scatter(like_array(np.eye(indices.size), like), indices, n)
+
+
+def check_alike(A: Any, B: Any) -> None:
+    """Raise unless two operators that are combined have one library and one dtype."""
+    a, b = (no_entries(X) if is_array(X) else getattr(X, "like", None) for X in (A, B))
+    one_library = a is None or b is None or array_namespace(a) is array_namespace(b)
+    dtypes = [dtype for X in (A, B) if (dtype := getattr(X, "dtype", None)) is not None]
+    if not one_library or any(dtype != dtypes[0] for dtype in dtypes):
+        libraries = ["" if x is None else type(x).__module__.split(".")[0] + " " for x in (a, b)]
+        kinds = " and ".join(f"{x}{X.dtype}" for x, X in zip(libraries, (A, B), strict=True))
+        raise TypeError(
+            "operators that are combined must have one library and dtype; got "
+            f"{kinds}. Convert one of them."
+        )

@@ -21,10 +21,9 @@ from lowrank_inverse.arrays.conversion import (
     scalar_like,
 )
 from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot, times_diagonal
-from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.differentiation import constant, implicit, noting, parts
 from lowrank_inverse.operators.function import aslinearoperator
-from lowrank_inverse.operators.product import ProductOnly
+from lowrank_inverse.operators.product import ProductOnly, apply_cost, block_width
 from lowrank_inverse.results.solution import Reason, Solution, check_system, code, tolerance
 from lowrank_inverse.solvers.column_memory import MemoryPlan
 

@@ -16,13 +16,13 @@ from lowrank_inverse.iterative.conjugate_gradients import conjugate_gradients
 from lowrank_inverse.low_rank.column_sampling import DRAWN, resolve_sampling
 from lowrank_inverse.low_rank.core import is_indefinite
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
-from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.columns import empty_like
 from lowrank_inverse.operators.composition import (
     scaled,
     scaled_by_diagonal,
     split_diagonal,
 )
+from lowrank_inverse.operators.product import apply_cost, block_width
 from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.base import (
     PreparedInverse,

@@ -20,10 +20,10 @@ from lowrank_inverse.arrays.conversion import (
 )
 from lowrank_inverse.estimators.asymmetry import warn_of_asymmetry
 from lowrank_inverse.estimators.norm import certificate_cost
-from lowrank_inverse.operators.base import apply_cost, block_width
 from lowrank_inverse.operators.composition import shifted, split_shift
 from lowrank_inverse.operators.differentiation import constant
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
+from lowrank_inverse.operators.product import apply_cost, block_width
 from lowrank_inverse.results.certificate import certify as certify_solution
 from lowrank_inverse.results.errors import raise_on_failure, warn_of_nothing
 from lowrank_inverse.results.solution import Solution, check_system
