@@ -23,6 +23,7 @@ COMMANDS = {
     "gpu": ("gpu.everything", "all that needs a GPU, in one call of minutes"),
     "gp": ("systems.gaussian_process", "Gaussian processes: error, time, memory"),
     "jax-cg": ("systems.jax_cg", "a step of conjugate gradients in JAX, against its peers"),
+    "mesh-jax": ("systems.mesh_jax", "several devices in JAX: what each holds, what is sent"),
     "gradients": ("systems.gradients", "memory of a gradient through conjugate gradients"),
     "table5": ("speed.table5", "Table 5 of the paper: time and memory of a hypergradient"),
     "peers": ("speed.peers", "a hypergradient against those of other packages"),

@@ -21,7 +21,7 @@ PAGES = [
         for page in sorted((ROOT / "docs" / folder).glob("*.md"))
     ),
 ]
-ONCE = {"gradients", "gaussian_processes", "language_models"}
+ONCE = {"gradients", "gaussian_processes", "language_models", "several_devices_jax"}
 """Costly, and run by a test that looks at the answers."""
 SLOW = {ROOT / "docs" / "quickstart" / "jax.md", ROOT / "docs" / "migrating" / "jaxopt.md"}
 """Costly, and with nothing to look at but what it prints."""
