@@ -237,7 +237,7 @@ def influence(curvatures: Any = ("ggn",)) -> Any:
         settings = {
             "outputs": problem.outputs,
             "curvature": curvature,
-            "ridge": 0.5,
+            "ridge": 1.0,
             "solver": li.CG(rtol=1e-13),
             "batch_size": 11,
         }
