@@ -33,8 +33,8 @@ JVP_LEAST, JVP_MOST = 4, 24
 """Queries up to which directional derivatives are taken: always, and where none is timed."""
 TRIALS = 8
 """Batches from which on it pays to time one of them in both ways."""
-LONG = 0.2
-"""Seconds that no compilation explains."""
+LONG = 20.0
+"""Seconds of a call that is not repeated: a compilation takes less of it than what it does."""
 
 
 class UnitCosts(NamedTuple):
