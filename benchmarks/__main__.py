@@ -16,6 +16,7 @@ COMMANDS = {
     "leaveoneout": ("influence.leaveoneout", "influence against training without each image"),
     "influence": ("influence.libraries", "influence functions, ours beside other libraries"),
     "influence-scale": ("influence.scale", "a million parameters, 50 000 images: plan and use"),
+    "influence-truth": ("influence.truth", "influence against training again, beside libraries"),
     "accuracy": ("systems.accuracy", "float32 accuracy of each form of the damped inverse"),
     "certificate": ("systems.certificate", "how tight the error bounds are"),
     "psd": ("systems.psd", "steps and time to solve positive semidefinite systems"),

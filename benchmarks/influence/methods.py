@@ -35,11 +35,12 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Scores, positive for helpful, and CPU seconds before and for the queries."""
+    """Scores, positive for helpful, CPU seconds before and for the queries, and products."""
 
     scores: Tensor
     fit: float
     query: float
+    products: int | None = None
 
 
 def network(num_features: int, width: int, num_classes: int) -> nn.Module:

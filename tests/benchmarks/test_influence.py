@@ -10,7 +10,7 @@ pytest.importorskip("sklearn", reason="the experiments need scikit-learn's digit
 
 from scipy.stats import spearmanr
 
-from benchmarks.influence import leaveoneout, libraries, methods
+from benchmarks.influence import leaveoneout, libraries, methods, truth
 from lowrank_inverse.influence.metrics import leave_one_out
 from tests.benchmarks.conftest import refused, text, written
 from tests.conftest import assert_picture
@@ -87,6 +87,20 @@ def test_the_comparison_of_libraries_runs_what_is_here_and_names_what_is_not(tmp
     assert found[own[0]]["peak_mib"] < 300
     assert found["pyDVL CG"] == {"left out": "not installed"}
     assert "Left out: pyDVL CG (not installed)." in text(tmp_path, "influence-460")
+
+
+def test_training_again_is_what_influence_predicts(tmp_path, calls):
+    own = ["lowrank-inverse default", "lowrank-inverse CG, EK-FAC", "lowrank-inverse gradients"]
+    options = ["--networks", "digits regression", "--methods", *own]
+    sizes = ["--train", "60", "--halves", "8", "--removals", "8", "--output", str(tmp_path)]
+    assert truth.main([*options, *sizes]) == 0
+    results = written(tmp_path, "influence_truth")
+    found = {key.removeprefix("digits regression, "): v for key, v in results["methods"].items()}
+    assert results["problems"]["digits regression"]["gradient"] < 1e-7
+    assert found[own[0]]["one_out"]["pearson"] > 0.97
+    assert found[own[0]]["one_out"]["pearson"] > found[own[2]]["one_out"]["pearson"]
+    assert found[own[1]]["lds"] == pytest.approx(found[own[0]]["lds"], abs=1e-2)
+    assert_picture(tmp_path / "influence_truth.png")
 
 
 def test_the_agreement_is_the_mean_rank_correlation():

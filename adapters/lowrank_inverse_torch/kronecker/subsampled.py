@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_inverse._typing import RNG, Array
 from lowrank_inverse.arrays.checks import check_count, check_rng
+from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.engine import GRADIENTS, MEMORY_BUDGET
 from lowrank_inverse.influence.loss_checks import measure_losses
 from lowrank_inverse.low_rank.approximation import NystromApproximation
@@ -115,7 +116,7 @@ class SubsampledGaussNewton:
         squares = torch.cat(
             [
                 (S * S).flatten(2).sum(dim=2)  # (size, columns)
-                for S, _ in _roots(backend, examples, seed)
+                for _, S, _ in _roots(backend, examples, seed)
             ]
         )
         order = squares.reshape(-1).argsort(descending=True, stable=True)[:rank]
@@ -123,9 +124,7 @@ class SubsampledGaussNewton:
         chosen.view(-1)[order] = True
         chosen &= squares > 0
         parts, start = [], 0
-        for (S, read), (_, batch) in zip(
-            _roots(backend, examples, seed), examples.parts(), strict=True
-        ):
+        for batch, S, read in _roots(backend, examples, seed):
             rows, columns = chosen[start : start + len(S)].nonzero(as_tuple=True)
             start += len(S)
             along = _along(backend, read)
@@ -162,8 +161,10 @@ class SubsampledGaussNewton:
         )
 
 
-def _roots(backend: TorchBackend, examples: Any, seed: int) -> Any:
-    """Yield for each batch the columns of S_i, shape (size, columns, ...), and how to read outputs.
+def _roots(
+    backend: TorchBackend, examples: Examples, seed: int
+) -> Iterator[tuple[Any, Tensor, Callable[[Any], Tensor]]]:
+    """Yield each batch, its columns of S_i, shape (size, columns, ...), and how to read outputs.
 
     The same ones again for the same seed.
     """
@@ -171,7 +172,7 @@ def _roots(backend: TorchBackend, examples: Any, seed: int) -> Any:
     for _, batch in examples.parts():
         with opened(backend, batch, generator) as (_, out):
             found = [out.root(e) for e in vectors_at(out.values, None, generator)]
-        yield torch.stack(found, dim=1), out.read
+        yield batch, torch.stack(found, dim=1), out.read
 
 
 def _along(backend: TorchBackend, read: Callable[[Any], Tensor]) -> TorchBackend:
