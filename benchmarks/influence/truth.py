@@ -260,7 +260,10 @@ def main(run: Run) -> None:
         f"Pearson correlation over {options.removals} images\nleft out, each with all queries. "
         "products: of curvature and vector. seconds: of the CPU. MiB: growth of the\nprocess at "
         "its peak." + (f"\nLeft out: {'; '.join(notes)}." if notes else ""),
-        problems=problems,
+        problems={
+            name: {key: value for key, value in problem.items() if key != "path"}
+            for name, problem in problems.items()
+        },
         methods={", ".join(cell): one for cell, one in found.items()},
     )
     draw(run, {cell: one for cell, one in found.items() if "failed" not in one})

