@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="speed is measured in torch: extra `torch`")
 import torch
 
 from benchmarks.harness import claims, processes
-from benchmarks.speed import measure, peers, scaling, table5, table5_claims, torch_methods
+from benchmarks.speed import measure, mesh, peers, scaling, table5, table5_claims, torch_methods
 from benchmarks.speed.networks import network
 from benchmarks.speed.torch_methods import num_products
 from tests.benchmarks.conftest import refused, text, written
@@ -244,3 +244,20 @@ def test_table_5_does_not_judge_what_failed():
     measured["wrn, CG, k = 20"] = {"failed": "no memory"}
     with pytest.raises(SystemExit, match="CG, k = 20 failed: no memory"):
         table5_claims.judge(measured)
+
+
+def test_the_model_of_many_processes_sends_two_vectors_a_product():
+    row = mesh.simulated(1e9, 64)
+    assert float(row["sent a product, GiB"]) == pytest.approx(2 * 63 / 64 * 4e9 / 2**30, rel=1e-2)
+    assert float(row["50 columns, GiB"]) == pytest.approx(50 * 4e9 / 64 / 2**30, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_hold_what_one_holds_and_send_two_vectors_a_product(tmp_path):
+    mesh.main(["--quick", "--processes", "2", "--output", str(tmp_path)])
+    found = written(tmp_path, "mesh")["measured"]["2"]
+    n, size = found["n"], 2
+    assert found["rows"] == n / size and found["column bytes"] == 4 * mesh.RANK * n / size
+    assert found["sent a product"] <= 2 * (n + 2 * size)
+    assert found["sent a step"] <= 2 * (n + 2 * size) + 4
+    assert "SIMULATED" in text(tmp_path, "mesh")
