@@ -399,6 +399,18 @@ def test_streamed_in_float32_errs_less_than_the_approximation_where_damping_is_n
     assert own_error < np.linalg.norm(reference - exact)
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_a_streamed_inverse_with_a_column_of_zeros_is_that_of_the_dense_matrix(unit):
+    A = np.diag([3.0, 0.0, 2.0, 1.0]) + 0.5 * np.outer([1, 0, 1, 1], [1, 0, 1, 1])
+    b = np.asarray([1.0, 2.0, -1.0, 3.0])
+    inverse = li.streamed_inverse(
+        (unit * A).astype("float32"), range(4), damping=0.1 * unit, chunk_size=2
+    )
+    found = inverse @ b.astype("float32")
+    wanted = np.linalg.solve(A + 0.1 * np.eye(4), b / unit)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
 @every_accuracy
 def test_float64_columns_are_accurate_to_many_more_digits(name, damping):
     def apply(H, chosen, C, v):
