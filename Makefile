@@ -9,8 +9,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
-# Two processes of one thread each; a module's tests stay together, for they share compilations.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+# Two processes of one thread each. The tests of a module mostly stay together, for they share
+# compilations; a process that is done takes half of what the other has left.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
 # The core's tests, without those of adapters, documents and benchmarks.
 KERNELS ?= Prescott Sandybridge

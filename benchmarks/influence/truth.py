@@ -251,7 +251,7 @@ def main(run: Run) -> None:
             if of == name and "failed" not in one
         ]
         title = f"{name}: {problem['parameters']} parameters, weight decay {DECAY[name]:g}"
-        texts.append(f"{title}, norm of the gradient {problem['gradient']:.0e}\n{table(rows)}")
+        texts += [f"{title}, norm of the gradient {problem['gradient']:.0e}", table(rows)]
     notes = [f"{method} ({reason})" for method, reason in left_out.items()]
     notes += [f"{', '.join(cell)} ({reason})" for cell, reason in failed.items()]
     run.publish(

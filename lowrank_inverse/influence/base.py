@@ -233,7 +233,7 @@ class InfluenceBase(TokenScores, GroupScores):
         self._check_unchanged()
         self._begin(self._train.num, self._train.num)
         store = self._store(checkpoint, "self_influence", train=self._train)
-        parts = list(self._own_values(self._train, store, "self-influence"))
+        parts = list(self._own_values(self._train, store, "values"))
         return array_namespace(parts[0]).concat(parts, axis=0)
 
     def inverse_product(self, G: Array) -> Array:

@@ -178,7 +178,8 @@ class Passes(Recorded):
         solutions: list[Any] = []
         solve = Recycling(self, store)
         total = -(-examples.num // self._width())
-        groups = shown(self._groups(examples), progress=self._progress, total=total, label=name)
+        label = "self-influence" if name == "values" else name
+        groups = shown(self._groups(examples), progress=self._progress, total=total, label=label)
         for number, (first, batches) in enumerate(groups):
 
             def compute(number: int = number, first: int = first, batches: Any = batches) -> Array:

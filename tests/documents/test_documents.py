@@ -23,7 +23,11 @@ PAGES = [
 ]
 ONCE = {"gradients", "gaussian_processes", "language_models", "several_devices_jax"}
 """Costly, and run by a test that looks at the answers."""
-SLOW = {ROOT / "docs" / "quickstart" / "jax.md", ROOT / "docs" / "migrating" / "jaxopt.md"}
+SLOW = {
+    ROOT / "docs" / "quickstart" / "jax.md",
+    ROOT / "docs" / "guides" / "jax.md",
+    ROOT / "docs" / "migrating" / "jaxopt.md",
+}
 """Costly, and with nothing to look at but what it prints."""
 TASKS = {"minimize", "hypercleaning", "weight_decay", "loss_weights", "imaml", "distillation"}
 FRAMEWORKS = {"torch", "jax", "jaxopt", "optax", "equinox", "flax", "sklearn"}

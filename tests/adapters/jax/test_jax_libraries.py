@@ -205,7 +205,8 @@ def test_a_bilevel_loop_of_optax_optimizers_learns_the_hyperparameters():
         return params, hparams, (training_state, tuning_state), out
 
     params, hparams = problem.params, problem.hparams
-    states, warm = (training.init(params), tuning.init(hparams)), None
+    states = (training.init(params), tuning.init(hparams))
+    warm = li.HypergradientState()
     values, steps, traces = [], [], []
     for _ in range(15):
         params, hparams, states, out = outer_step(params, hparams, states, warm)

@@ -272,7 +272,7 @@ def test_a_jitted_loop_with_warm_starts_compiles_once_without_and_once_with_a_st
             inner_loss=loss, hparams=h, solver=li.NystromCG(rank=5), rng=0, state=state
         )
     )
-    state, hparams, traces = None, problem.hparams, []
+    state, hparams, traces = li.HypergradientState(), problem.hparams, []
     for _ in range(4):
         out = run(hparams, state)
         traces.append(loss.calls)
@@ -287,7 +287,8 @@ def test_an_eager_state_starts_a_jitted_call_without_a_trace_of_its_own():
     run = jax.jit(
         lambda state: problem.hypergradient(inner_loss=loss, solver=li.CG(), state=state).state
     )
-    state = run(problem.hypergradient(solver=li.CG()).state)
+    started = problem.hypergradient(solver=li.CG(), state=li.HypergradientState())
+    state = run(started.state)
     traces = loss.calls
     run(state)
     assert loss.calls == traces
