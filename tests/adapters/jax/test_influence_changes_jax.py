@@ -117,6 +117,7 @@ def test_leaves_that_are_not_differentiated_by_belong_to_a_checkpoint(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_constants_and_data_changed_in_place_are_noticed():
     x, y, _ = arrays()
     scale = np.ones(3)
@@ -199,6 +200,7 @@ def margin(params: Any, batch: Any) -> Any:
     return jnp.take_along_axis(outputs_of(params, batch), batch["y"][:, None], 1)[:, 0]
 
 
+@pytest.mark.slow
 def test_other_functions_of_the_queries_and_their_sum(tmp_path):
     ours = influence()
     assert_close(ours.scores(query(), reduction="sum"), dense().sum(0, keepdims=True))

@@ -37,9 +37,8 @@ def data() -> tuple[Any, Any, Any]:
     return {**problem.params, "activation": "tanh"}, train, query
 
 
-@pytest.mark.parametrize(
-    "curvature", ["hessian", pytest.param("empirical_fisher", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("curvature", ["hessian", "empirical_fisher"])
 def test_without_outputs_the_loss_takes_parameters_and_batch(curvature):
     params, train, query = data()
     solver = li.CG(rtol=1e-12, damping=DAMPING)

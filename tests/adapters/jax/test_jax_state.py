@@ -56,6 +56,7 @@ def relative(found, wanted):
     return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_loops_keep_one_state():
     compiled = jax.jit(step)
     h, state, jitted = start(), NEW, NEW

@@ -71,6 +71,7 @@ def test_a_run_cut_short_between_groups_goes_on_bit_for_bit(framework, cut, tmp_
     assert len(list((tmp_path / "cut").glob("pairs-*"))) == 2
 
 
+@slow_in_jax
 def test_a_run_cut_short_between_pairs_and_result_goes_on_bit_for_bit(framework, tmp_path):
     problem = Problem(framework)
     wanted = host(influence(problem, memory_budget=SMALL).self_influence(checkpoint=tmp_path))
