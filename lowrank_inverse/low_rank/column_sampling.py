@@ -57,7 +57,7 @@ def sample_columns(
         of [1]_, after [2]_), without replacement. Columns whose weight is zero are drawn,
         uniformly, only when the others are used up. Or, reading the columns, those of
         :func:`lowrank_inverse.pivoted_cholesky`: ``"greedy"`` or ``"rpcholesky"``; there may be
-        fewer than `rank`.
+        fewer than `rank`, and for a diagonal of zeros it is the first column.
     rng : int or numpy.random.Generator, optional
         Seed. One seed gives the same columns on every backend.
     diagonal : array of shape (n,), or DiagonalEstimate, optional
@@ -96,7 +96,8 @@ def sample_columns(
     if sampling == "uniform":
         return generator.choice(n, rank, replace=False).astype(np.int64)
     if sampling not in DRAWN:
-        return pivoted_cholesky(A, rank, method=sampling, rng=generator).pivots
+        pivots = pivoted_cholesky(A, rank, method=sampling, rng=generator).pivots
+        return pivots if pivots.size else np.zeros(1, np.int64)
     if diagonal is None:
         d = known_diagonal(aslinearoperator(A), f"sampling={sampling!r}")
     else:

@@ -218,3 +218,14 @@ def test_a_traced_diagonal_is_refused_with_a_remedy(jax_backend):
 
     with pytest.raises(TypeError, match=r"unknown while jax traces\. .*pass `indices`"):
         jax.jit(draw)(jax_backend.asarray(np.eye(3)))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "memory"),
+    [*((kind, "stored") for kind in ("auto", "greedy", "rpcholesky", "diagonal"))]
+    + [(kind, memory) for kind in ("auto", "diagonal") for memory in ("chunked", "streamed")],
+)
+def test_a_matrix_of_zeros_has_a_damped_inverse_by_any_columns(sampling, memory):
+    solver = li.Nystrom(rank=2, damping=0.5, sampling=sampling, memory=memory)
+    b = np.asarray([1.0, -3.0, 2.0])
+    np.testing.assert_array_equal(li.solve(np.zeros((3, 3)), b, solver=solver).value, 2 * b)
