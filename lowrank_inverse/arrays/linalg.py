@@ -129,11 +129,16 @@ def choose(condition: Array, x: Array, y: Array) -> Array:
     return array_namespace(x).where(condition, x, y)
 
 
+def largest_entry(x: Array) -> Array:
+    """Largest absolute entry of a vector, or of each column."""
+    # The absolute values would be a copy.
+    xp = array_namespace(x)
+    return xp.maximum(reduced(xp.max(x, axis=0)), -reduced(xp.min(x, axis=0)))
+
+
 def column_scale(x: Array) -> Array:
     """Largest absolute entry of each column, 1 where that is zero or not finite."""
-    xp = array_namespace(x)
-    # The absolute values would be a copy.
-    largest = xp.maximum(reduced(xp.max(x, axis=0)), -reduced(xp.min(x, axis=0)))
+    xp, largest = array_namespace(x), largest_entry(x)
     limit = 0.25 / float(xp.finfo(x.dtype).smallest_normal)  # beyond it XLA flushes 1 / scale to 0
     scale = xp.where(largest > limit, xp.full_like(largest, limit), largest)
     return xp.where((largest > 0) & xp.isfinite(largest), scale, xp.ones_like(largest))

@@ -20,8 +20,13 @@ from lowrank_inverse.arrays.conversion import (
     wide_dtype,
 )
 from lowrank_inverse.arrays.graph import constant, is_recorded
-from lowrank_inverse.arrays.linalg import column_scale, power_of_two, symmetric_part, tall_dot
-from lowrank_inverse.arrays.spread import reduced
+from lowrank_inverse.arrays.linalg import (
+    column_scale,
+    largest_entry,
+    power_of_two,
+    symmetric_part,
+    tall_dot,
+)
 from lowrank_inverse.low_rank.core import differentiable_whitening, spectrum, whiten
 from lowrank_inverse.low_rank.woodbury import over
 from lowrank_inverse.operators.base import Operator
@@ -221,8 +226,5 @@ def streamed_inverse(
 
 def _scale_of(C: Array) -> Array:
     """Return a power of two near the largest entry; 1 if all are zero."""
-    xp = array_namespace(C)
-    # Over columns, of which one may be zero.
-    return power_of_two(
-        column_scale(xp.maximum(reduced(xp.max(C, axis=0)), -reduced(xp.min(C, axis=0))))
-    )
+    # The scale of a column of zeros is 1, and may be larger than that of the others.
+    return power_of_two(column_scale(largest_entry(C)))

@@ -196,8 +196,10 @@ def adopt(state: Any, b: Array) -> Any:
     where = like_device(b)
 
     def moved(x: np.ndarray | None) -> Array | None:
-        if x is None or is_spread(b):
-            return None if x is None else rows_like(x, b)
+        if x is None:
+            return None
+        if is_spread(b):
+            return rows_like(x, b)
         # A copy: memory of the library's own, aligned as it likes, gives the same sums again.
         return xp.asarray(x, device=where, copy=True)
 
