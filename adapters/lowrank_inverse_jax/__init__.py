@@ -7,7 +7,9 @@ except ImportError as error:
         'lowrank_inverse_jax needs JAX. Install it with: pip install "lowrank-inverse[jax]"'
     ) from error
 
-from lowrank_inverse_jax.bilevel import Hypergradient, hypergradient
+from lowrank_inverse_jax.bilevel.hypergradient import Hypergradient, hypergradient
+from lowrank_inverse_jax.bilevel.minimization import minimize_bilevel
+from lowrank_inverse_jax.bilevel.minimizer import implicit_minimizer
 from lowrank_inverse_jax.curvature.check import check_hessian
 from lowrank_inverse_jax.curvature.operators import (
     GaussNewtonOperator,
@@ -17,8 +19,6 @@ from lowrank_inverse_jax.curvature.operators import (
 )
 from lowrank_inverse_jax.influence.function import InfluenceFunction
 from lowrank_inverse_jax.interop import as_lineax, as_solve
-from lowrank_inverse_jax.minimization import minimize_bilevel
-from lowrank_inverse_jax.minimizer import implicit_minimizer
 
 __all__ = [
     "GaussNewtonOperator",

@@ -8,7 +8,9 @@ except ImportError as error:
     ) from error
 
 from lowrank_inverse.solvers.state import HypergradientState as _HypergradientState
-from lowrank_inverse_torch.bilevel import Hypergradient, hypergradient
+from lowrank_inverse_torch.bilevel.hypergradient import Hypergradient, hypergradient
+from lowrank_inverse_torch.bilevel.minimization import minimize_bilevel
+from lowrank_inverse_torch.bilevel.minimizer import implicit_minimizer
 from lowrank_inverse_torch.curvature.check import check_hessian
 from lowrank_inverse_torch.curvature.operators import (
     GaussNewtonOperator,
@@ -20,8 +22,6 @@ from lowrank_inverse_torch.influence.function import InfluenceFunction
 from lowrank_inverse_torch.interop import as_solve
 from lowrank_inverse_torch.kronecker.kfac import KFAC
 from lowrank_inverse_torch.kronecker.subsampled import SubsampledGaussNewton
-from lowrank_inverse_torch.minimization import minimize_bilevel
-from lowrank_inverse_torch.minimizer import implicit_minimizer
 
 if hasattr(_torch.serialization, "add_safe_globals"):  # for torch.load of checkpoints with a state
     _torch.serialization.add_safe_globals([_HypergradientState])

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.data.mnist import load_mnist
 from lowrank_inverse.bilevel.evaluation import Evaluator
-from lowrank_inverse_jax.bilevel_problem import Problem
+from lowrank_inverse_jax.bilevel.problem import Problem
 from lowrank_inverse_jax.parameters import as_parameters
 
 RIDGE = 0.4

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lowrank_inverse.bilevel.info import HypergradientInfo
 from lowrank_inverse_jax import HessianOperator, hypergradient
-from lowrank_inverse_jax.bilevel import Hypergradient
+from lowrank_inverse_jax.bilevel.hypergradient import Hypergradient
 from tests.adapters.jax.jax_oracle import Counted, Problem, compilations, relative
 from tests.adapters.shared.frameworks import Tree
 from tests.adapters.shared.problem import N, inner, outer

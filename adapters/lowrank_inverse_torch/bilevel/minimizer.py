@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
+from lowrank_inverse_torch.bilevel.training import Minimizer, Problem
 from lowrank_inverse_torch.curvature.operators import Modules
-from lowrank_inverse_torch.training import Minimizer, Problem
 
 __all__ = ["implicit_minimizer"]
 

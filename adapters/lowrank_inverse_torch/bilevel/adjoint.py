@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
-from lowrank_inverse_torch.bilevel import record
+from lowrank_inverse_torch.bilevel.hypergradient import record
+from lowrank_inverse_torch.bilevel.ridge import sums
 from lowrank_inverse_torch.curvature.operators import HessianOperator
 from lowrank_inverse_torch.differentiation.recomputation import by_loop
 from lowrank_inverse_torch.model_guard import (
     set_random_states,
     untouched,
 )
-from lowrank_inverse_torch.ridge import sums
 
 _SECOND = (
     "implicit_minimizer has no second derivative. Leave create_graph=True out; under torch.func, "

@@ -14,7 +14,8 @@ from lowrank_inverse._typing import RNG
 from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
 from lowrank_inverse.bilevel.info import HypergradientInfo
 from lowrank_inverse.solvers.state import HypergradientState
-from lowrank_inverse_torch.adjoint import apply, is_transformed
+from lowrank_inverse_torch.bilevel.adjoint import apply, is_transformed
+from lowrank_inverse_torch.bilevel.ridge import Ridge
 from lowrank_inverse_torch.curvature.gradient_graph import graph_nodes
 from lowrank_inverse_torch.model_guard import (
     RandomStates,
@@ -23,7 +24,6 @@ from lowrank_inverse_torch.model_guard import (
     untouched,
 )
 from lowrank_inverse_torch.parameters import Parameters, as_parameters
-from lowrank_inverse_torch.ridge import Ridge
 
 
 class Minimizer:

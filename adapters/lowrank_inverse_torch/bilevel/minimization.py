@@ -1,35 +1,38 @@
-"""Bilevel problems of functions of pytrees, to the optimum."""
+"""Bilevel problems of live torch models, to the optimum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jax.sharding import Mesh
+import torch
 
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.bilevel.minimization import check_bounds, minimize, seed_of
 from lowrank_inverse.bilevel.minimum import BilevelMinimum
-from lowrank_inverse_jax.bilevel_problem import OptimizerStep, Problem, host, is_optimizer, side
-from lowrank_inverse_jax.parameters import as_parameters
+from lowrank_inverse_torch.bilevel.problem import OptimizerStep, Problem, host, side
+from lowrank_inverse_torch.curvature.operators import Loss, Modules
+from lowrank_inverse_torch.parameters import as_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["minimize_bilevel"]
 
 
 def minimize_bilevel(
-    inner_loss: Callable[..., Any],
-    outer_loss: Callable[..., Any],
+    inner_loss: Loss | Sequence[Loss],
+    outer_loss: Loss | Sequence[Loss],
     params: Any,
     hparams: Any,
     *,
     inner: Any = "lbfgs",
     outer: Any = "lbfgs",
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
     solver: Solver | SolveFunction | None = None,
-    ridge: Scalar | Callable[[Any], Any] = None,
+    ridge: Scalar | Callable[[], Any] = None,
     bounds: tuple[Any, Any] | None = None,
     tol: float = 1e-5,
     max_evaluations: int = 200,
@@ -38,34 +41,34 @@ def minimize_bilevel(
     progress: bool = False,
     checkpoint: str | PathLike[str] | None = None,
     rng: RNG = 0,
-    chunk_size: int = 8,
-    mesh: Mesh | None = None,
+    chunk_size: int = 1,
+    module: Modules | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> BilevelMinimum:
     """Minimise the outer loss at the minimiser of the inner one by hyperparameters.
 
     With f the inner loss and g the outer one: ``min_φ g(θ(φ), φ)``, ``θ(φ) = argmin_θ f(θ, φ)``.
     By default L-BFGS-B takes the outer steps [1]_, on hypergradients whose inner and linear
-    tolerances fall with the outer gradient [2]_. The losses are compiled; the loop is not, and so
-    it is not for ``jax.jit``.
+    tolerances fall with the outer gradient [2]_.
 
     Parameters
     ----------
-    inner_loss : callable (params, hparams, *inner_args) -> scalar
-    outer_loss : callable (params, hparams, *outer_args) -> scalar
-        Give large arrays of data as arguments: what a loss reads beside them is compiled in.
-    params, hparams : pytree
-        Where θ and φ start.
-    inner : "lbfgs", optax optimizer, or callable (params, hparams, rng) -> params
+    inner_loss, outer_loss : closure () -> scalar, or list of closures
+        They read the live `params` and `hparams`. A list is averaged.
+    params, hparams : Module, Tensor, iterable of tensors, or pytree
+        θ and φ, leaves of the graph. Where they are is the start; the result is written to them.
+    inner : "lbfgs", torch.optim.Optimizer, or callable (rng)
         What minimises the inner loss, from where it was last. SciPy's L-BFGS, preconditioned by
-        the pairs that the hypergradients keep; an optimizer, which starts afresh each time and
-        takes at most `inner_steps` steps; or a function of your own. It is given a NumPy Generator,
-        seeded by `rng` and the number of the evaluation.
-    outer : "lbfgs" or optax optimizer
-        What minimises the outer loss; "lbfgs" is SciPy's L-BFGS-B.
+        the pairs that the hypergradients keep; an optimizer of `params`, which starts afresh
+        each time and takes at most `inner_steps` steps; or a function of your own that trains
+        `params` in place. It is given a NumPy Generator, seeded by `rng` and the number of the
+        evaluation.
+    outer : "lbfgs" or torch.optim.Optimizer
+        What minimises the outer loss: SciPy's L-BFGS-B, or an optimizer of `hparams`.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable ``solve(matvec, b)``
         Of the linear systems. Default: CG with recycled pairs, to the tolerance that is needed.
-    ridge : float, array, structure of `params`, or callable (hparams) -> one of these, optional
-        As in `hypergradient`.
+    ridge : float, structure of `params`, or closure () -> one of these, optional
+        As in `hypergradient`. Give a closure where it depends on `hparams`.
     bounds : pair of float or structure of `hparams`, optional
         Least and largest values of the hyperparameters, ``±inf`` where there are none.
     tol : float
@@ -81,13 +84,12 @@ def minimize_bilevel(
         Show a bar (needs tqdm).
     checkpoint : path, optional
         A folder for the evaluations. A call that finds some there goes on from them, bit for bit
-        as if it had never stopped, if all else is the same. Of several processes, each has a
-        folder in it.
+        as if it had never stopped, if all else is the same.
     rng : int or numpy.random.Generator, optional
         Seed of what is drawn; None for fresh entropy.
-    chunk_size, mesh
-        As in `hypergradient`. The loop holds a few vectors of the parameters on the host, and each
-        process all of them.
+    chunk_size, module, mesh
+        As in `hypergradient`; a checkpoint is then a file for each process. What `inner` and
+        `outer` do must be the same in all processes.
 
     Returns
     -------
@@ -97,7 +99,8 @@ def minimize_bilevel(
     Raises
     ------
     ValueError
-        As `hypergradient`; for bounds out of order; for a checkpoint of another minimisation.
+        As `hypergradient`; for tensors that are no leaves; for bounds out of order; for a
+        checkpoint of another minimisation.
     TypeError
         An `inner` or `outer` of another kind.
 
@@ -107,6 +110,9 @@ def minimize_bilevel(
     the inner gradient: the error of the inner solve, to first order [3]_. Differences of values
     that are below the rounding are taken from the gradients. Steps to where a loss is not finite,
     or the inner problem has no minimum, are rejected, and a shorter one is taken.
+
+    Training mode, buffers, random state and ``.grad`` come back as they were, but for what an
+    `inner` of your own does.
 
     References
     ----------
@@ -120,45 +126,45 @@ def minimize_bilevel(
     --------
     The minimiser of ``(w - 3)² / 2 + h w² / 2`` is ``3 / (1 + h)``: at h = 1/2 it is 2.
 
-    >>> import jax.numpy as jnp
-    >>> def inner_loss(w, h):
-    ...     return 0.5 * ((w - 3) ** 2 + h * w**2)
+    >>> import torch
+    >>> w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    >>> h = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    >>> def inner_loss():
+    ...     return 0.5 * ((w - 3) ** 2 + h * w**2).sum()
     >>> found = minimize_bilevel(
-    ...     inner_loss, lambda w, h: (w - 2) ** 2, 0.0, 1.0, bounds=(0, float("inf"))
+    ...     inner_loss, lambda: ((w - 2) ** 2).sum(), w, h, bounds=(0, float("inf"))
     ... )
-    >>> print(found.reason, round(float(found.hparams), 3))
+    >>> print(found.reason, round(h.item(), 4))
     converged 0.5
     """
-    theta = as_parameters(params, mesh=mesh)
-    phi = as_parameters(hparams, name="hparams", mesh=mesh)
+    theta, phi = as_parameters(params), as_parameters(hparams, name="hparams")
+    if mesh is not None and checkpoint is not None:  # a file of its own for each process
+        path = Path(checkpoint)
+        own = f"{path.stem}-{mesh.get_local_rank()}-of-{mesh.size()}{path.suffix}"
+        checkpoint = path.with_name(own)
     problem = Problem(
-        (inner_loss, outer_loss),
-        (tuple(inner_args), tuple(outer_args)),
-        theta,
-        phi,
-        solver=solver,
-        ridge=ridge,
-        rng=(seed := seed_of(rng)),
-        chunk_size=chunk_size,
+        inner_loss, outer_loss, theta, phi, solver, ridge, seed_of(rng), chunk_size, module, mesh
     )
     train: Any = None
-    if is_optimizer(inner):
-        train = OptimizerStep(inner, theta)
+    if isinstance(inner, torch.optim.Optimizer):
+        train = OptimizerStep(inner, theta, "inner")
     elif callable(inner):
 
         def train(x: np.ndarray, h: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-            return host(theta.collect(inner(*problem.restore(x, h), rng), name="params"))
+            problem.write(x, h)
+            inner(rng)
+            return host(theta)
 
     elif inner != "lbfgs":
         raise TypeError(
-            '`inner` must be "lbfgs", an optimizer of optax, or a function (params, hparams, rng) '
-            f"-> params; got {inner!r}."
+            '`inner` must be "lbfgs", an optimizer of torch.optim, or a function (rng) that trains '
+            f"`params` in place; got {inner!r}."
         )
     step = None
-    if is_optimizer(outer):
-        step = OptimizerStep(outer, phi)
+    if isinstance(outer, torch.optim.Optimizer):
+        step = OptimizerStep(outer, phi, "outer")
     elif outer != "lbfgs":
-        raise TypeError(f'`outer` must be "lbfgs" or an optimizer of optax; got {outer!r}.')
+        raise TypeError(f'`outer` must be "lbfgs" or an optimizer of torch.optim; got {outer!r}.')
     return minimize(
         problem,
         inner=train,
@@ -169,6 +175,6 @@ def minimize_bilevel(
         inner_steps=inner_steps,
         callback=callback,
         progress=progress,
-        checkpoint=theta.layout.folder(checkpoint),
-        seed=seed,
+        checkpoint=checkpoint,
+        seed=problem.seed,
     )

@@ -12,11 +12,11 @@ from torch import Tensor, autograd
 
 from lowrank_inverse.arrays.spread import gathered
 from lowrank_inverse.bilevel.evaluation import Differentiated, tolerant_solver
-from lowrank_inverse_torch.bilevel import hypergradient
+from lowrank_inverse_torch.bilevel.hypergradient import hypergradient
+from lowrank_inverse_torch.bilevel.ridge import Ridge
 from lowrank_inverse_torch.curvature.operators import Modules
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched
 from lowrank_inverse_torch.parameters import Parameters
-from lowrank_inverse_torch.ridge import Ridge
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -1,0 +1,1 @@
+"""Hypergradients, minimisers and bilevel problems of live torch models."""
