@@ -11,12 +11,8 @@ from lowrank_inverse_jax.bilevel.hypergradient import Hypergradient, hypergradie
 from lowrank_inverse_jax.bilevel.minimization import minimize_bilevel
 from lowrank_inverse_jax.bilevel.minimizer import implicit_minimizer
 from lowrank_inverse_jax.curvature.check import check_hessian
-from lowrank_inverse_jax.curvature.operators import (
-    GaussNewtonOperator,
-    HessianOperator,
-    hessian_columns,
-    hvp,
-)
+from lowrank_inverse_jax.curvature.gauss_newton import GaussNewtonOperator
+from lowrank_inverse_jax.curvature.hessian import HessianOperator, hessian_columns, hvp
 from lowrank_inverse_jax.influence.function import InfluenceFunction
 from lowrank_inverse_jax.interop import as_lineax, as_solve
 

@@ -10,7 +10,7 @@ import jax
 from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.solvers.base import as_settings
 from lowrank_inverse.solvers.solve import as_solve as core_as_solve
-from lowrank_inverse_jax.curvature.operators import full_precision
+from lowrank_inverse_jax.curvature.derivatives import full_precision
 from lowrank_inverse_jax.parameters import as_parameters
 
 __all__ = ["as_lineax", "as_solve"]

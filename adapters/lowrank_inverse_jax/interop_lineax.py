@@ -16,7 +16,7 @@ except ImportError as error:
 from lowrank_inverse._typing import RNG
 from lowrank_inverse.operators.function import FunctionOperator
 from lowrank_inverse.results.solution import Reason
-from lowrank_inverse_jax.curvature.operators import full_precision
+from lowrank_inverse_jax.curvature.derivatives import full_precision
 from lowrank_inverse_jax.parameters import as_parameters
 
 FAILURES = (

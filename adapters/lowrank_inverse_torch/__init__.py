@@ -12,12 +12,8 @@ from lowrank_inverse_torch.bilevel.hypergradient import Hypergradient, hypergrad
 from lowrank_inverse_torch.bilevel.minimization import minimize_bilevel
 from lowrank_inverse_torch.bilevel.minimizer import implicit_minimizer
 from lowrank_inverse_torch.curvature.check import check_hessian
-from lowrank_inverse_torch.curvature.operators import (
-    GaussNewtonOperator,
-    HessianOperator,
-    hessian_columns,
-    hvp,
-)
+from lowrank_inverse_torch.curvature.gauss_newton import GaussNewtonOperator
+from lowrank_inverse_torch.curvature.hessian import HessianOperator, hessian_columns, hvp
 from lowrank_inverse_torch.influence.function import InfluenceFunction
 from lowrank_inverse_torch.interop import as_solve
 from lowrank_inverse_torch.kronecker.kfac import KFAC

@@ -18,7 +18,9 @@ from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse.results.solution import Solution
 from lowrank_inverse.solvers.state import HypergradientState
-from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
+from lowrank_inverse_jax.curvature.derivatives import full_precision
+from lowrank_inverse_jax.curvature.hessian import HessianOperator
+from lowrank_inverse_jax.curvature.losses import scalar
 from lowrank_inverse_jax.keys import with_drawn_columns
 from lowrank_inverse_jax.parameters import Parameters, as_parameters
 

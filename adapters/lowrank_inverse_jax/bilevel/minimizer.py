@@ -14,7 +14,9 @@ from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse_jax.bilevel.hypergradient import flat_ridge
-from lowrank_inverse_jax.curvature.operators import HessianOperator, full_precision, scalar
+from lowrank_inverse_jax.curvature.derivatives import full_precision
+from lowrank_inverse_jax.curvature.hessian import HessianOperator
+from lowrank_inverse_jax.curvature.losses import scalar
 from lowrank_inverse_jax.parameters import as_parameters
 
 __all__ = ["implicit_minimizer"]

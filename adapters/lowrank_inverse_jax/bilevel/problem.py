@@ -12,7 +12,8 @@ from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.bilevel.evaluation import Differentiated, tolerant_solver
 from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse_jax.bilevel.hypergradient import flat_ridge, hypergradient
-from lowrank_inverse_jax.curvature.operators import full_precision, scalar
+from lowrank_inverse_jax.curvature.derivatives import full_precision
+from lowrank_inverse_jax.curvature.losses import scalar
 from lowrank_inverse_jax.parameters import Parameters
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_inverse.bilevel.hessian_check import HessianCheck, compare, directions
-from lowrank_inverse_jax.curvature.operators import HessianOperator
+from lowrank_inverse_jax.curvature.hessian import HessianOperator
 from lowrank_inverse_jax.parameters import as_parameters
 
 __all__ = ["check_hessian"]

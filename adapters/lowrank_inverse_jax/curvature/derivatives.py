@@ -9,6 +9,11 @@ import jax
 import jax.numpy as jnp
 
 
+def full_precision() -> Any:
+    """Return a context in which matrix products keep the precision of their operands."""
+    return jax.default_matmul_precision("highest")
+
+
 def linearized(gradient: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Return a gradient and its derivative, a symmetric function.
 

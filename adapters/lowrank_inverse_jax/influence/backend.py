@@ -18,7 +18,7 @@ from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_tokens
 from lowrank_inverse.operators.function import FunctionOperator
-from lowrank_inverse_jax.curvature.operators import full_precision
+from lowrank_inverse_jax.curvature.derivatives import full_precision
 from lowrank_inverse_jax.influence.data import as_batches, flatten
 from lowrank_inverse_jax.parameters import as_parameters
 

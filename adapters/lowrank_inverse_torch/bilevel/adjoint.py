@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse_torch.bilevel.hypergradient import record
 from lowrank_inverse_torch.bilevel.ridge import sums
-from lowrank_inverse_torch.curvature.operators import HessianOperator
+from lowrank_inverse_torch.curvature.hessian import HessianOperator
 from lowrank_inverse_torch.differentiation.recomputation import by_loop
 from lowrank_inverse_torch.model_guard import (
     set_random_states,

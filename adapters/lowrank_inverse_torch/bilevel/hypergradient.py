@@ -20,7 +20,8 @@ from lowrank_inverse.solvers.state import HypergradientState
 from lowrank_inverse_torch.bilevel.outer_gradients import outer_gradients
 from lowrank_inverse_torch.bilevel.ridge import Ridge, sums
 from lowrank_inverse_torch.curvature.check import check_along
-from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
+from lowrank_inverse_torch.curvature.hessian import HessianOperator, Loss
+from lowrank_inverse_torch.curvature.mean_operator import Modules
 from lowrank_inverse_torch.model_guard import warn_of_ranks
 from lowrank_inverse_torch.parameters import Parameters, as_parameters
 

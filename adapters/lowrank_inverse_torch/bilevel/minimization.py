@@ -14,7 +14,8 @@ from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.bilevel.minimization import check_bounds, minimize, seed_of
 from lowrank_inverse.bilevel.minimum import BilevelMinimum
 from lowrank_inverse_torch.bilevel.problem import OptimizerStep, Problem, host, side
-from lowrank_inverse_torch.curvature.operators import Loss, Modules
+from lowrank_inverse_torch.curvature.hessian import Loss
+from lowrank_inverse_torch.curvature.mean_operator import Modules
 from lowrank_inverse_torch.parameters import as_parameters
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse_torch.bilevel.training import Minimizer, Problem
-from lowrank_inverse_torch.curvature.operators import Modules
+from lowrank_inverse_torch.curvature.mean_operator import Modules
 
 __all__ = ["implicit_minimizer"]
 

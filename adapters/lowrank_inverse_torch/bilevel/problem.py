@@ -14,7 +14,7 @@ from lowrank_inverse.arrays.spread import gathered
 from lowrank_inverse.bilevel.evaluation import Differentiated, tolerant_solver
 from lowrank_inverse_torch.bilevel.hypergradient import hypergradient
 from lowrank_inverse_torch.bilevel.ridge import Ridge
-from lowrank_inverse_torch.curvature.operators import Modules
+from lowrank_inverse_torch.curvature.mean_operator import Modules
 from lowrank_inverse_torch.model_guard import evaluate_loss, explained, untouched
 from lowrank_inverse_torch.parameters import Parameters
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.bilevel.hessian_check import HessianCheck, compare, directions
-from lowrank_inverse_torch.curvature.operators import HessianOperator, Loss, Modules
+from lowrank_inverse_torch.curvature.hessian import HessianOperator, Loss
+from lowrank_inverse_torch.curvature.mean_operator import Modules
 from lowrank_inverse_torch.parameters import as_parameters
 
 __all__ = ["check_along", "check_hessian"]

@@ -25,6 +25,7 @@ from lowrank_inverse_torch.model_guard import (
 from lowrank_inverse_torch.parameters import Parameters
 
 G = TypeVar("G", bound=Graph)
+Modules = nn.Module | Iterable[nn.Module]
 
 
 if TYPE_CHECKING:  # a torch without torch.distributed will do where there is no mesh
@@ -64,7 +65,7 @@ class CurvatureOperator(Operator, Generic[G]):
         builders: Sequence[Callable[[], G]],
         params: Parameters,
         chunk_size: int,
-        module: nn.Module | Iterable[nn.Module] | None,
+        module: Modules | None,
         mesh: DeviceMesh | None = None,
     ) -> None:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):

@@ -18,11 +18,9 @@ from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_tokens
 from lowrank_inverse_torch.allocations import Allocations
-from lowrank_inverse_torch.curvature.operators import (
-    GaussNewtonOperator,
-    GradientGraph,
-    HessianOperator,
-)
+from lowrank_inverse_torch.curvature.gauss_newton import GaussNewtonOperator
+from lowrank_inverse_torch.curvature.gradient_graph import GradientGraph
+from lowrank_inverse_torch.curvature.hessian import HessianOperator
 from lowrank_inverse_torch.influence.calls import (
     called,
     in_float32,

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from lowrank_inverse.influence.dataset import Examples
-from lowrank_inverse_torch.curvature.operators import GaussNewtonOperator, HessianOperator
+from lowrank_inverse_torch.curvature.gauss_newton import GaussNewtonOperator
+from lowrank_inverse_torch.curvature.hessian import HessianOperator
 from lowrank_inverse_torch.influence.batch_loss import BatchLoss
 from lowrank_inverse_torch.influence.calls import per_example, to_evaluation
 from lowrank_inverse_torch.model_guard import twice_differentiable_attention

@@ -15,12 +15,8 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_inverse_torch.curvature.operators import (
-    GaussNewtonOperator,
-    HessianOperator,
-    hessian_columns,
-    hvp,
-)
+from lowrank_inverse_torch.curvature.gauss_newton import GaussNewtonOperator
+from lowrank_inverse_torch.curvature.hessian import HessianOperator, hessian_columns, hvp
 from lowrank_inverse_torch.parameters import as_parameters
 from tests.adapters.torch.models import (
     Tied,

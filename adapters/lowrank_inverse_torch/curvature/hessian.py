@@ -1,4 +1,4 @@
-"""Hessian and Gauss-Newton operators of a live torch model, by double backward on one graph."""
+"""The Hessian of a live torch model as an operator, by double backward on one graph."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_inverse.arrays.spread import gathered
-from lowrank_inverse_torch.curvature.gauss_newton import GaussNewtonGraph
 from lowrank_inverse_torch.curvature.gradient_graph import (
     GradientGraph,
     TwiceDifferentiable,
     Values,
 )
-from lowrank_inverse_torch.curvature.mean_operator import CurvatureOperator
+from lowrank_inverse_torch.curvature.mean_operator import CurvatureOperator, Modules
 from lowrank_inverse_torch.model_guard import evaluate_loss, untouched
 from lowrank_inverse_torch.parameters import as_parameters
 
-__all__ = ["GaussNewtonOperator", "GradientGraph", "HessianOperator", "hessian_columns", "hvp"]
-
+__all__ = ["HessianOperator", "hessian_columns", "hvp"]
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Loss = Tensor | Callable[[], Tensor]
-
-
-Modules = nn.Module | Iterable[nn.Module]
 
 
 class HessianOperator(CurvatureOperator[GradientGraph]):
@@ -212,70 +207,6 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
             _, error = self.processes.attempt(lambda: self._for_each_graph(accumulate, wrt))
             totals = self.processes.summed_each(totals, wrt, error)
         return [None if total is None else total / self._num_closures for total in totals]
-
-
-class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
-    """The Gauss-Newton matrix ``J^T H_L J`` of ``loss(outputs)`` as an operator [1]_.
-
-    J is the Jacobian of the outputs by the parameters and ``H_L`` the Hessian of the loss by the
-    outputs. Positive semidefinite where the loss is convex in the outputs.
-
-    Parameters
-    ----------
-    loss : callable (outputs) -> scalar, or list of callables
-        The loss of the outputs.
-    outputs : closure () -> Tensor, or list of closures
-        The outputs of the network. Lists pair up with those of `loss`, and the operator is the
-        plain mean over the pairs, one graph at a time as in `HessianOperator`.
-    params, chunk_size, module, mesh
-        As in `HessianOperator`, and so are the attributes and the errors.
-
-    Notes
-    -----
-    A product costs about as much as one with the Hessian.
-
-    References
-    ----------
-    .. [1] N. Schraudolph, "Fast curvature matrix-vector products for second-order gradient
-       descent", Neural Computation, 2002.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> G = GaussNewtonOperator(lambda z: (z**2).sum() / 2, lambda: x[0] * x[1:], x)
-    >>> G @ torch.tensor([1.0, 0.0])
-    tensor([4., 2.])
-    """
-
-    def __init__(
-        self,
-        loss: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]],
-        outputs: Callable[[], Tensor] | Sequence[Callable[[], Tensor]],
-        params: Any,
-        *,
-        chunk_size: int = 1,
-        module: Modules | None = None,
-        mesh: DeviceMesh | None = None,
-    ) -> None:
-        params = as_parameters(params, gather=mesh is not None)
-        losses = loss if isinstance(loss, (list, tuple)) else [loss]
-        closures = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-        if (not losses and mesh is None) or len(losses) != len(closures):
-            raise ValueError(
-                "`loss` and `outputs` must be one each, or lists of one length; "
-                f"got {len(losses)} and {len(closures)}."
-            )
-        for name, given in (("loss", losses), ("outputs", closures)):
-            for one in given:
-                if not callable(one):
-                    raise TypeError(f"`{name}` must be callable; got {type(one).__name__}.")
-
-        def builder(loss: Any, outputs: Any) -> Callable[[], GaussNewtonGraph]:
-            return lambda: GaussNewtonGraph(outputs(), loss, params.tensors)
-
-        builders = [builder(*pair) for pair in zip(losses, closures, strict=True)]
-        super().__init__(builders, params, chunk_size, module, mesh)
 
 
 def hvp(loss: Loss | Sequence[Loss], params: Any, v: Any, *, module: Modules | None = None) -> Any:
