@@ -10,9 +10,9 @@ from lowrank_inverse.low_rank.nystrom_columns import nystrom
 from lowrank_inverse.low_rank.pivoted_cholesky import PivotedCholesky, pivoted_cholesky
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
 from lowrank_inverse.low_rank.woodbury import woodbury_inverse
-from lowrank_inverse.operators.base import DiagonalOperator
 from lowrank_inverse.operators.columns import columns, diagonal
 from lowrank_inverse.operators.composition import shifted
+from lowrank_inverse.operators.diagonal import DiagonalOperator
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.operators.hadamard import hadamard
 from lowrank_inverse.operators.kernel import KernelOperator

@@ -10,7 +10,7 @@ from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_finite, check_scalar
 from lowrank_inverse.arrays.conversion import is_traced, scalar_like
 from lowrank_inverse.arrays.spread import reduced
-from lowrank_inverse.operators.base import ShiftedOperator
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import Solution
 from lowrank_inverse.solvers.base import as_settings

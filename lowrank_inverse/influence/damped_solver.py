@@ -14,7 +14,8 @@ from lowrank_inverse.arrays.checks import check_scalar, describe
 from lowrank_inverse.arrays.conversion import concrete, eps, is_array, to_host
 from lowrank_inverse.estimators.extreme_eigenvalues import lowest_ritz
 from lowrank_inverse.iterative.recycling import joined_pairs
-from lowrank_inverse.operators.base import Operator, ShiftedOperator
+from lowrank_inverse.operators.base import Operator
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.operators.product import block_width
 from lowrank_inverse.results.solution import Pairs, Reason, Solution, ended

@@ -12,12 +12,8 @@ from lowrank_inverse.arrays.checks import check_scalar, no_entries
 from lowrank_inverse.arrays.conversion import is_known, is_traced, take
 from lowrank_inverse.arrays.linalg import added_diagonals, times_diagonal
 from lowrank_inverse.arrays.spread import reduced
-from lowrank_inverse.operators.base import (
-    CombinedOperator,
-    Operator,
-    ShiftedOperator,
-    entries_of,
-)
+from lowrank_inverse.operators.base import CombinedOperator, Operator, entries_of
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
 
 

@@ -15,9 +15,8 @@ from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import check_count, check_indices, describe, prototype
 from lowrank_inverse.arrays.conversion import copied, is_array
 from lowrank_inverse.operators.base import Operator
-from lowrank_inverse.operators.dense import DenseOperator
+from lowrank_inverse.operators.matrix import DenseOperator, SparseOperator
 from lowrank_inverse.operators.product import check_square
-from lowrank_inverse.operators.sparse import SparseOperator
 
 
 class FunctionOperator(Operator):

@@ -10,12 +10,9 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices
 from lowrank_inverse.arrays.checks import (
-    check_block,
     check_count,
     check_finite,
-    check_floating,
     check_indices,
-    check_scalar,
     describe,
     namespace,
 )
@@ -23,19 +20,24 @@ from lowrank_inverse.arrays.conversion import (
     astype,
     copied,
     is_array,
-    is_known,
     is_traced,
-    like,
     like_device,
     scalar_like,
     take,
     wide_dtype,
 )
 from lowrank_inverse.arrays.devices import cut, map_rows
-from lowrank_inverse.arrays.graph import constant, is_recorded
+from lowrank_inverse.arrays.graph import constant
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.differentiation import made_of, parts, recomputed
 from lowrank_inverse.operators.distances import by_features, matern, squared_distances
+from lowrank_inverse.operators.points import (
+    check_points,
+    checked_lengthscale,
+    checked_number,
+    in_memory,
+    row_slices,
+)
 
 KERNELS = ("rbf", "laplacian", "matern", "polynomial")
 NUS = (0.5, 1.5, 2.5)
@@ -119,7 +121,7 @@ class KernelOperator(Operator):
         coef0: float = 1.0,
         chunk_size: int | None = None,
     ) -> None:
-        _check_points("X", X)
+        check_points("X", X)
         if not callable(kernel) and kernel not in KERNELS:
             raise ValueError(
                 f"`kernel` must be one of {', '.join(map(repr, KERNELS))} or a function of two "
@@ -132,14 +134,14 @@ class KernelOperator(Operator):
             self._parts = None  # it reads what it likes
         self.degree = check_count("degree", degree)
         n = int(X.shape[0])
-        self.shape, self.dtype, self.like = (n, n), X.dtype, constant(_in_memory(X[:0, 0]))
-        self.coef0 = _checked_number("coef0", coef0, self.like)
-        self.lengthscale = _checked_lengthscale(lengthscale, self.like, int(X.shape[1]))
+        self.shape, self.dtype, self.like = (n, n), X.dtype, constant(in_memory(X[:0, 0]))
+        self.coef0 = checked_number("coef0", coef0, self.like)
+        self.lengthscale = checked_lengthscale(lengthscale, self.like, int(X.shape[1]))
         on_cpu = "cpu" in str(like_device(self.like)).lower() or is_traced(X)
         default = CPU_CHUNK if on_cpu else DEVICE_CHUNK
         self.chunk_size = check_count("chunk_size", default if chunk_size is None else chunk_size)
-        for rows in _slices(n, self.chunk_size):
-            check_finite("X", _in_memory(X[rows, ...]))
+        for rows in row_slices(n, self.chunk_size):
+            check_finite("X", in_memory(X[rows, ...]))
 
     def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k), computed at the points alone."""
@@ -178,11 +180,11 @@ class KernelOperator(Operator):
         -------
         array, shape (p,) or (p, m)
         """
-        _check_points("Z", Z, self.X)
+        check_points("Z", Z, self.X)
         self._check(block)
         if is_traced(self.X) or is_traced(Z) or is_traced(block):
             return self._mapped(Z, block)
-        results, slices = [], _slices(self.shape[0], self.chunk_size)
+        results, slices = [], row_slices(self.shape[0], self.chunk_size)
         for z in self._blocks(Z, self.chunk_size):
             tiles = zip(slices, self._blocks(self.X, self.chunk_size), strict=True)
             results.append(sum(self.evaluate(z, x) @ block[rows, ...] for rows, x in tiles))
@@ -196,12 +198,12 @@ class KernelOperator(Operator):
     def _multiply(self, block: Array) -> Array:
         if is_traced(self.X) or is_traced(block):
             return self._mapped(self.X, block)
-        slices = _slices(self.shape[0], self.chunk_size)
+        slices = row_slices(self.shape[0], self.chunk_size)
         parts: list[Any] = [0.0 for _ in slices]
         for i, rows in enumerate(slices):
-            x = _in_memory(self.X[rows, ...])
+            x = in_memory(self.X[rows, ...])
             for j in range(i, len(slices)):
-                y = x if i == j else _in_memory(self.X[slices[j], ...])
+                y = x if i == j else in_memory(self.X[slices[j], ...])
                 right, left = self._tile_products(x, y, block[slices[j], ...], block[rows, ...])
                 parts[i] = parts[i] + right
                 if i < j:  # the tile on the other side of the diagonal is this one, transposed
@@ -236,7 +238,7 @@ class KernelOperator(Operator):
         return take(self.X, indices)
 
     def _blocks(self, points: Array, size: int) -> Iterator[Array]:
-        return (_in_memory(points[rows, ...]) for rows in _slices(points.shape[0], size))
+        return (in_memory(points[rows, ...]) for rows in row_slices(points.shape[0], size))
 
     def _diagonal(self, x: Array) -> Array:
         xp = array_namespace(x)
@@ -272,56 +274,3 @@ class KernelOperator(Operator):
             )
         namespace(kernel=block, X=self.like)
         return copied(block)  # the function may use its array again
-
-
-def _slices(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def _in_memory(x: Array) -> Array:
-    """Return a view of `x` that is no longer a memmap; computing with it reads it."""
-    return np.asarray(x) if isinstance(x, np.ndarray) else x
-
-
-def _check_points(name: str, points: Any, others: Array | None = None) -> None:
-    check_floating(name, points)
-    if points.ndim != 2 or 0 in points.shape:
-        raise ValueError(
-            f"`{name}` must have shape (n, d), one point a row; got shape {tuple(points.shape)}. "
-            f"For points with one feature use {name}[:, None]."
-        )
-    if others is None:
-        return
-    namespace(**{"X": others, name: points})
-    if points.shape[1] != others.shape[1] or points.dtype != others.dtype:
-        raise ValueError(
-            f"`{name}` must have {others.shape[1]} features of dtype {others.dtype}, as `X` has; "
-            f"got {describe(points)}."
-        )
-
-
-def _checked_number(name: str, x: Any, empty: Array, *, positive: bool = False) -> Any:
-    """Return a number as a Python float; as a 0-d array where its derivatives are recorded."""
-    check_scalar(name, x, positive=positive)
-    if is_recorded(x):
-        namespace(**{"X": empty, name: x})
-    return scalar_like(x, empty)
-
-
-def _checked_lengthscale(lengthscale: Any, empty: Array, d: int) -> Any:
-    if isinstance(lengthscale, (list, tuple)):
-        lengthscale = like(lengthscale, empty)
-    if not is_array(lengthscale) or lengthscale.ndim == 0:
-        return _checked_number("lengthscale", lengthscale, empty, positive=True)
-    check_block("lengthscale", lengthscale, d)
-    namespace(X=empty, lengthscale=lengthscale)
-    positive = array_namespace(lengthscale).all(lengthscale > 0)
-    if lengthscale.ndim != 1 or lengthscale.dtype != empty.dtype:
-        raise ValueError(
-            f"`lengthscale` must be a number or have shape ({d},) and dtype {empty.dtype}; got "
-            f"{describe(lengthscale)}."
-        )
-    check_finite("lengthscale", lengthscale)
-    if is_known(positive) and not bool(positive):
-        raise ValueError("`lengthscale` must be > 0 for every feature; an entry is not.")
-    return lengthscale

@@ -12,9 +12,10 @@ from scipy.linalg import cholesky, solve_triangular
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.operators.kernel import KernelOperator
+from lowrank_inverse.operators.points import row_slices
 from lowrank_inverse.sklearn.hyperparameters import Hyperparameters
 from lowrank_inverse.sklearn.radial_kernel import contract, contract_columns, contract_core
-from lowrank_inverse.sklearn.regressor import kernel_matrix, row_blocks
+from lowrank_inverse.sklearn.regressor import kernel_matrix
 from lowrank_inverse.spectral.quadrature import LogQuadrature, log_quadrature
 from lowrank_inverse.spectral.shifted_nystrom import shifted_nystrom
 
@@ -158,7 +159,7 @@ class IterativeCovariance:
             return (np.sum(V * V, axis=0) if diagonal else V.T @ V), ""
         C = self.K.evaluate(self.K.X, Z)
         parts, missed = [], ""
-        for columns in row_blocks(len(Z), SOLVE_WIDTH):
+        for columns in row_slices(len(Z), SOLVE_WIDTH):
             solution = self._solve(C[:, columns])
             parts.append(solution.value)
             if not solution.converged.all():

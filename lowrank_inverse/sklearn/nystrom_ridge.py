@@ -11,7 +11,8 @@ from lowrank_inverse._typing import Sampling
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.least_squares import inverse_root, ridge_by_gram, ridge_by_rotations
 from lowrank_inverse.low_rank.column_sampling import sample_columns
-from lowrank_inverse.sklearn.regressor import KernelRegressor, row_blocks
+from lowrank_inverse.operators.points import row_slices
+from lowrank_inverse.sklearn.regressor import KernelRegressor
 
 PIVOT_UNITS = 8.0
 GRAM_ERROR = 1e-8
@@ -120,7 +121,7 @@ class NystromRidge(KernelRegressor):
         squared = np.finfo(np.float64).eps * trace <= GRAM_ERROR * self.alpha
 
         def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for rows in row_blocks(X.shape[0], A.chunk_size if squared else 4 * A.chunk_size):
+            for rows in row_slices(X.shape[0], A.chunk_size if squared else 4 * A.chunk_size):
                 chosen = order[rows]
                 F = A.evaluate(X[chosen], self.X_fit_) @ T
                 yield root[chosen] * F, (root[chosen] * y[chosen]).astype(np.float64)
@@ -136,6 +137,6 @@ class NystromRidge(KernelRegressor):
         # In float64: where the kernel is ill-conditioned, large coefficients cancel.
         parts = [
             A.evaluate(X[rows], self.X_fit_) @ self.dual_coef_
-            for rows in row_blocks(X.shape[0], A.chunk_size)
+            for rows in row_slices(X.shape[0], A.chunk_size)
         ]
         return np.concatenate(parts, axis=0).astype(X.dtype, copy=False)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_inverse.operators.kernel import KernelOperator
-from lowrank_inverse.sklearn.regressor import row_blocks
+from lowrank_inverse.operators.points import row_slices
 
 BLOCK_NUMBERS = 2**22
 
@@ -15,7 +15,7 @@ BLOCK_NUMBERS = 2**22
 def variance(G: Any, Z: np.ndarray) -> tuple[np.ndarray, str]:
     """Return the variances of f at points `Z`, shape (p,), and what went wrong."""
     size = max(1, BLOCK_NUMBERS // G.K.shape[0])
-    parts = [G.explained(Z[rows], diagonal=True) for rows in row_blocks(len(Z), size)]
+    parts = [G.explained(Z[rows], diagonal=True) for rows in row_slices(len(Z), size)]
     explained = np.concatenate([part for part, _ in parts])
     missed = max((reason for _, reason in parts), key=len)
     return np.maximum(G.at.signal_variance - explained, 0.0), missed

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank_inverse.operators.distances import MAX_DIFFERENCES, squared_distances
 from lowrank_inverse.operators.kernel import CPU_CHUNK, KernelOperator
-from lowrank_inverse.sklearn.regressor import row_blocks
+from lowrank_inverse.operators.points import row_slices
 
 Weight = Callable[[slice, slice], np.ndarray]
 """A tile of a symmetric matrix M, at slices of rows and columns."""
@@ -54,7 +54,7 @@ def contract(K: KernelOperator, weight: Weight) -> tuple[float, np.ndarray]:
     """
     x = _centred(K)
     value, slope = 0.0, np.zeros(1)
-    slices = row_blocks(len(x), CPU_CHUNK)
+    slices = row_slices(len(x), CPU_CHUNK)
     for i, rows in enumerate(slices):
         for columns in slices[i:]:
             part, change = _contracted(K, x[rows], x[columns], weight(rows, columns))
@@ -69,7 +69,7 @@ def contract_columns(
     """Return the same sums over the columns at `indices` alone, for an M of shape (n, k)."""
     x = _centred(K)
     value, slope = 0.0, np.zeros(1)
-    for rows in row_blocks(len(x), CPU_CHUNK):
+    for rows in row_slices(len(x), CPU_CHUNK):
         part, change = _contracted(K, x[rows], x[indices], M[rows])
         value, slope = value + part, slope + change
     return value, slope

@@ -12,6 +12,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.operators.kernel import CPU_CHUNK, KernelOperator
+from lowrank_inverse.operators.points import row_slices
 from lowrank_inverse.sklearn.linear_kernel import LinearKernel
 
 FLOATS = [np.float64, np.float32]
@@ -129,15 +130,10 @@ def kernel_matrix(A: Any) -> np.ndarray:
         return A
     n = A.shape[0]
     K = np.empty((n, n), dtype=A.dtype)
-    slices = row_blocks(n, A.chunk_size)
+    slices = row_slices(n, A.chunk_size)
     for i, rows in enumerate(slices):
         for others in slices[i:]:
             tile = A.evaluate(A.X[rows], A.X[others])
             K[rows, others] = tile
             K[others, rows] = tile.T
     return K
-
-
-def row_blocks(n: int, size: int) -> list[slice]:
-    """Return slices of `size` that cover n rows."""
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

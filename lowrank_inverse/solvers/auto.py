@@ -8,10 +8,10 @@ from typing import Any
 from lowrank_inverse._typing import RNG, Array, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_traced
-from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse.operators.columns import known_or_none
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
-from lowrank_inverse.operators.sparse import SparseOperator
+from lowrank_inverse.operators.matrix import SparseOperator
 from lowrank_inverse.solvers.base import PreparedInverse
 from lowrank_inverse.solvers.direct import Exact
 from lowrank_inverse.solvers.iterative import CG

@@ -11,8 +11,8 @@ from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, Solver
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE
 from lowrank_inverse.iterative.neumann_series import neumann_series
-from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse.operators.composition import split_shift
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.results.solution import Pairs, Solution
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
 from lowrank_inverse.solvers.recycled import preconditioner_of, recycled_approximation, solve_by_cg

@@ -11,8 +11,8 @@ from lowrank_inverse.iterative.conjugate_gradients import conjugate_gradients
 from lowrank_inverse.iterative.recycling import scaled_pairs
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
-from lowrank_inverse.operators.base import ShiftedOperator
 from lowrank_inverse.operators.composition import scaled_by_diagonal, split_diagonal
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.operators.product import unit_vectors
 from lowrank_inverse.results.solution import Pairs, Solution
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lowrank_inverse._typing import RNG, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
-from lowrank_inverse.operators.base import ShiftedOperator
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse_jax.bilevel.hypergradient import flat_ridge
 from lowrank_inverse_jax.curvature.derivatives import full_precision
 from lowrank_inverse_jax.curvature.hessian import HessianOperator

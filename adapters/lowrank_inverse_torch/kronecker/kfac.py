@@ -13,7 +13,7 @@ from lowrank_inverse._typing import RNG, Array, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_rng
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse.influence.loss_checks import measure_losses
-from lowrank_inverse.operators.base import ShiftedOperator
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
 from lowrank_inverse_torch.influence.backend import Split, TorchBackend
 from lowrank_inverse_torch.kronecker.collection import Collection
