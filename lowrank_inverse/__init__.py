@@ -7,7 +7,7 @@ from lowrank_inverse.iterative.neumann_series import neumann
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.files import load, save
 from lowrank_inverse.low_rank.nystrom_columns import nystrom
-from lowrank_inverse.low_rank.pivoted_cholesky import PivotedCholesky, pivoted_cholesky
+from lowrank_inverse.low_rank.pivoting.pivoted_cholesky import PivotedCholesky, pivoted_cholesky
 from lowrank_inverse.low_rank.streaming import chunked_inverse, streamed_inverse
 from lowrank_inverse.low_rank.woodbury import woodbury_inverse
 from lowrank_inverse.operators.columns import columns, diagonal

@@ -9,13 +9,11 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar
-from lowrank_inverse.arrays.checks import check_finite, no_entries
-from lowrank_inverse.arrays.control_flow import quietly
+from lowrank_inverse.arrays.checks import no_entries
 from lowrank_inverse.arrays.conversion import (
     astype,
     concrete,
     eps,
-    is_array,
     is_narrow,
     is_traced,
     like,
@@ -37,12 +35,12 @@ from lowrank_inverse.arrays.linalg import (
 )
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
-    SpectralFunctions,
     differentiable_whitening,
     spectrum,
     whiten,
     whitened_gram,
 )
+from lowrank_inverse.low_rank.spectral_functions import SpectralFunctions
 from lowrank_inverse.low_rank.woodbury import over, rows_times, woodbury_inverse
 
 
@@ -183,11 +181,6 @@ class NystromApproximation(SpectralFunctions):
             return array_namespace(self.eigenvalues).where(self.keeps_negative, kept, dropped)
         return kept if self.keeps_negative else dropped
 
-    @property
-    def rank(self) -> Any:
-        """Columns kept: the rank of H_k."""
-        return self.num_columns - self.num_dropped
-
     def eigenvectors(self) -> tuple[Array, Array]:
         """Return the eigenvectors of H_k, shape (n, k), and its eigenvalues.
 
@@ -270,84 +263,6 @@ class NystromApproximation(SpectralFunctions):
         z = V @ over(V.T @ tall_dot(self.vectors, b), w + scalar_like(damping, w))
         x = tall_times(self.vectors, z, self.dtype)
         return x, b - tall_times(self.columns, z, self.dtype) - scalar_like(damping, x) * x
-
-    @property
-    def residual_trace(self) -> Any:
-        """Trace of ``A - H_k``, up to rounding; None where the diagonal of A was not looked at.
-
-        For a positive semidefinite A it bounds the norm of ``A - H_k``.
-        """
-        if self.trace is None:
-            return None
-        xp = array_namespace(self.eigenvalues)
-        rest = self.trace - xp.sum(constant(self.eigenvalues))
-        return concrete(xp.where(rest > 0, rest, xp.zeros_like(rest)))
-
-    @quietly
-    def solve_path(self, b: Array, dampings: Any) -> Array:
-        """Return ``(H_k + damping * I)^{-1} b`` for each of `dampings`.
-
-        Parameters
-        ----------
-        b : array, shape (n,) or (n, m)
-            Right-hand sides, one per column.
-        dampings : sequence or array of q positive numbers
-            One for each solution.
-
-        Returns
-        -------
-        array, shape (q, n) or (q, n, m)
-
-        Notes
-        -----
-        ``C.T b`` is computed once: 2 n k operations a vector, and 2 n k for each damping.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import lowrank_inverse as li
-        >>> approx = li.nystrom(np.diag([3.0, 1.0]), 2, rng=0)
-        >>> print(approx.solve_path(np.ones(2), [1.0, 2.0]).round(3))
-        [[0.25  0.5  ]
-         [0.2   0.333]]
-        """
-        self._check(b, "b")
-        check_finite("b", b)
-        if is_array(dampings):
-            dampings = [dampings[i] for i in range(dampings.shape[0])]
-        if len(dampings) == 0:
-            raise ValueError("`dampings` must hold at least one positive number; it is empty.")
-        projected = self.project(b)
-        path = []
-        for damping in dampings:
-            y = self.expand(self.over(projected, self._at(damping)[1]))
-            path.append((b - y) / scalar_like(damping, b))
-        return array_namespace(b).stack(path)
-
-    def summary(self, damping: Scalar = None) -> str:
-        """Describe in words what the columns found, and at `damping` whether they are enough."""
-        lines = [repr(self)]
-        if is_traced(self.eigenvalues):
-            return f"{lines[0]}, values unknown while tracing"
-        xp = array_namespace(self.eigenvalues)
-        g = self.eigenvalues[: int(self.rank)]  # what lies beyond is the rounding of zeros
-        count = int(xp.sum(astype(g > 0, xp.int32)))
-        if count:
-            first, last = float(g[0]), float(g[count - 1])
-            lines.append(f"eigenvalues: {count}, from {first:.3g} to {last:.3g}")
-        if self.trace:
-            share = self.residual_trace / self.trace
-            lines.append(f"residual trace: {self.residual_trace:.3g}, {share:.1e} of the trace")
-        if damping is not None:
-            above = int(xp.sum(astype(g > damping, xp.int32)))
-            enough = self.sufficient_rank(damping)
-            verdict = "enough" if enough <= self.num_columns else "more columns would help"
-            lines.append(
-                f"damping {float(damping):.3g}: {above} eigenvalues above it, effective dimension "
-                f"{self.effective_dimension(damping):.1f}, enough for it: {enough} columns; there "
-                f"are {self.num_columns}: {verdict}"
-            )
-        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return (

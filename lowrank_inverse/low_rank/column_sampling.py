@@ -9,7 +9,7 @@ import numpy as np
 from lowrank_inverse._typing import RNG, Array, Sampling
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_rng
 from lowrank_inverse.arrays.conversion import is_traced, to_host
-from lowrank_inverse.low_rank.pivoted_cholesky import pivoted_cholesky
+from lowrank_inverse.low_rank.pivoting.pivoted_cholesky import pivoted_cholesky
 from lowrank_inverse.operators.columns import known_diagonal, known_or_none
 from lowrank_inverse.operators.function import aslinearoperator
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
-from lowrank_inverse.arrays.checks import check_damping
-from lowrank_inverse.arrays.conversion import astype, concrete, like, scalar_like
+from lowrank_inverse.arrays.conversion import astype, concrete, like
 from lowrank_inverse.arrays.decompositions import eigh
-from lowrank_inverse.arrays.graph import constant, plain, with_derivatives_of
+from lowrank_inverse.arrays.graph import constant, with_derivatives_of
 from lowrank_inverse.arrays.linalg import row_blocks, symmetric_part
 from lowrank_inverse.arrays.spread import is_spread, local, reduced, summed
-from lowrank_inverse.operators.product import ProductOnly
 
 INDEFINITE_PIVOT_RTOL = 1e-4
 
@@ -128,84 +125,3 @@ def differentiable_whitening(T: Array, W: Array) -> Array:
         return T @ xp.linalg.inv(L).T
 
     return with_derivatives_of(T, smooth, W)
-
-
-class SpectralFunctions(ProductOnly):
-    """Functions of the eigenvalues of H_k that are zero but for k of them.
-
-    Where derivatives are recorded, they are taken of the functions of the matrix `_gram`, diagonal
-    and with the k eigenvalues on it, which has derivatives beside the diagonal too.
-    """
-
-    eigenvalues: Array
-    num_columns: int
-    _gram: Array | None = None
-
-    def logdet(self, damping: Scalar) -> Any:
-        """Return ``log det(H_k + damping * I)``; `damping` must be positive.
-
-        For a positive semidefinite A it is a bound from below on ``log det(A + damping * I)``, of
-        which :func:`lowrank_inverse.logdet` gives an estimate.
-        """
-        g, damping = self._at(damping)
-        xp = array_namespace(g)
-        rest = self.shape[0] - self.num_columns
-        value = self._function(
-            xp.sum(xp.log(g + damping)), lambda G, M: xp.linalg.slogdet(M)[1], damping
-        )
-        return plain(value + rest * xp.log(damping))
-
-    def trace_inverse(self, damping: Scalar) -> Any:
-        """Return the trace of ``(H_k + damping * I)^{-1}``; `damping` must be positive."""
-        g, damping = self._at(damping)
-        xp = array_namespace(g)
-        rest = self.shape[0] - self.num_columns
-        value = self._function(
-            xp.sum(1 / (g + damping)), lambda G, M: xp.linalg.trace(xp.linalg.inv(M)), damping
-        )
-        return plain(value + rest / damping)
-
-    def effective_dimension(self, damping: Scalar) -> Any:
-        """Return ``trace(H_k (H_k + damping * I)^{-1})``: how many eigenvalues exceed `damping`.
-
-        Eigenvalues near `damping` count in part. It is at most that of a positive semidefinite A,
-        and grows with the columns.
-        """
-        g, damping = self._at(damping)
-        xp = array_namespace(g)
-        value = self._function(
-            xp.sum(g / (g + damping)),
-            lambda G, M: xp.linalg.trace(xp.linalg.solve(M, G)),
-            damping,
-        )
-        return plain(value)
-
-    def sufficient_rank(self, damping: Scalar) -> Any:
-        """Return ``2 * ceil(1.5 * d) + 1``, at most n, for the effective dimension d at `damping`.
-
-        With that many columns of a Gaussian sketch, Nyström-preconditioned conjugate gradients
-        meet a condition number of 28 or less in the mean (Theorem 1.1 of Frangella, Tropp, Udell.
-        Randomized Nyström Preconditioning. SIAM J. Matrix Anal. Appl. 44, 2023). From too few
-        columns d is found too small: what counts is whether this is below the columns there are.
-        """
-        g, damping = (constant(x) for x in self._at(damping))
-        xp = array_namespace(g)
-        enough = 2 * xp.ceil(1.5 * xp.sum(g / (g + damping))) + 1
-        rank = xp.where(enough < self.shape[0], enough, self.shape[0] + 0 * enough)
-        return concrete(astype(rank, xp.int32))
-
-    def _at(self, damping: Scalar) -> tuple[Array, Array]:
-        """Return the eigenvalues, and `damping` as a 0-d array that goes with them."""
-        check_damping(damping)
-        g = self.eigenvalues
-        return g, scalar_like(damping, g) + 0 * constant(g[0])
-
-    def _function(
-        self, value: Array, smooth: Callable[[Array, Array], Array], damping: Array
-    ) -> Array:
-        """Return `value`, with the derivatives of ``smooth(G, G + damping * I)``."""
-        G = self._gram
-        if G is None:
-            return value
-        identity = like(np.eye(self.num_columns), G)
-        return with_derivatives_of(value, lambda: smooth(G, G + damping * identity), G, damping)

@@ -14,7 +14,7 @@ from lowrank_inverse.arrays.graph import constant, is_recorded
 from lowrank_inverse.arrays.linalg import tall_dot
 from lowrank_inverse.iterative.krylov_space import KrylovSpace
 from lowrank_inverse.low_rank.column_sampling import sample_columns
-from lowrank_inverse.low_rank.pivoting import METHODS, Pivoting
+from lowrank_inverse.low_rank.pivoting.factorization import METHODS, Pivoting
 from lowrank_inverse.operators.columns import (
     empty_like,
     finite_columns,

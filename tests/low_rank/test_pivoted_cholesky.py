@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2
 
 import lowrank_inverse as li
-from lowrank_inverse.low_rank.pivoting import METHODS
+from lowrank_inverse.low_rank.pivoting.factorization import METHODS
 from tests.conftest import host
 from tests.oracles import operator_norm
 from tests.problems import (

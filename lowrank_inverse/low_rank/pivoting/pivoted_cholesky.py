@@ -13,7 +13,7 @@ from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import take
 from lowrank_inverse.arrays.graph import is_recorded, substituted
 from lowrank_inverse.low_rank.core import differentiable_whitening
-from lowrank_inverse.low_rank.pivoting import Pivoting
+from lowrank_inverse.low_rank.pivoting.factorization import Pivoting
 from lowrank_inverse.operators.function import aslinearoperator
 
 
