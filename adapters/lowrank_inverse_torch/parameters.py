@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_inverse.arrays.spread import everywhere, is_spread, laid_as
 from lowrank_inverse_torch.mesh.sharded import with_whole_modules
 from lowrank_inverse_torch.structures import expand_modules, is_leaf, tree_map, walk
+from lowrank_inverse_torch.tensor_checks import check_alike, check_one_kind
 
 __all__ = ["Parameters", "as_parameters"]
 
@@ -174,7 +175,7 @@ class Parameters:
             if expand and (isinstance(leaf, Real) or getattr(leaf, "shape", None) == ()):
                 at = self.tensors[i]
                 leaf = torch.as_tensor(leaf, dtype=at.dtype, device=at.device).expand(at.shape)
-            _check_alike(leaf, self.tensors[i], where)
+            check_alike(leaf, self.tensors[i], where)
             if leaf.shape != self.tensors[i].shape:
                 wanted = tuple(self.tensors[i].shape)
                 raise ValueError(f"{where} must have shape {wanted}; got {tuple(leaf.shape)}.")
@@ -186,7 +187,7 @@ class Parameters:
 
     def check_vector(self, v: Any, *, name: str = "v", block: bool = True) -> Tensor:
         """Return `v` detached if it is a vector (n,), or block (n, m), to multiply; else raise."""
-        _check_alike(v, self.tensors[0], f"`{name}`")
+        check_alike(v, self.tensors[0], f"`{name}`")
         if v.ndim not in ((1, 2) if block else (1,)) or v.shape[0] != self.n:
             wanted = f"({self.n},) or ({self.n}, m)" if block else f"({self.n},)"
             raise ValueError(
@@ -267,50 +268,8 @@ def as_parameters(
             f"`{name}` must hold a tensor that requires grad; got {num_leaves} leaves, none does. "
             "Call requires_grad_() on those to differentiate by."
         )
-    _check_one_kind(tensors, names, name, spread)
+    check_one_kind(tensors, names, name, spread)
     offsets = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))
     positions = tree_map(lambda leaf: found.get(id(leaf)), tree)
     sharded = tuple(own[id(tensor)] for tensor in tensors) if own else ()
     return Parameters(tuple(tensors), tuple(names), tuple(modules), offsets, positions, sharded)
-
-
-def _check_one_kind(
-    tensors: Sequence[Tensor], names: Sequence[str], name: str, spread: bool
-) -> None:
-    first = tensors[0]
-    for tensor, place in zip(tensors, names, strict=True):
-        if hasattr(tensor, "full_tensor") and not spread:
-            raise TypeError(
-                f"`{name}` must hold whole tensors; {place!r} is a DTensor, sharded over devices "
-                "(as FSDP and tensor parallelism do). Give `mesh`, that of the data, or gather it "
-                "with full_tensor()."
-            )
-        if tensor.is_complex():
-            raise TypeError(
-                f"`{name}` must be real; {place!r} is {tensor.dtype}. "
-                "Hold its real and imaginary parts as two tensors."
-            )
-        if tensor.dtype != first.dtype:
-            raise TypeError(
-                f"`{name}` must have one dtype; {names[0]!r} is {first.dtype} and {place!r} is "
-                f"{tensor.dtype}. Convert one of them, or freeze it with requires_grad_(False)."
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"`{name}` must be on one device; {names[0]!r} is on {first.device} and {place!r} "
-                f"on {tensor.device}. Move one of them, or freeze it with requires_grad_(False)."
-            )
-
-
-def _check_alike(value: Any, like: Tensor, where: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where} must be a torch.Tensor; got {type(value).__name__}.")
-    if value.dtype != like.dtype:
-        raise TypeError(
-            f"{where} must have the dtype of the parameters, {like.dtype}; got {value.dtype}. "
-            f"Convert it with .to({like.dtype})."
-        )
-    if value.device != like.device:
-        raise ValueError(
-            f"{where} must be on the device of the parameters, {like.device}; got {value.device}."
-        )

@@ -149,9 +149,9 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         self.params.check_vector(v)
         columns = v.unbind(1) if v.ndim == 2 else [v]
         rows: Any = [0.0 for _ in columns]
-        with untouched(self.params.tensors, self._modules):
-            for i in range(len(self._builders)):
-                graph = self._rebuilt(i)  # a backward pass through its products frees it
+        with untouched(self.params.tensors, self._graphs.modules):
+            for i in range(len(self._graphs)):
+                graph = self._graphs.rebuilt(i)  # a backward pass through its products frees it
                 for j, column in enumerate(columns):
                     vectors = self.params.unflatten(column)
                     parts = graph.vjp(vectors, graph.tensors, create_graph=True)
@@ -159,7 +159,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
                     flat = [torch.zeros_like(t) if part is None else part for part, t in pairs]
                     rows[j] = rows[j] + torch.cat([part.reshape(-1) for part in flat])
         self._count[0] += len(columns)
-        mean = torch.stack(rows, dim=-1) / len(self._builders)
+        mean = torch.stack(rows, dim=-1) / len(self._graphs)
         return mean if v.ndim == 2 else mean[:, 0]
 
     def gradient_at(self, theta: Tensor) -> Tensor:
@@ -202,9 +202,9 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
                     totals[i] = part if total is None else total + part
 
         if self.processes is None:
-            self._for_each_graph(accumulate, wrt)
+            self._graphs.for_each(accumulate, wrt)
         else:
-            _, error = self.processes.attempt(lambda: self._for_each_graph(accumulate, wrt))
+            _, error = self.processes.attempt(lambda: self._graphs.for_each(accumulate, wrt))
             totals = self.processes.summed_each(totals, wrt, error)
         return [None if total is None else total / self._num_closures for total in totals]
 

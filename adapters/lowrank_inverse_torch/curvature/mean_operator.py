@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import torch
@@ -14,17 +14,9 @@ from lowrank_inverse._typing import Indices
 from lowrank_inverse.arrays.checks import check_indices, no_entries
 from lowrank_inverse.arrays.spread import gathered, is_spread, local
 from lowrank_inverse.operators.base import Operator
-from lowrank_inverse_torch.curvature.gradient_graph import Graph
-from lowrank_inverse_torch.model_guard import (
-    RandomStates,
-    random_states,
-    set_random_states,
-    twice_differentiable_attention,
-    untouched,
-)
+from lowrank_inverse_torch.curvature.batch_graphs import BatchGraphs, G
 from lowrank_inverse_torch.parameters import Parameters
 
-G = TypeVar("G", bound=Graph)
 Modules = nn.Module | Iterable[nn.Module]
 
 
@@ -79,38 +71,16 @@ class CurvatureOperator(Operator, Generic[G]):
         self.device = params.device
         self.chunk_size = chunk_size
         self._count = [0]  # in a list, which copies share
-        self._modules = (*params.modules, *further)
-        self._builders = builders
-        self._kept: G | None = None
-        self._starts: list[RandomStates] = []
-        self._losses: list[Tensor] = []
-        self.gradient = torch.zeros(params.n, dtype=self.dtype, device=self.device)
-        self.loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        self._graphs = BatchGraphs(builders, params, (*params.modules, *further))
         self.processes: Processes | None = None
         self._num_closures = len(builders)  # of all processes
         if mesh is None:
-            self._evaluate()
+            self.loss, self.gradient = self._graphs.evaluate()
         else:
             from lowrank_inverse_torch.mesh.processes import Processes
 
             self._evaluate_together(Processes(mesh, params))
         self.like = no_entries(self.gradient)
-        self._versions = [tensor._version for tensor in params.tensors]
-
-    def _evaluate(self) -> None:
-        """Set loss and gradient to their means over the closures."""
-        with untouched(self.params.tensors, self._modules) as states:
-            for build in self._builders:
-                self._starts.append(random_states(states))
-                graph = build()
-                self._losses.append(graph.loss)
-                self.params.add_to(self.gradient, graph.gradient())
-                if len(self._builders) == 1:
-                    self._kept = graph
-                del graph  # before the next one is built
-        if self._losses:
-            self.gradient /= len(self._builders)
-            self.loss = torch.stack(self._losses).mean()
 
     def _evaluate_together(self, processes: Processes) -> None:
         """Set loss and gradient to their means over the closures of all processes."""
@@ -118,16 +88,16 @@ class CurvatureOperator(Operator, Generic[G]):
         processes.agree(
             shapes_of_the_parameters=(shapes, self.dtype), parameters=self.params.tensors
         )
-        processes.together(self._evaluate)
-        num = len(self._builders)
-        mine = [float(num), num * self.loss.item(), float(self.detached)]
+        loss, gradient = processes.together(self._graphs.evaluate)
+        num = len(self._graphs)
+        mine = [float(num), num * loss.item(), float(self.detached)]
         totals = processes.total(torch.tensor(mine, dtype=self.dtype, device=self.device))
         self._num_closures, self.detached = int(totals[0]), bool(totals[2] != 0)
         if self._num_closures == 0:
             raise ValueError("some process must have a closure; all of them have an empty list.")
         self.loss = totals[1] / self._num_closures
         share = num / self._num_closures
-        self.gradient = processes.spread(processes.own_sum(share * self.gradient))
+        self.gradient = processes.spread(processes.own_sum(share * gradient))
         self.processes = processes
 
     def _about(self) -> dict[str, Any]:
@@ -250,7 +220,7 @@ class CurvatureOperator(Operator, Generic[G]):
     def _products(self, order: Sequence[int], stack: Stack) -> Tensor:
         """Multiply with the vectors numbered in `order`; the answer has them by number."""
         # One product is one contiguous row here; the transposed view has them as columns.
-        make = torch.empty if self._builders else torch.zeros
+        make = torch.empty if len(self._graphs) else torch.zeros
         rows = make(len(order), self.params.n, dtype=self.dtype, device=self.device)
         put = self.params.copy_to
 
@@ -269,41 +239,11 @@ class CurvatureOperator(Operator, Generic[G]):
             put = self.params.add_to  # to what the first graph wrote
 
         if len(order) > 0:
-            self._for_each_graph(multiply)
+            self._graphs.for_each(multiply)
         if self._num_closures > 1:
             rows /= self._num_closures
         self._count[0] += len(order)
         return rows.mT
-
-    def _for_each_graph(self, use: Callable[[G], None], by: Sequence[Tensor] = ()) -> None:
-        """Call `use` with each graph, which may differentiate by further tensors."""
-        tensors = self.params.tensors
-        if [tensor._version for tensor in tensors] != self._versions:
-            raise RuntimeError(
-                "The parameters were changed in place after this operator was made, which holds "
-                "the curvature at the earlier ones. Make the operator anew after each step."
-            )
-        # A checkpointed module runs again in backward.
-        with untouched([*tensors, *by], self._modules), twice_differentiable_attention():
-            if self._kept is not None:
-                use(self._kept)
-            else:
-                for i in range(len(self._builders)):
-                    use(self._rebuilt(i))
-        self._versions = [tensor._version for tensor in tensors]  # Embedding(max_norm=...) writes
-
-    def _rebuilt(self, i: int) -> G:
-        set_random_states(self._starts[i])
-        graph = self._builders[i]()
-        before, now = self._losses[i].item(), graph.loss.item()
-        tolerance = torch.finfo(graph.loss.dtype).eps ** 0.5  # more than another order of sums
-        if abs(now - before) > tolerance * max(abs(before), abs(now)):
-            raise RuntimeError(
-                f"Closure {i} returned the loss {before:.6g} at first and {now:.6g} now. An "
-                "operator is frozen for the length of a solve: return the loss of the same batch "
-                "at each call."
-            )
-        return graph
 
 
 def _host_indices(indices: Indices, n: int) -> list[int]:

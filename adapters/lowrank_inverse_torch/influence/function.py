@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
-from lowrank_inverse_torch.influence.backend import Split, TorchBackend
+from lowrank_inverse_torch.influence.backend import TorchBackend
+from lowrank_inverse_torch.influence.example_losses import Split
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

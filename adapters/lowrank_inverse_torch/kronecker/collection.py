@@ -62,7 +62,7 @@ def opened(
 ) -> Iterator[tuple[Calls, Outputs]]:
     """Run a batch, with the calls of `layers`."""
     with backend.evaluating(), recorded(layers) as calls, explained():
-        output, target = backend._forward(batch)
+        output, target = backend.forward(batch)
         losses = backend.loss(output, target)
         calls.recording = False  # a checkpointed layer runs again in a backward pass
         leaves, rebuild = flatten(output)

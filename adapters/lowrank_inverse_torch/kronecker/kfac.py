@@ -15,7 +15,8 @@ from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse.influence.loss_checks import measure_losses
 from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
-from lowrank_inverse_torch.influence.backend import Split, TorchBackend
+from lowrank_inverse_torch.influence.backend import TorchBackend
+from lowrank_inverse_torch.influence.example_losses import Split
 from lowrank_inverse_torch.kronecker.collection import Collection
 from lowrank_inverse_torch.kronecker.inverse import Block, KroneckerInverse, solve_by
 from lowrank_inverse_torch.kronecker.layers import Layer
@@ -146,7 +147,7 @@ class KFAC:
         generator = torch.Generator().manual_seed(int(check_rng(rng).integers(2**63)))
         data = Collection(backend, examples, num_samples, generator, memory_budget)
         self.num_vectors = data.num_vectors
-        self.names = [backend._names[i] for i in data.others]
+        self.names = [backend.names[i] for i in data.others]
         self.diagonal = torch.zeros_like(backend.vector())
         self._others = [backend.params.offsets[i : i + 2] for i in data.others]
         self.is_corrected = bool(eigenvalue_correction)

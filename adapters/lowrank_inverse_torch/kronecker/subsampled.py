@@ -18,8 +18,9 @@ from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.operators.composition import scaled, scaled_by_diagonal, split_diagonal
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
 from lowrank_inverse.solvers.recycled import preconditioner_of
-from lowrank_inverse_torch.influence.backend import Split, TorchBackend
+from lowrank_inverse_torch.influence.backend import TorchBackend
 from lowrank_inverse_torch.influence.data import flatten
+from lowrank_inverse_torch.influence.example_losses import Split
 from lowrank_inverse_torch.kronecker.collection import opened, vectors_at
 from lowrank_inverse_torch.kronecker.inverse import solve_by
 

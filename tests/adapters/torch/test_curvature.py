@@ -257,7 +257,7 @@ def test_dropout_masks_of_a_list_stay_the_same_from_product_to_product():
     first = H @ v
     torch.randn(5)
     assert torch.equal(H @ v, first)
-    assert not torch.equal(H._losses[0], H._losses[1])
+    assert not torch.equal(H._graphs.losses[0], H._graphs.losses[1])
 
 
 def test_a_block_builds_the_graph_of_each_batch_once_and_only_one_lives_at_a_time():
