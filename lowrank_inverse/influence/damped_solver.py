@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Indices, Scalar, SolveFunction, Solver
-from lowrank_inverse.arrays.checks import check_scalar, describe
+from lowrank_inverse.arrays.checks import check_finite, check_scalar, describe
 from lowrank_inverse.arrays.conversion import concrete, eps, is_array, to_host
 from lowrank_inverse.estimators.extreme_eigenvalues import lowest_ritz
 from lowrank_inverse.iterative.recycling import joined_pairs
@@ -210,6 +210,17 @@ def checked_damping(damping: Scalar) -> Any:
         return damping
     check_scalar("damping", damping)
     return float(concrete(damping))
+
+
+def checked_ridge(ridge: Any) -> Any:
+    """Return a ridge if it is finite and 0 or more, a number as a float."""
+    if not is_array(ridge) or ridge.ndim == 0:
+        check_scalar("ridge", ridge)
+        return float(ridge)
+    check_finite("ridge", ridge)
+    if to_host(ridge).min() < 0:
+        raise ValueError("`ridge` must be >= 0 everywhere; it holds negative entries.")
+    return ridge
 
 
 def _rounded_up(x: float) -> float:

@@ -14,16 +14,19 @@ from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import (
     all_finite,
     check_count,
-    check_finite,
     check_rng,
-    check_scalar,
 )
-from lowrank_inverse.arrays.conversion import is_array, to_host
+from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.arrays.spread import rows_beside
 from lowrank_inverse.estimators.trace import auto_damping
 from lowrank_inverse.influence.backend import Alone, Backend, Together
-from lowrank_inverse.influence.damped_solver import Factor, KeptColumns, checked_damping
+from lowrank_inverse.influence.damped_solver import (
+    Factor,
+    KeptColumns,
+    checked_damping,
+    checked_ridge,
+)
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_gradients, check_unchanged, measure_losses
 from lowrank_inverse.influence.plan import (
@@ -78,14 +81,13 @@ class Workings:
         if batch_size is not None:
             check_count("batch_size", batch_size)
         self._backend, self._curvature = backend, curvature
-        self._ridge = _checked_ridge(backend.ridge(ridge))
+        self._ridge = checked_ridge(backend.ridge(ridge))
         self._batch_size, self._progress = batch_size, bool(progress)
         self._memory_budget = check_count("memory_budget", memory_budget)
         self._seeded = rng is not None
-        if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
-            self._seed = int(rng)
-        else:
-            self._seed = int(check_rng(rng).integers(2**32))
+        if isinstance(rng, bool) or not isinstance(rng, (int, np.integer)):
+            rng = int(check_rng(rng).integers(2**32))
+        self._seed = int(rng)
         self._is_default = solver is None
         if solver is None:
             solver = CG()
@@ -106,8 +108,7 @@ class Workings:
         if curvature == "hessian" and backend.has_outputs and isinstance(solver, NystromCG):
             self._source = backend.operator(self._train, "ggn")
         self._unit_costs: UnitCosts | None = None
-        self._product: tuple[float, int] | None = None
-        """Seconds and bytes of one."""
+        self._product: tuple[float, int] | None = None  # seconds and bytes of one
         self._solution: tuple[np.ndarray | None, np.ndarray | None, str] | None = None
         damping = getattr(solver, "damping", 0.0) if damping is None else damping
         self._set_damping(damping, None)
@@ -234,9 +235,8 @@ class Workings:
         """Return the solver for so many right-hand sides."""
         kept = not self._is_default or isinstance(self._solver, Exact)
         n, size, budget = self._backend.n, self._itemsize, self._memory_budget
-        if kept or not dense_pays(self._solver, n, num_solves, size, budget):
-            return self._solver
-        return Exact()
+        pays = dense_pays(self._solver, n, num_solves, size, budget)
+        return self._solver if kept or not pays else Exact()
 
     def _solve(self, b: Array, factor: Factor | None = None) -> Solution:
         factor = self._factor if factor is None else factor
@@ -298,14 +298,3 @@ class Workings:
                     check_gradients(backend.gradients(batch), examples, start)
 
             self._group.together(look)
-
-
-def _checked_ridge(ridge: Any) -> Any:
-    """Return a ridge if it is finite and 0 or more, a number as a float."""
-    if not is_array(ridge) or ridge.ndim == 0:
-        check_scalar("ridge", ridge)
-        return float(ridge)
-    check_finite("ridge", ridge)
-    if to_host(ridge).min() < 0:
-        raise ValueError("`ridge` must be >= 0 everywhere; it holds negative entries.")
-    return ridge

@@ -25,10 +25,6 @@ from lowrank_inverse.sklearn.kernel_ridge import MEMORY_BUDGET
 from lowrank_inverse.sklearn.posterior import covariance, draw, variance
 from lowrank_inverse.sklearn.regressor import KernelRegressor
 
-MATRICES = 4
-"""What a factorisation and its derivatives take."""
-KERNELS = ("rbf", "matern")
-
 
 class GaussianProcessRegressor(KernelRegressor):
     """Gaussian process regression, exact for a few thousand points, iterative beyond.
@@ -177,7 +173,7 @@ class GaussianProcessRegressor(KernelRegressor):
         for name in ("rank", "num_probes", "max_iter"):
             check_count(name, getattr(self, name))
         check_scalar("tol", self.tol, positive=True)
-        if self.kernel not in KERNELS:
+        if self.kernel not in ("rbf", "matern"):
             raise ValueError(f"`kernel` must be 'rbf' or 'matern'; got {self.kernel!r}.")
         if self.optimizer not in (how := "fmin_l_bfgs_b", None):
             raise ValueError(f"`optimizer` must be {how!r} or None; got {self.optimizer!r}.")
@@ -282,7 +278,7 @@ class GaussianProcessRegressor(KernelRegressor):
         at = self._start.with_free(theta, self._fixed)
         K = KernelOperator(self.X_fit_, self.kernel, lengthscale=at.lengthscale, nu=self.nu)
         matrix = len(self._y) ** 2 * self._y.itemsize
-        if MATRICES * matrix <= self.memory_budget:
+        if 4 * matrix <= self.memory_budget:  # what a factorisation and its derivatives take
             return ExactCovariance(K, self._y, at)
         return IterativeCovariance(
             K,
