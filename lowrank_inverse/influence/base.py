@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -15,7 +15,7 @@ from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
 from lowrank_inverse.arrays.conversion import concrete, like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.arrays.spread import gathered, is_spread, local, rows_beside
-from lowrank_inverse.influence.passes import checked_weights
+from lowrank_inverse.influence.passes import Options, checked_weights
 from lowrank_inverse.influence.plan import Plan, short
 from lowrank_inverse.influence.queries.groups import GroupScores
 from lowrank_inverse.influence.queries.tokens import TokenScores
@@ -27,6 +27,9 @@ from lowrank_inverse.influence.results import (
     open_scores,
     top,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["InfluenceBase", "InfluenceInfo", "Plan", "TopK"]
 
@@ -138,7 +141,7 @@ class InfluenceBase(TokenScores, GroupScores):
         k: int,
         kind: str = "helpful",
         train: Any = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> TopK:
         """Find the k most influential training examples of each query.
 
@@ -147,7 +150,7 @@ class InfluenceBase(TokenScores, GroupScores):
         k : int
         kind : {"helpful", "harmful", "absolute"}
             The largest scores, the smallest, or the largest absolute values.
-        query, train, **options
+        query, train, query_loss, reduction, weights, normalize, method, checkpoint
             As in `scores`.
 
         Returns
@@ -233,7 +236,7 @@ class InfluenceBase(TokenScores, GroupScores):
         self._check_unchanged()
         self._begin(self._train.num, self._train.num)
         store = self._store(checkpoint, "self_influence", train=self._train)
-        parts = list(self._own_values(self._train, store, "values"))
+        parts = list(self._own_values(self._train, store, "values", "self-influence"))
         return array_namespace(parts[0]).concat(parts, axis=0)
 
     def inverse_product(self, G: Array) -> Array:

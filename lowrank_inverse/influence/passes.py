@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -47,6 +47,17 @@ class Asked(NamedTuple):
         """Of all scores."""
         rows = self.queries.num if self.weights is None else len(self.weights)
         return rows, self.targets.num
+
+
+class Options(TypedDict, total=False):
+    """What `scores`, `top_k` and `group_scores` take beside the examples; see `scores`."""
+
+    query_loss: Callable[..., Any] | None
+    reduction: str
+    weights: Any
+    normalize: str
+    method: str
+    checkpoint: str | os.PathLike[str] | None
 
 
 class Passes(Recorded):
@@ -168,17 +179,17 @@ class Passes(Recorded):
         if asked.normalize == "none":
             return None
         by_step = asked.normalize == "theta-relatif"
-        parts = list(self._own_values(asked.targets, asked.store, "norms", by_step=by_step))
+        own = self._own_values(asked.targets, asked.store, "norms", "norms", by_step=by_step)
+        parts = list(own)
         return _inverse_root(array_namespace(parts[0]).concat(parts, axis=0))
 
     def _own_values(
-        self, examples: Examples, store: Store, name: str, *, by_step: bool = False
+        self, examples: Examples, store: Store, name: str, label: str, *, by_step: bool = False
     ) -> Iterator[Array]:
         """Yield for groups of examples ``g.T H^-1 g``, or with `by_step` ``|H^-1 g|**2``."""
         solutions: list[Any] = []
         solve = Recycling(self, store)
         total = -(-examples.num // self._width())
-        label = "self-influence" if name == "values" else name
         groups = shown(self._groups(examples), progress=self._progress, total=total, label=label)
         for number, (first, batches) in enumerate(groups):
 

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, autograd
+from torch import Tensor, autograd, nn
 
+from lowrank_inverse._typing import RNG
+from lowrank_inverse.arrays.checks import check_rng
 from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse.influence.loss_checks import measure_losses
 from lowrank_inverse_torch.curvature.gradient_graph import Values, dense
 from lowrank_inverse_torch.influence.backend import TorchBackend
 from lowrank_inverse_torch.influence.calls import rows_of
 from lowrank_inverse_torch.influence.data import flatten
+from lowrank_inverse_torch.influence.example_losses import Split
 from lowrank_inverse_torch.kronecker.layers import Calls, Layer, is_linear, recorded
 from lowrank_inverse_torch.kronecker.output_roots import (
     MOST_OUTPUTS,
@@ -28,6 +32,27 @@ from lowrank_inverse_torch.model_guard import explained
 MOST_EXAMPLES = 128
 """In a batch: more of them are no faster, and fewer batches estimate the diagonal worse."""
 FEW = 4
+
+
+def measured(
+    model: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    train: Any,
+    params: Any,
+    split: Split | None,
+    batch_size: int | None,
+    memory_budget: int,
+) -> tuple[TorchBackend, Examples]:
+    """Return the backend of a model, and its training examples with their losses measured."""
+    backend = TorchBackend(model, loss, params, split, 1)
+    examples = backend.examples(train, "train", batch_size, memory_budget)
+    measure_losses(backend, examples)
+    return backend, examples
+
+
+def seed_of(rng: RNG) -> int:
+    """Return a seed for a generator of torch."""
+    return int(check_rng(rng).integers(2**63))
 
 
 @dataclass

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_inverse._typing import RNG, Array, Scalar
-from lowrank_inverse.arrays.checks import check_count, check_rng
+from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
-from lowrank_inverse.influence.loss_checks import measure_losses
 from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
-from lowrank_inverse_torch.influence.backend import TorchBackend
 from lowrank_inverse_torch.influence.example_losses import Split
-from lowrank_inverse_torch.kronecker.collection import Collection
+from lowrank_inverse_torch.kronecker.collection import Collection, measured, seed_of
 from lowrank_inverse_torch.kronecker.inverse import Block, KroneckerInverse, solve_by
 from lowrank_inverse_torch.kronecker.layers import Layer
 
@@ -141,10 +139,8 @@ class KFAC:
     ) -> None:
         if num_samples is not None:
             check_count("num_samples", num_samples)
-        backend = TorchBackend(model, loss, params, split, 1)
-        examples = backend.examples(train, "train", batch_size, memory_budget)
-        measure_losses(backend, examples)
-        generator = torch.Generator().manual_seed(int(check_rng(rng).integers(2**63)))
+        backend, examples = measured(model, loss, train, params, split, batch_size, memory_budget)
+        generator = torch.Generator().manual_seed(seed_of(rng))
         data = Collection(backend, examples, num_samples, generator, memory_budget)
         self.num_vectors = data.num_vectors
         self.names = [backend.names[i] for i in data.others]

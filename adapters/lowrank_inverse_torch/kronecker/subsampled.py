@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_inverse._typing import RNG, Array
-from lowrank_inverse.arrays.checks import check_count, check_rng
+from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.engine import GRADIENTS, MEMORY_BUDGET
-from lowrank_inverse.influence.loss_checks import measure_losses
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.operators.composition import scaled, scaled_by_diagonal, split_diagonal
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
@@ -21,7 +20,7 @@ from lowrank_inverse.solvers.recycled import preconditioner_of
 from lowrank_inverse_torch.influence.backend import TorchBackend
 from lowrank_inverse_torch.influence.data import flatten
 from lowrank_inverse_torch.influence.example_losses import Split
-from lowrank_inverse_torch.kronecker.collection import opened, vectors_at
+from lowrank_inverse_torch.kronecker.collection import measured, opened, seed_of, vectors_at
 from lowrank_inverse_torch.kronecker.inverse import solve_by
 
 __all__ = ["SubsampledGaussNewton"]
@@ -110,10 +109,8 @@ class SubsampledGaussNewton:
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         check_count("rank", rank)
-        backend = TorchBackend(model, loss, params, split, 1)
-        examples = backend.examples(train, "train", batch_size, memory_budget)
-        measure_losses(backend, examples)
-        seed = int(check_rng(rng).integers(2**63))
+        backend, examples = measured(model, loss, train, params, split, batch_size, memory_budget)
+        seed = seed_of(rng)
         squares = torch.cat(
             [
                 (S * S).flatten(2).sum(dim=2)  # (size, columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -13,21 +13,26 @@ from lowrank_inverse.arrays.checks import check_indices
 from lowrank_inverse.arrays.conversion import is_array, like, to_host
 from lowrank_inverse.arrays.spread import local
 from lowrank_inverse.influence.loss_checks import check_gradients
-from lowrank_inverse.influence.passes import Passes
+from lowrank_inverse.influence.passes import Options, Passes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GroupScores(Passes):
     """Influence of several training examples together."""
 
-    def group_scores(self, query: Any, groups: Any, train: Any = None, **options: Any) -> Array:
+    def group_scores(
+        self, query: Any, groups: Any, train: Any = None, **options: Unpack[Options]
+    ) -> Array:
         """Sum the influence of the training examples of each group, such as a source or a class.
 
         Parameters
         ----------
         groups : integer array, shape (n_train,)
             The group of each training example, from 0 on.
-        query, train, **options
-            As in `scores`, without `out`.
+        query, train, query_loss, reduction, weights, normalize, method, checkpoint
+            As in `scores`.
 
         Returns
         -------
