@@ -133,7 +133,7 @@ def _scaled(M: Array) -> tuple[Array | None, Array]:
     if is_traced(M) or not bool(xp.all(d >= 0) & xp.any(d > 0)):
         return None, M
     s = power_of_two(xp.where(d > 0, d, xp.max(d)) ** -0.5)
-    B = s[:, None] * M * s
+    B = s[:, None] * M * s[None, :]
     return (s, B) if bool(xp.max(xp.abs(B)) < 2) else (None, M)
 
 
