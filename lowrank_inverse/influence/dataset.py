@@ -16,6 +16,8 @@ Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
 
 
 DEFAULT_BATCH_SIZE = 512
+MOST_ROWS, SMALL_BATCH = 4096, 2**20
+"""Up to so many examples make a batch of the default size where they hold no more bytes."""
 """Activations of so many examples stay in a processor's cache; larger is no faster on a CPU."""
 
 
@@ -35,7 +37,8 @@ class Examples:
     flatten : callable (batch) -> (leaves, rebuild)
         Of the framework's structures. Arrays among the leaves have one row for each example.
     batch_size : int, optional
-        Default: 512 where batches can be cut anew, else as they come.
+        Default: where batches can be cut anew, 512, or up to 4096 small ones that hold a MiB
+        together; else as they come.
     memory_budget : int
         Bytes to keep at most.
 
@@ -82,7 +85,7 @@ class Examples:
                 "iterator, that may be used up: give a list of its batches."
             )
         if self._kept is not None:
-            self._cut(batch_size)
+            self._cut(batch_size or self._default_size(num_bytes))
         self.num_bytes = num_bytes if self.is_kept else 0
 
     @property
@@ -180,17 +183,20 @@ class Examples:
         for start in range(0, size, limit):
             yield start, self.rows(batch, start, min(start + limit, size))
 
-    def _cut(self, batch_size: int | None) -> None:
+    def _default_size(self, num_bytes: int) -> int:
+        fit = SMALL_BATCH * self.num // max(1, num_bytes)
+        return max(DEFAULT_BATCH_SIZE, min(fit, MOST_ROWS))
+
+    def _cut(self, batch_size: int) -> None:
         """Cut what is kept into batches of one size, if it can be joined."""
         assert self._kept is not None
-        wanted = batch_size or DEFAULT_BATCH_SIZE
         flat = [self._flatten(batch) for batch in self._kept if self.size(batch) > 0]
         joined = _joined([leaves for leaves, _ in flat])
         if joined is None:
             self._kept = [rebuild(leaves) for leaves, rebuild in flat]
         else:
             whole = flat[0][1](joined)
-            self._kept = [piece for _, piece in self._pieces(whole, wanted)]
+            self._kept = [piece for _, piece in self._pieces(whole, batch_size)]
         self.sizes = [self.size(batch) for batch in self._kept]
 
 

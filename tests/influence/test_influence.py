@@ -62,6 +62,13 @@ def test_batches_hold_all_examples_in_their_order(batch_size, memory_budget):
         )
 
 
+def test_small_examples_make_larger_batches():
+    assert examples([(np.ones(5000, np.float32),)]).sizes == [4096, 904]
+    budget = {"memory_budget": 2**30}
+    assert examples([(np.ones((1300, 256), np.float32),)], **budget).sizes == [1024, 276]  # a MiB
+    assert examples([(np.ones((600, 1024), np.float32),)], **budget).sizes == [512, 88]
+
+
 def test_batches_that_cannot_be_joined_stay_as_they_are():
     source = [(np.ones((2, 3)), np.ones(2)), (np.ones((3, 5)), np.ones(3))]
     assert examples(source, batch_size=1).sizes == [2, 3]

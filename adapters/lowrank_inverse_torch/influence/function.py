@@ -62,7 +62,8 @@ class InfluenceFunction(InfluenceBase):
         In place of that of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
         [2]_, from 16 products; see ``info.damping``.
     batch_size : int, optional
-        Examples in a graph. Default: 512, or as they come where they cannot be cut anew.
+        Examples in a graph. Default: where batches can be cut anew, 512, or up to
+        4096 small ones that hold a MiB together; else as they come.
     split : callable (batch) -> (inputs, targets), optional
         For batches that are neither a pair nor the arguments of the model.
     chunk_size : int
