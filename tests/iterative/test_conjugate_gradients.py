@@ -897,5 +897,5 @@ def test_a_compiled_solve_that_fails_goes_back_to_its_best_iterate(jax_backend):
     compiled = jax.jit(li.cg)(A, b)
     assert eager.reason == int(compiled.reason) == Reason.NEGATIVE_CURVATURE
     assert int(compiled.num_steps) == int(eager.num_steps)
-    assert relative_error(host(compiled.value), eager.value) < 1e-8
+    assert relative_error(host(compiled.value), eager.value) < jax_backend.eps**0.5
     assert int(compiled.num_products) <= 2 * int(eager.num_products)
