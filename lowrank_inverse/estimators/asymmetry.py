@@ -1,4 +1,4 @@
-"""A matrix that is known by its products, and whether it is symmetric."""
+"""A symmetry test for a matrix that is known only through its products."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ PROBE_SEED = (2**31 - 1, 1)
 
 
 def warn_of_asymmetry(matvec: Callable[[Array], Array], b: Array, product: Array) -> None:
-    """Warn where ``u.T A b`` and ``b.T A u`` differ by more than rounding.
+    """Warn if ``u.T A b`` and ``b.T A u`` differ by more than rounding.
 
-    One product, with a Gaussian u for each column. Of traced arrays nothing is known, and nothing
-    is done.
+    Takes one product with a Gaussian u per column. Traced arrays are not tested.
 
     Parameters
     ----------
     matvec : callable
         The product with A.
     b, product : array, shape (n,) or (n, m)
-        Any vectors, and their products.
+        Any vectors, and their products with A.
     """
     if is_traced(product):
         return

@@ -1,4 +1,4 @@
-"""The diagonal of an operator that is known by its products alone."""
+"""Estimate the diagonal of an operator from its products."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lowrank_inverse.operators.function import aslinearoperator
 
 
 class DiagonalEstimate(NamedTuple):
-    """An estimate of a diagonal: good for weights, no substitute for the diagonal itself.
+    """An estimate of a diagonal: accurate enough for sampling weights, but not exact.
 
     Attributes
     ----------
     value : array, shape (n,)
-        Unbiased; entries of a positive semidefinite matrix may come out negative.
+        Unbiased. Entries may be negative even if the matrix is positive semidefinite.
     standard_error : array, shape (n,)
-        Of each entry, as the samples show it.
+        Standard error of each entry, estimated from the samples.
     num_products : int
-        What it cost.
+        Number of products used.
     """
 
     value: Array
@@ -43,21 +43,27 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = 0) -> DiagonalEst
     A : linear operator, shape (n, n)
         Symmetric.
     num_products : int
-        At least 2. From 4 on, two thirds of them go into what a few vectors can represent.
+        At least 2. From 4 on, two thirds of them deflate the dominant part of `A`.
     rng : int or numpy.random.Generator, optional
-        Seed. Random numbers are drawn on the host, the same for every library.
+        Seed. Random numbers are drawn on the host and are the same for every library.
 
     Returns
     -------
     DiagonalEstimate
-        Its `value` goes into ``nystrom(..., sampling="diagonal", diagonal=estimate)``.
+        Pass it to ``nystrom(..., sampling="diagonal", diagonal=estimate)``.
+
+    Raises
+    ------
+    ValueError
+        If `num_products` is less than 2, or a product holds NaN or Inf.
 
     Notes
     -----
-    With Q an orthonormal basis of the product of `A` with a few Gaussian vectors, the diagonal of
-    ``Q Q.T A`` is exact, and that of the rest ``R = (I - Q Q.T) A`` is the mean of ``z * R z`` over
-    signs z [1]_, with variance ``sum_{j != i} R[i, j]^2`` a sample: Diag++ [2]_. Q and z are
-    independent, so that the estimate is unbiased, for indefinite matrices too.
+    The method is Diag++ [2]_. Let Q be an orthonormal basis of the product of `A` with a few
+    Gaussian vectors. The diagonal of ``Q Q.T A`` is computed exactly. That of the remainder
+    ``R = (I - Q Q.T) A`` is estimated by the mean of ``z * R z`` over random signs z [1]_, with
+    variance ``sum_{j != i} R[i, j]^2`` per sample. Q and z are independent, so the estimate is
+    unbiased for indefinite matrices too.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""The largest and the lowest eigenvalue."""
+"""Estimates of the largest and the smallest eigenvalue."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ RITZ_RTOL = 0.01
 def lowest_ritz(A: Any, seed: int, b: Array) -> tuple[float, float, float]:
     """Return the lowest Ritz value of `A`, its residual, and the largest absolute Ritz value.
 
-    Lanczos [1]_ with full orthogonalisation, from a random vector, until the residual is a
-    hundredth of a value below zero. There is an eigenvalue within the residual of the Ritz value.
+    The Lanczos method [1]_ with full orthogonalisation starts from a random vector. It stops when
+    the residual is a hundredth of a negative Ritz value. `A` has an eigenvalue within the residual
+    of the Ritz value.
 
     References
     ----------

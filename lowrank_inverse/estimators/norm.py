@@ -16,15 +16,15 @@ PROBE_SEED = 0
 
 
 def certificate_cost(A: Any) -> int:
-    """Count the products with `A` that a certificate needs besides one for each column."""
+    """Return the number of products of a certificate beyond one per column."""
     return 0 if hasattr(A, "frobenius_norm") else NORM_PRODUCTS
 
 
 def frobenius_norm(A: Any, b: Array) -> Array:
-    """Return the Frobenius norm of `A`, or an estimate, as a 0-d array.
+    """Return the Frobenius norm of `A`, or an estimate of it, as a 0-d array.
 
-    For a Gaussian vector z, ``E norm(A z)^2`` is the square of that norm; and where z happens to
-    be nearly orthogonal to the few large eigenvectors, ``A (A z)`` is not.
+    For a Gaussian vector z, ``norm(A z)^2`` has the square of the norm as its mean. The product
+    ``A (A z)`` guards against a z that is nearly orthogonal to the few dominant eigenvectors.
     """
     if hasattr(A, "frobenius_norm"):
         return A.frobenius_norm()

@@ -1,4 +1,4 @@
-"""The trace, and a damping of its size."""
+"""Estimates of the trace, and a damping in proportion to it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class TraceEstimate(NamedTuple):
     Attributes
     ----------
     value : float or 0-d array
-        Unbiased. An array in jax, and in torch where it has a graph.
+        Unbiased. An array in JAX, and in PyTorch if it has a graph.
     standard_error : float or 0-d array
-        As the samples show it; 0 where nothing was drawn.
+        Estimated from the samples; 0 if the value is exact.
     num_products : int
-        What it cost.
+        Number of products used.
     """
 
     value: Any
@@ -48,17 +48,17 @@ def mean_of(samples: Array) -> tuple[Array, Array]:
 
 @quietly
 def trace(A: Any, num_products: int = 60, *, rng: RNG = 0) -> TraceEstimate:
-    """Return the trace of `A` where it has a diagonal, else an estimate by products [1]_.
+    """Return the trace of `A` from its diagonal, or estimate it from products [1]_.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
         Symmetric.
     num_products : int
-        At least 2. From n on, the trace is exact; from 4 on, two thirds of them go into what a few
-        vectors can represent.
+        At least 2. With n or more the trace is exact. From 4 on, two thirds of them deflate the
+        dominant part of `A`.
     rng : int or numpy.random.Generator, optional
-        Seed. Random numbers are drawn on the host, the same for every library.
+        Seed. Random numbers are drawn on the host and are the same for every library.
 
     Returns
     -------
@@ -71,13 +71,14 @@ def trace(A: Any, num_products: int = 60, *, rng: RNG = 0) -> TraceEstimate:
 
     Notes
     -----
-    With Q an orthonormal basis of the product of `A` with a few Gaussian vectors, the trace of
-    ``Q.T A Q`` is exact, and that of the rest ``R = (I - Q Q.T) A (I - Q Q.T)`` is the mean of
-    ``z.T R z`` over signs z, with variance ``2 sum_{i != j} R[i, j]^2`` a sample. For a positive
-    semidefinite A the error of m products is at most of the order ``trace(A) / m``.
+    Let Q be an orthonormal basis of the product of `A` with a few Gaussian vectors. The trace of
+    ``Q.T A Q`` is computed exactly. That of the remainder ``R = (I - Q Q.T) A (I - Q Q.T)`` is
+    estimated by the mean of ``z.T R z`` over random signs z, with variance ``2 sum_{i != j} R[i,
+    j]^2`` per sample. For a positive semidefinite A and m products, the error is of the order
+    ``trace(A) / m`` or less.
 
-    In torch and jax the value is differentiable with respect to what A is made of: for the same Q
-    and z, the derivative is the estimate of the trace of dA.
+    In PyTorch and JAX the value is differentiable with respect to the arrays that define A. Its
+    derivative is the estimate of the trace of dA with the same Q and z.
 
     References
     ----------

@@ -1,1 +1,1 @@
-"""Methods that only multiply: conjugate gradients and the Neumann series."""
+"""Methods that use products only: conjugate gradients and the Neumann series."""

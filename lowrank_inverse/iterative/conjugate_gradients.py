@@ -1,4 +1,4 @@
-"""Conjugate gradients on abstract operators, one status a column."""
+"""Conjugate gradients for linear operators, with a status for each column."""
 
 from __future__ import annotations
 
@@ -55,62 +55,60 @@ def cg(
     Parameters
     ----------
     A : linear operator, shape (n, n)
-        Symmetric; ``A + damping * I`` positive definite.
+        Symmetric; ``A + damping * I`` must be positive definite.
     b : array, shape (n,) or (n, m)
-        Right-hand sides, one per column; each has its own status.
+        Right-hand sides, one per column. Each column has its own status.
     damping : float or 0-d array
         Added to the diagonal; 0 or more.
     x0 : array, shape of `b`, optional
-        Where to start. Default: zero.
+        Starting point. Default: zero.
     preconditioner : linear operator, shape (n, n), optional
-        Approximates the inverse of ``A + damping * I``; positive definite. Its scale is free.
+        Positive definite approximation of the inverse of ``A + damping * I``, up to a factor.
     rtol, atol : float
-        A column is done when its residual norm is at most ``max(rtol * norm(b), atol)``.
+        A column converges when its residual norm is at most ``max(rtol * norm(b), atol)``.
     max_steps : int, optional
-        Default: ``10 * n``.
+        Maximum number of steps. Default: ``10 * n``.
     check_every : int
-        Steps between two looks at the stopping test, outside ``jax.jit``. A look makes the host
-        wait for an accelerator; without it up to ``check_every - 1`` products are taken in vain,
-        and counted.
+        Number of steps between two convergence tests outside ``jax.jit``. A test makes the host
+        wait for the accelerator. Fewer tests may cost up to ``check_every - 1`` products after
+        convergence, which are counted.
     callback : callable (num_steps, residual_norm), optional
-        Called after each step with the steps and the norms of the carried residuals so far, of
-        shape () or (m,). Under ``jax.jit`` both are traced: use ``jax.debug.callback`` inside.
+        Called after each step with the number of steps and the norms of the recursive residuals,
+        of shape () or (m,). Under ``jax.jit`` both are traced: use ``jax.debug.callback`` inside.
     block_size : int
-        Columns of `b` that search one Krylov space together [2]_, [3]_: fewer products, for every
-        column profits from those of the others. Those that are done leave the block, and so do
-        directions that depend on others. More columns are solved one block after the other.
-        Negative curvature ends all columns of a block whose residuals have a part along it.
-        1: each column on its own, with its own step lengths.
+        Number of columns of `b` that share one Krylov space [2]_, [3]_. Each column profits from
+        the products of the others, so the total number of products falls. Converged columns and
+        linearly dependent directions leave the block. Negative curvature ends every column of the
+        block whose residual has a component along it. Further columns are solved block by block.
+        1 solves each column by itself.
     keep : int
-        Of how many directions, the first ones, to return the products with `A`, as `directions`
-        of the result: ``2 keep n`` numbers.
+        Number of directions, the first ones, to return in `directions` with their products with
+        `A`. Takes ``2 keep n`` numbers.
 
     Returns
     -------
     Solution
-        With the residual computed anew from the solution, not carried along. A column that
-        ends before the tolerance says why in `reason`. `value` is the last iterate; at negative or
-        no curvature, at a product that is not finite and at an indefinite preconditioner, that with
-        the smallest residual after the first step; and where the column stagnated, that with the
-        smallest true residual among those confirmed (and `x0`, if given).
+        `residual_norm` is computed from the solution, not by recursion. `reason` says why a column
+        did not converge. `value` is the last iterate, with two exceptions. After a breakdown
+        (nonpositive curvature, a nonfinite product, an indefinite preconditioner) it is the iterate
+        of smallest residual from the first step on. After stagnation it is the iterate of smallest
+        true residual among those confirmed and `x0`.
 
     Raises
     ------
     ValueError, TypeError
-        For operands that do not fit, or are not finite.
+        If the operands do not fit together or are not finite.
 
     Notes
     -----
-    In torch and jax, `value` has the derivatives of the exact solution by all that the system is
-    made of, as accurate as one more solve to the same tolerance: no step is differentiated.
-    One product a step and column at work, one more to confirm, and one to start from `x0`; the
-    preconditioner is applied as often, the start from `x0` apart. When the
-    recursion claims a tolerance that the true residual does not confirm, it starts again from
-    the true residual, for the correction, until that ceases to fall. Residuals are scaled to a
-    largest entry of 1, so the scales of `A` and `b` change nothing but the scale of the answer.
-    Under ``jax.jit`` a column on its own that fails takes the steps to its best iterate again, and
-    the products count: keeping a copy of it would cost every step of those that do not fail.
-    Memory: 9 blocks of the size of `b`, or of one of its blocks.
+    Cost: one product per step and active column, one to confirm the residual, and one for a
+    nonzero `x0`; the preconditioner is applied as often, except for `x0`. Memory: 9 arrays of the
+    size of a block. When the true residual does not confirm the tolerance, the recursion restarts
+    from it, until it no longer falls. Residuals are scaled to a largest entry of 1, so the scales
+    of `A` and `b` only change the scale of the solution. Under ``jax.jit`` a single column that
+    fails repeats the steps to its best iterate, which saves a copy in each step; `num_products`
+    includes them. In PyTorch and JAX, `value` has the derivatives of the exact solution, computed
+    by another solve to the same tolerance instead of through the steps.
 
     References
     ----------
@@ -161,7 +159,7 @@ def conjugate_gradients(
     callback: Callable[[Array, Array], object] | None = None,
     block_size: int = BLOCK_SIZE,
 ) -> Solution:
-    """Return what :func:`cg` does, for an operator of constants and with no derivative."""
+    """Run :func:`cg` for a constant operator, without derivatives."""
     n = int(A.shape[0])
     check_system(A, b, damping, x0)
     max_steps = 10 * n if max_steps is None else check_count("max_steps", max_steps)

@@ -30,18 +30,20 @@ class _Basis(NamedTuple):
 
 
 class KrylovSpace:
-    """Orthonormal vectors S of the Krylov space of `start`, and the products A S [1]_.
+    """An orthonormal basis S of the Krylov space of `start`, with the products A S [1]_.
 
-    Blocks ``start, A start, A² start, …`` are orthogonalised against all that came before, twice
-    [2]_, and so right in float32. A direction that rounding alone is left of is set to zero;
-    where a whole block is, the space is invariant, and no more products are taken.
+    The blocks ``start, A start, A² start, …`` are orthogonalised twice against all earlier ones
+    [2]_, which is accurate in float32 too. A direction that consists of rounding only is set to
+    zero. If this holds for a whole block, the space is invariant, and no more products are taken.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
+        Symmetric.
     start : array, shape (n,) or (n, m), optional
         Default: one Gaussian vector, drawn on the host.
     rng : int or numpy.random.Generator, optional
+        Seed of the Gaussian vector.
 
     References
     ----------
@@ -68,17 +70,17 @@ class KrylovSpace:
 
     @property
     def size(self) -> Any:
-        """Products taken."""
+        """Number of products taken."""
         return concrete(self._basis.size)
 
     @property
     def exhausted(self) -> bool:
-        """Whether the space is invariant: more products would find nothing new."""
+        """Whether the space is invariant, so that more products would add nothing."""
         return self._ended
 
     @property
     def vectors(self) -> Array:
-        """S, shape (n, size): orthonormal, or zero."""
+        """The basis S, shape (n, size); each column is a unit vector or zero."""
         return self._basis.S.T
 
     @property
@@ -87,7 +89,7 @@ class KrylovSpace:
         return self._basis.Y.T
 
     def grow(self, count: int) -> None:
-        """Take products up to `count`, in whole blocks."""
+        """Extend the space to `count` products, by whole blocks."""
         old = self._basis
         xp = array_namespace(old.block)
         block, taken = old.block, old.S.shape[0]

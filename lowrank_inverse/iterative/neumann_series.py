@@ -1,4 +1,4 @@
-"""The truncated Neumann series on abstract operators."""
+"""The truncated Neumann series for linear operators."""
 
 from __future__ import annotations
 
@@ -52,24 +52,29 @@ def neumann(
     damping : float or 0-d array
         Added to the diagonal; 0 or more.
     num_terms : int
-        Terms of the series. A column whose residual meets `rtol` earlier ends there.
+        Number of terms. A column stops earlier if its residual meets `rtol`.
     step_size : float or 0-d array, optional
-        Converges for ``0 < step_size < 2 / lambda_max(B)``. Default: the inverse of an estimate
-        of ``lambda_max(B)`` by 8 power iterations from a fixed vector, whose error would have
-        to exceed a factor of 2 to spoil convergence.
+        The series converges for ``0 < step_size < 2 / lambda_max(B)``. Default: the inverse of an
+        estimate of ``lambda_max(B)`` by 8 power iterations from a fixed vector. The series still
+        converges if the estimate is too small by a factor of up to 2.
     rtol : float
-        `converged` means a residual norm of at most ``rtol * norm(b)``.
+        A column has converged if its residual norm is at most ``rtol * norm(b)``.
 
     Returns
     -------
     Solution
-        `reason` is DIVERGED where `step_size` is shown to be too large: some residual r has
-        ``step_size * norm(B r) >= 2 * norm(r)``. `value` is the sum asked for all the same.
+        `reason` is DIVERGED if a residual r with ``step_size * norm(B r) >= 2 * norm(r)`` shows
+        that `step_size` is too large. `value` is the sum of all terms even then.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the operands do not fit together or are not finite.
 
     Notes
     -----
-    One product a term and column, 8 more for the default step size. In torch and jax, derivatives
-    are those of the exact solution, with the truncated series in the place of the inverse.
+    Cost: one product per term and column, and 8 more for the default step size. In PyTorch and JAX,
+    the derivatives are those of the exact solution, with the truncated series as the inverse.
 
     References
     ----------
@@ -105,7 +110,7 @@ def neumann_series(
     step_size: Scalar,
     rtol: float,
 ) -> Solution:
-    """Return what :func:`neumann` does, for an operator of constants and with no derivative."""
+    """Run :func:`neumann` for a constant operator, without derivatives."""
     check_system(A, b, damping)
     num_terms = check_count("num_terms", num_terms)
     xp = array_namespace(b)

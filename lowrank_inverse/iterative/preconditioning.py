@@ -1,4 +1,4 @@
-"""Checks of what a caller gives as a preconditioner."""
+"""Checks of preconditioners."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank_inverse.operators.function import aslinearoperator
 
 
 def checked_preconditioner(preconditioner: Any, n: int) -> Any:
-    """Return a preconditioner as an operator, None as it is; raise for what cannot be one."""
+    """Return a preconditioner as an operator, or None; raise if it cannot be one."""
     if preconditioner is None:
         return None
     if not hasattr(preconditioner, "shape") or not hasattr(type(preconditioner), "__matmul__"):
@@ -30,7 +30,7 @@ def checked_preconditioner(preconditioner: Any, n: int) -> Any:
 
 
 def apply_preconditioner(preconditioner: Any, r: Array) -> Array:
-    """Return the product with `r`; raise if it comes in another library or dtype."""
+    """Apply the preconditioner to `r`; raise if the library or dtype changes."""
     z = preconditioner @ r
     if not is_array(z) or array_namespace(z) is not array_namespace(r) or z.dtype != r.dtype:
         raise TypeError(

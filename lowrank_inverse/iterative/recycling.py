@@ -29,27 +29,27 @@ def joined_pairs(old: Pairs | None, new: Pairs, size: int) -> Pairs:
     Parameters
     ----------
     old : Pairs, optional
-        With orthonormal vectors, as this function returns them; of an operator near that of `new`.
+        With orthonormal vectors, as this function returns them, of an operator close to that of
+        `new`.
     new : Pairs
-        With vectors of unit length, or zero.
+        With vectors that have unit length or are zero.
     size : int
-        Columns to return; at most n. Zeros where there are fewer pairs.
+        Number of columns to return, at most n; zeros if there are fewer pairs.
 
     Returns
     -------
     Pairs
-        With orthonormal vectors, largest magnitude of the Ritz value first.
+        With orthonormal vectors, sorted by decreasing magnitude of the Ritz values.
 
     Notes
     -----
-    Between old and new vectors, the new products tell ``S_old.T H S_new``; what the old ones would
-    have told differs from it by what H has changed. An old pair is dropped where that difference
-    exceeds half of its product: ``|E T|^2 > |Y_old|^2 / 4`` by rows, with ``E = S_old.T Y_new -
-    Y_old.T S_new`` and T T.T = (S_new.T S_new)^+. On the space of `new` it is what the product has
-    changed by; beyond that space nothing is known, and nothing dropped.
+    The new products give the entries ``S_old.T H S_new``. The old products give the same entries
+    of the earlier operator, so ``E = S_old.T Y_new - Y_old.T S_new`` is the change of H on the
+    space of `new`. An old pair is dropped if ``|E T|^2 > |Y_old|^2 / 4`` by rows, with T T.T = (S_new.T
+    S_new)^+: its product has then changed by more than half. Nothing is known beyond that space.
 
-    ``2 n (r + k)^2`` operations for the products of k new and r old pairs, and ``4 n (r + k) r``
-    for the sums of vectors.
+    Cost: ``2 n (r + k)^2`` operations for the inner products of k new and r old pairs, and ``4 n
+    (r + k) r`` for the sums of vectors.
     """
     S, Y = new
     xp = array_namespace(S)
@@ -82,7 +82,7 @@ def joined_pairs(old: Pairs | None, new: Pairs, size: int) -> Pairs:
 
 
 def scaled_pairs(pairs: Pairs, s: Array) -> Pairs:
-    """Return the pairs of ``S H S`` for ``S = diag(s)`` that those of H are, orthonormal again."""
+    """Return the pairs of ``S H S`` with ``S = diag(s)`` from those of H, orthonormal again."""
     scaled = Pairs(pairs.vectors / s[:, None], s[:, None] * pairs.products)
     return joined_pairs(None, scaled, pairs.vectors.shape[1])
 

@@ -1,1 +1,1 @@
-"""What a solve returns: solution, certificate, error."""
+"""The results of a solve: solution, certificate and errors."""

@@ -1,4 +1,4 @@
-"""Rigorous error bounds of any approximate solution."""
+"""Rigorous error bounds for approximate solutions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ ROUNDING_UNITS = 8.0
 
 
 class Certificate(NamedTuple):
-    """Bounds of the error ``e = x - (A + damping I)^{-1} b``, each of shape () or (m,).
+    """Bounds on the error ``e = x - (A + damping I)^{-1} b``, each of shape () or (m,).
 
     Attributes
     ----------
     residual_norm : array
-        Euclidean norm of the residual.
+        Euclidean norm of the residual ``b - (A + damping I) x``.
     error_bound : array
-        At least the Euclidean norm of e.
+        Upper bound on the Euclidean norm of e.
     energy_bound : array
-        At least the energy norm ``sqrt(e.T (A + damping I) e)``.
+        Upper bound on the energy norm ``sqrt(e.T (A + damping I) e)``.
     """
 
     residual_norm: Array
@@ -44,35 +44,41 @@ class Certificate(NamedTuple):
 
 @quietly
 def certify(A: Any, b: Array, x: Array, *, damping: Scalar, inverse: Any = None) -> Certificate:
-    """Bound the error of any approximate solution `x` of ``(A + damping * I) x = b``.
+    """Bound the error of an approximate solution `x` of ``(A + damping * I) x = b``.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
-        Symmetric positive semidefinite; the bounds do not hold otherwise.
+        Symmetric positive semidefinite; otherwise the bounds do not hold.
     b, x : array, shape (n,) or (n, m)
-        Right-hand sides, one per column, and the approximate solution.
+        Right-hand sides, one per column, and approximate solutions.
     damping : float or 0-d array
         Positive.
     inverse : linear operator, shape (n, n), optional
-        ``N = (H_k + damping I)^{-1}`` of a Nyström approximation ``H_k`` of `A`, at the same
+        ``N = (H_k + damping I)^{-1}`` for a Nyström approximation ``H_k`` of `A` and the same
         `damping`. It tightens the bounds.
 
     Returns
     -------
     Certificate
 
+    Raises
+    ------
+    ValueError, TypeError
+        If the operands do not fit together, or `damping` is not positive.
+
     Notes
     -----
-    With ``r = b - (A + damping I) x`` and ``0 <= H_k <= A``: ``norm(e) <= norm(r) / damping``,
-    ``e.T (A + damping I) e <= r.T N r``, and so ``norm(e) <= sqrt(r.T N r / damping)``; the
-    smaller one is returned. Without `inverse`, ``N = I / damping``. The bounds are enlarged by the
-    rounding of a product with `A`, a multiple of its Frobenius norm: an x near the null space of
-    `A` may be large, and ``A x`` then consists of rounding alone; and H_k, of columns that are
-    rounded, may exceed `A`. An operator that cannot tell
-    its norm (``A.frobenius_norm()``; arrays can) is multiplied by one Gaussian vector and by the
-    product, which estimates it. One product, and one with `inverse`, for each column; and those
-    two.
+    Let ``r = b - (A + damping I) x`` and ``0 <= H_k <= A``. Then ``norm(e) <= norm(r) / damping``
+    and ``e.T (A + damping I) e <= r.T N r``, hence ``norm(e) <= sqrt(r.T N r / damping)``. The
+    smaller bound is returned. Without `inverse`, ``N = I / damping``.
+
+    The bounds include a term for rounding, a multiple of the Frobenius norm of `A`. It is needed
+    because an x near the null space of `A` may be large, so that ``A x`` is rounding only, and
+    because rounded columns may give an H_k that exceeds `A`.
+
+    Cost: one product per column; with `inverse`, one application of it per column; and two
+    products to estimate the norm, unless `A` has ``A.frobenius_norm()``, as arrays do.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a failed solve says: which columns ended why, and what to try."""
+"""Errors and warnings for failed solves: the reason of each column, and what to try."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ ADVICE_ON = {
 
 
 class SolveError(RuntimeError):
-    """A solve failed, and ``throw=True`` asked for an error.
+    """A solve failed, and the caller passed ``throw=True``.
 
     Attributes
     ----------
     solution : Solution
-        What was found all the same.
+        The solution as far as it was computed.
 
     Examples
     --------
@@ -79,7 +79,7 @@ class SolveError(RuntimeError):
 
 
 def warn_of_nothing(solution: Solution, solver: Solver | SolveFunction, b: Array) -> None:
-    """Warn where a column that did not converge is no better an answer than zero."""
+    """Warn if a column did not converge and its solution is no more accurate than zero."""
     if is_traced(solution.reason) or is_traced(solution.residual_norm):
         return
     norms, sizes = to_host(solution.residual_norm), to_host(column_norm(b))

@@ -1,4 +1,4 @@
-"""What a solve returns."""
+"""The solution of a linear system, and why the solve ended."""
 
 from __future__ import annotations
 
@@ -52,33 +52,36 @@ class Pairs(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The result of a solve: `residual_norm` to `reason` hold one entry per column of a block.
+    """The result of a solve.
+
+    For a block of m right-hand sides, `residual_norm`, `num_steps`, `converged`, `reason` and
+    `error_bound` have one entry per column.
 
     Attributes
     ----------
     value : array, shape (n,) or (n, m)
-        The answer x.
+        The solution x.
     residual_norm : array, shape () or (m,)
         Euclidean norm of ``b - (A + damping I) value``, computed from `value` itself.
     num_steps : array of int, shape () or (m,)
-        Steps of the iteration; 0 for a direct method.
+        Number of iterations; 0 for a direct method.
     num_products : int
-        Products of A with one vector, all told: a product with m columns counts m.
+        Total number of products of A with a vector. A product with m columns counts as m.
     converged : array of bool, shape () or (m,)
         Whether the residual met the tolerance.
     reason : array of int, shape () or (m,)
         Codes of :class:`Reason`.
     error_bound : array or None, shape () or (m,)
-        Bound of the Euclidean error where asked for; see :func:`lowrank_inverse.certify`.
+        Upper bound on the Euclidean error, if requested; see :func:`lowrank_inverse.certify`.
     initial_residual_norm : array or None, shape () or (m,)
-        Euclidean norm of the residual where conjugate gradients started.
+        Euclidean norm of the residual at the starting point of conjugate gradients.
     method : str or None
-        What :func:`lowrank_inverse.solve` took, and why where the choice was its own. None from
-        other functions, and while jax traces.
+        The solver that :func:`lowrank_inverse.solve` used, and the reason if it chose it. None
+        from other functions, and while JAX traces.
     directions : Pairs or None
-        Directions of conjugate gradients and their products, where `keep` asked for them.
+        Directions of conjugate gradients and their products, if requested by `keep`.
     state : HypergradientState or None
-        What the next solve may go on from, where a `state` was given.
+        The state to pass to the next solve, if this one was given a `state`.
     """
 
     value: Array
@@ -95,7 +98,7 @@ class Solution(NamedTuple):
 
     @property
     def message(self) -> str:
-        """The reasons in words, for example ``"converged"`` or ``"2 converged, 1 max_steps"``."""
+        """The reasons as text, for example ``"converged"`` or ``"2 converged, 1 max_steps"``."""
         if is_traced(self.reason):
             return "unknown while tracing"
         codes = to_host(self.reason)

@@ -1,1 +1,1 @@
-"""Settings of the solvers, prepared inverses, and the front door."""
+"""Solver settings, prepared inverses, and :func:`solve`."""

@@ -1,4 +1,4 @@
-"""The choice of a solver where none is given."""
+"""The default choice of a solver."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MOST_ROWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """What :func:`lowrank_inverse.solve` takes where no solver is given.
+    """The settings that :func:`lowrank_inverse.solve` uses when no solver is given.
 
-    A small matrix whose entries can be read is decomposed; a large one with a diagonal is solved
-    by conjugate gradients with a randomly pivoted preconditioner; a large sparse one, and what is
-    known by products alone, by conjugate gradients.
+    They choose `Exact` for a small matrix whose entries can be read, `NystromCG` with randomly
+    pivoted columns for a larger matrix whose entries and diagonal can be read, and `CG` for a
+    sparse matrix or an operator that is known only through its products.
     """
 
     damping: Scalar = 0.0
@@ -38,7 +38,7 @@ class Auto:
         check_scalar("rtol", self.rtol)
 
     def choose(self, A: Any) -> tuple[Any, str]:
-        """Return settings for `A`, and the reason in words."""
+        """Return the settings chosen for `A`, and the reason as text."""
         A = aslinearoperator(A)
         base, n = A.base if isinstance(A, ShiftedOperator) else A, int(A.shape[0])
         readable = hasattr(base, "submatrix")
@@ -56,5 +56,5 @@ class Auto:
         return cheap, "columns and diagonal of A can be read"
 
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``."""
+        """Return an approximate inverse of ``A + damping * I``."""
         return self.choose(A)[0].prepare(A, rng=rng, b=b)

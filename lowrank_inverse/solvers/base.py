@@ -1,4 +1,4 @@
-"""What a solver's settings become for one operator, and functions in the place of settings."""
+"""Prepared inverses, and functions that take the place of solver settings."""
 
 from __future__ import annotations
 
@@ -34,29 +34,32 @@ DEFAULT_RTOL = 1e-5
 
 
 class PreparedInverse(ProductOnly):
-    """An approximate inverse of ``A + damping * I``: what ``settings.prepare(A)`` returns.
+    """An approximate inverse of ``A + damping * I``, as returned by ``settings.prepare(A)``.
 
-    ``inverse @ b`` applies it; ``inverse.solve(b)`` applies it and says how well it did. Both are
-    differentiable as :func:`lowrank_inverse.solve` is, by what the settings were given, too.
+    ``inverse @ b`` applies the inverse to `b`. ``inverse.solve(b)`` does the same and returns a
+    `Solution` with diagnostics. Both are differentiable with respect to the same arrays as
+    :func:`lowrank_inverse.solve`, and to the arrays in the settings.
 
     Attributes
     ----------
     num_products : int
-        Products with A that the preparation cost.
+        Number of products with A that the preparation took.
     rank : int or None
-        Columns or eigenvalues kept, where there are any.
+        Number of columns or eigenvalues kept; None if the method keeps none.
     negative_curvature : bool or None
-        Whether the preparation proved ``A + damping * I`` indefinite; None if it did not look.
+        Whether the preparation proved ``A + damping * I`` indefinite; None if it did not check.
     nystrom_inverse : operator or None
-        ``(H_k + damping * I)^{-1}``, where there is one, for :func:`lowrank_inverse.certify`.
+        ``(H_k + damping * I)^{-1}`` of the Nyström approximation H_k, if there is one. Pass it to
+        :func:`lowrank_inverse.certify` as `inverse`.
     preconditioner : operator or None
-        What stands for the inverse in conjugate gradients, where there is such a thing.
+        The preconditioner that conjugate gradients use, if there is one.
     memory : MemoryPlan or None
-        How the columns are held, where there are any.
+        How the columns are stored, if there are any.
     approximation : NystromApproximation or None
-        That of a NystromCG.
+        The approximation behind the preconditioner of `NystromCG`.
     asymmetry : float or None
-        Largest entry of ``W - W.T`` over that of W, for the entries W of A that were looked at.
+        Largest absolute entry of ``W - W.T`` divided by that of W, where W holds the entries of A
+        that were read.
     """
 
     def __init__(
@@ -100,10 +103,11 @@ class PreparedInverse(ProductOnly):
 
     @quietly
     def solve(self, b: Array, *, x0: Array | None = None, keep: int = 0) -> Solution:
-        """Solve for `b` of shape (n,) or (n, m); `num_products` counts this call alone.
+        """Solve for `b`, of shape (n,) or (n, m).
 
-        Conjugate gradients start from `x0`, of the shape of `b`, and keep the products with `keep`
-        of their directions; other methods need no start and keep nothing.
+        Conjugate gradients start from `x0`, which has the shape of `b`, and return the first `keep`
+        directions with their products. Other methods ignore both arguments. `num_products` of the
+        solution counts the products of this call only.
         """
         return self._differentiable(b, "b", self._solved, x0=x0, keep=keep * self._keeps)
 
@@ -235,7 +239,7 @@ def is_positive(damping: Scalar) -> bool:
 
 
 class CallableSolver:
-    """A function ``solve(matvec, b) -> x`` in the place of solver settings."""
+    """A function ``solve(matvec, b) -> x`` used in place of solver settings."""
 
     damping = 0.0
 
@@ -244,7 +248,7 @@ class CallableSolver:
 
     @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
-        """Return what calls the function with the product of `A`, and counts its calls."""
+        """Return an inverse that passes the product of `A` to the function and counts the calls."""
         return PreparedInverse(A, partial(_solve_by_function, self.function, A))
 
 
@@ -267,7 +271,7 @@ def _solve_by_function(function: Any, A: Any, b: Array, x0: Array | None) -> Sol
 
 
 def as_settings(solver: Solver | SolveFunction) -> Any:
-    """Return `solver` as something with ``.prepare(A, rng=)``."""
+    """Return `solver` as settings, that is, an object with ``.prepare(A, rng=)``."""
     if not isinstance(solver, type):
         if callable(getattr(solver, "prepare", None)):
             return solver

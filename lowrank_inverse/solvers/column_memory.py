@@ -1,4 +1,4 @@
-"""How the columns of a Nyström inverse are held, and what that takes."""
+"""How a Nyström inverse stores its columns, and the memory this takes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Memory = Literal["stored", "chunked", "streamed"] | float
 
 
 class MemoryPlan(NamedTuple):
-    """How a Nyström inverse holds its columns.
+    """How a Nyström inverse stores its columns.
 
     Attributes
     ----------
     memory : {"stored", "chunked", "streamed"}
+        How the columns are stored.
     chunk_size : int or None
-        Columns computed at a time; None for all.
+        Number of columns computed at a time; None for all.
     num_bytes : int
-        For columns held, chunks at work and what is k×k; beside them stand the right-hand side,
-        the answer and whatever a product with the operator takes.
+        Bytes for stored columns, chunks in use and k×k matrices. The right-hand side, the solution
+        and the memory of a product with the operator come on top.
     """
 
     memory: str
@@ -57,19 +58,21 @@ def plan_memory(
     chunk_size: int | None = None,
     num_held: int | None = None,
 ) -> MemoryPlan:
-    """Say what a way to hold `rank` columns takes, or choose the fastest that the bytes allow.
+    """Compute the memory of `rank` columns, or choose the fastest storage that fits a budget.
 
     Parameters
     ----------
     n, rank : int
+        Size of the operator, and number of columns.
     itemsize : int
-        Bytes of a number of the operator.
+        Bytes per number of the operator.
     memory : {"stored", "chunked", "streamed"} or float
-        Bytes: stored if that fits, else streamed, in the largest chunks that fit.
+        A number is a budget in bytes: the columns are stored if they fit. Otherwise they are
+        streamed, in the largest chunks that fit.
     chunk_size : int, optional
-        Columns computed at a time. For a number of bytes an upper limit.
+        Columns computed at a time. With a budget in bytes, an upper limit.
     num_held : int, optional
-        Vectors that are held where the columns are stored: twice the rank for a Krylov sketch.
+        Number of vectors kept when the columns are stored: twice the rank for a Krylov sketch.
         Default: the rank.
 
     Returns
@@ -79,14 +82,15 @@ def plan_memory(
     Raises
     ------
     ValueError
-        If not even one column at a time fits.
+        If the budget is too small for even one column at a time.
 
     Notes
     -----
-    With κ the chunk and s the bytes of a number: stored ``k n s``; chunked and streamed ``2 κ n
-    s``; all of them ``32 k²`` for what is k×k. Products: stored k; chunked ``k (k / κ + 1) / 2``
-    and ``k + 1`` for a right-hand side; streamed 2k and 2. Streamed is therefore the choice
-    wherever not all columns fit.
+    Let κ be the chunk size and s the bytes per number. Storing all columns takes ``k n s`` bytes;
+    chunked and streamed storage take ``2 κ n s``; k×k matrices take ``32 k²`` in each case.
+    Stored columns take k products; chunked ones ``k (k / κ + 1) / 2``, and ``k + 1`` per
+    right-hand side; streamed ones 2k, and 2 per right-hand side. Streaming is therefore the best
+    choice whenever the columns do not fit.
 
     Examples
     --------

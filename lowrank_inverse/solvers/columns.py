@@ -1,4 +1,4 @@
-"""The columns that the settings of the Nyström solvers ask for."""
+"""The columns of the Nyström solvers, chosen from their settings."""
 
 from __future__ import annotations
 

@@ -39,18 +39,19 @@ from lowrank_inverse.solvers.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
-    """The dense (pseudo-)inverse from all n columns: for small n, and to compare with.
+    """The dense (pseudo-)inverse, for small n and for comparison.
 
-    By Cholesky's factorization where ``A + damping * I`` is positive definite, else by its
-    eigenvalues, of which those within rounding of 0 (``n * eps`` times the largest) are dropped.
+    It computes all n columns of A. If ``A + damping * I`` is positive definite, it uses a Cholesky
+    factorization; otherwise an eigendecomposition, in which eigenvalues below ``n * eps`` times
+    the largest count as 0. Cost: n products and O(n³) operations; memory: n² numbers.
 
     Notes
     -----
-    A matrix with a positive diagonal is scaled by powers of two so that the entries of its
-    diagonal are alike. Variables in small units are solved for as precisely as those in large
-    ones [1]_, and `converged` says that the residual of the scaled system is small too. Where a
-    singular matrix has units that differ by more than ``eps**-0.25``, the answer is that of
-    least norm in scaled variables.
+    A matrix with a positive diagonal is first scaled by powers of two, so that the entries of its
+    diagonal have similar size. Variables in small units are then as accurate as those in large
+    units [1]_, and `converged` also requires a small residual of the scaled system. For a
+    singular matrix whose units differ by more than ``eps**-0.25``, the solution has least norm in
+    the scaled variables.
 
     References
     ----------
@@ -139,7 +140,7 @@ def _scaled(M: Array) -> tuple[Array | None, Array]:
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """``scale * I`` in place of the inverse: the baseline that costs nothing."""
+    """``scale * I`` in place of the inverse: a baseline that takes no products."""
 
     scale: Scalar = 1.0
 

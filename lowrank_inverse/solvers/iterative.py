@@ -25,15 +25,16 @@ class CG:
     Parameters
     ----------
     damping, rtol, atol, max_steps, check_every, callback, block_size
-        As in :func:`lowrank_inverse.cg`.
+        See :func:`lowrank_inverse.cg`.
     preconditioner : linear operator, or settings of a solver, optional
-        As there; of settings, such as ``Nystrom(rank=20)`` or ``lowrank_inverse_torch.KFAC``, the
-        inverse that they prepare for the operator and the damping, whose products are counted.
+        An operator is used as in :func:`lowrank_inverse.cg`. Settings, such as
+        ``Nystrom(rank=20)`` or ``lowrank_inverse_torch.KFAC``, prepare an inverse for each
+        operator and damping; `num_products` includes their products.
     recycle : int
-        Ritz pairs of earlier solves, those of largest magnitude, that a `state` keeps to
-        precondition later ones: ``2 recycle n`` numbers, and as many again during a solve, for the
-        products with its first `recycle` directions. 0: none. It has meaning with a
-        state, and for the queries of an influence function, which by default keeps up to 200.
+        Number of Ritz pairs that a `state` keeps from earlier solves, those of largest magnitude,
+        to precondition later solves. Memory: ``2 recycle n`` numbers, and as many again during a
+        solve, for its first `recycle` directions and their products. 0 keeps none. Only solves
+        with a `state` and influence functions, which keep up to 200 by default, use it.
     """
 
     damping: Scalar = 0.0
@@ -53,10 +54,10 @@ class CG:
     def prepare(
         self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
     ) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``; there is nothing to draw.
+        """Return an inverse of ``A + damping * I`` by conjugate gradients; `rng` is not used.
 
-        Where there is no `preconditioner`, `pairs` of A less its diagonal shift, as a state has
-        them, make one.
+        Without a `preconditioner`, the `pairs` of a state, if given, serve as one. They belong to A
+        without its diagonal shift.
         """
         preconditioner: Any = self.preconditioner
         approx, spent = None, 0
@@ -80,7 +81,7 @@ class CG:
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann:
-    """Truncated Neumann series; parameters as in :func:`lowrank_inverse.neumann`."""
+    """The truncated Neumann series. For the parameters see :func:`lowrank_inverse.neumann`."""
 
     damping: Scalar = 0.0
     rtol: float = 1e-5
@@ -96,7 +97,7 @@ class Neumann:
 
     @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``; there is nothing to draw."""
+        """Return an inverse of ``A + damping * I`` that sums the series; `rng` is not used."""
         H, damping = split_shift(A, self.damping)
         return PreparedInverse(H, partial(_solve_by_neumann, self, H, damping))
 

@@ -1,4 +1,4 @@
-"""Settings of the Nyström solver: a direct inverse of the approximation."""
+"""Settings of the Nyström solver, which inverts a low-rank approximation directly."""
 
 from __future__ import annotations
 
@@ -50,39 +50,42 @@ AUTO_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Nystrom:
-    """Nyström approximation and Woodbury's identity: the method of [1]_.
+    """The Nyström method [1]_: a low-rank approximation, inverted by the Woodbury identity.
 
     Parameters
     ----------
     rank : int or "auto"
-        Columns to sample, one product each; n where there are no more. ``"auto"``: as many as
-        leave about a tenth of the damping; see :func:`lowrank_inverse.nystrom`.
+        Number of columns to sample, at one product each; at most n are used. ``"auto"`` samples
+        columns until the error of the approximation is about a tenth of the damping; see
+        :func:`lowrank_inverse.nystrom`.
     damping : float
-        Positive, unless a ridge makes up for it. Small dampings need many columns; see
-        :func:`lowrank_inverse.certify`.
+        Added to the diagonal. Positive, unless the system has a ridge. A small damping needs many
+        columns; :func:`lowrank_inverse.certify` bounds the error.
     sampling : str
-        Which columns, or ``"krylov"`` for products along the Krylov space of the right-hand side;
-        see :func:`lowrank_inverse.nystrom`. ``"auto"``: ``"krylov"`` where each column would cost
-        a product and all are held, ``"rpcholesky"`` where columns and diagonal can be read, else
-        ``"uniform"``, the method of [1]_.
+        How to choose the columns; see :func:`lowrank_inverse.nystrom`. ``"krylov"`` multiplies
+        along the Krylov space of the right-hand side instead. ``"auto"`` is ``"krylov"`` if each
+        column costs a product and all columns are stored, ``"rpcholesky"`` if columns and
+        diagonal can be read, and otherwise ``"uniform"``, the method of [1]_.
     memory : {"stored", "chunked", "streamed"} or float
-        Hold all columns; or a chunk of them, computed again where needed
-        (:func:`lowrank_inverse.chunked_inverse`); or none
-        (:func:`lowrank_inverse.streamed_inverse`). A number of bytes: the fastest that they allow;
-        chunked in the place of streamed where the damping proves to be too small for it in less
-        than float64. What was chosen is the attribute `memory` of the prepared inverse.
+        ``"stored"`` keeps all columns in memory. ``"chunked"`` keeps `chunk_size` of them and
+        computes the others again when they are needed (:func:`lowrank_inverse.chunked_inverse`).
+        ``"streamed"`` keeps none (:func:`lowrank_inverse.streamed_inverse`). A number is a budget
+        in bytes, for which the fastest of the three is chosen; if the damping is too small to
+        stream in the precision of the operator, chunked replaces streamed. The attribute `memory`
+        of the prepared inverse holds the choice.
     chunk_size : int, optional
         Columns computed at a time. Default: all if stored, else 1.
     refine : int
-        Steps of preconditioned conjugate gradients after the plain answer, a product each; it
-        ends earlier at a relative residual of 1e-5.
+        Maximum number of steps of preconditioned conjugate gradients that refine the result, at a
+        product each. The refinement stops at a relative residual of 1e-5.
     indices : sequence of ints, shape (k,), optional
-        The columns to take, in place of `rank` and `sampling`; kept as a tuple unless traced.
+        The columns to use, in place of `rank` and `sampling`. Kept as a tuple unless traced.
     max_rank : int, optional
-        For ``rank="auto"``. Default: the lesser of n and 1000.
+        Upper limit for ``rank="auto"``. Default: the smaller of n and 1000.
     diagonal_products : int, optional
-        Products to spend on the weights of ``"diagonal"`` and ``"diagonal_squared"`` where the
-        operator has no diagonal; see :func:`lowrank_inverse.estimate_diagonal`.
+        Number of products that estimate the diagonal for ``"diagonal"`` and
+        ``"diagonal_squared"`` if the operator cannot tell it; see
+        :func:`lowrank_inverse.estimate_diagonal`.
 
     References
     ----------
@@ -117,7 +120,7 @@ class Nystrom:
 
     @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``."""
+        """Return the Nyström inverse of ``A + damping * I``."""
         H, damping, s = split_diagonal(A, self.damping)
         check_damping(damping)
         inverse: Any

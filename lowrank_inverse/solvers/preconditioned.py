@@ -25,25 +25,26 @@ PRECONDITIONER_PIVOT_RTOL = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class NystromCG:
-    """Conjugate gradients, preconditioned by a Nyström approximation.
+    """Conjugate gradients with a Nyström preconditioner [1]_.
 
     Parameters
     ----------
     rank, sampling, indices, max_rank, diagonal_products
-        As in :class:`Nystrom`; but ``rank="auto"`` takes as many columns as leave about the
-        damping, and no more than pay for themselves in steps; without a damping, as many as leave
-        a thousandth of the trace.
+        See :class:`Nystrom`. ``rank="auto"`` samples columns until the error of the approximation
+        is about the damping, but no more columns than they save in steps. Without a damping it
+        aims at a thousandth of the trace.
     damping : float
-        0 or more.
+        Added to the diagonal; 0 or more.
     rtol, atol, max_steps, check_every, callback, block_size
-        As in :func:`lowrank_inverse.cg`.
+        See :func:`lowrank_inverse.cg`.
     recycle : int
-        As in :class:`CG`. With a state, columns are computed in the first solve alone.
+        See :class:`CG`. With a `state`, only the first solve samples columns.
 
     Notes
     -----
-    The preconditioner is that of [1]_ with the eigenpairs of the column-sampled H_k. Where the
-    columns show negative curvature, eigenvalues of W up to 1e-2 of the largest are dropped.
+    The preconditioner is that of [1]_, with the eigenpairs of the approximation H_k from sampled
+    columns. If the sampled columns show negative curvature, eigenvalues of W below 1e-2 of the
+    largest are dropped.
 
     References
     ----------
@@ -74,10 +75,10 @@ class NystromCG:
     def prepare(
         self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
     ) -> PreparedInverse:
-        """Return the inverse of ``A + damping * I``.
+        """Return an inverse of ``A + damping * I`` that runs preconditioned conjugate gradients.
 
-        With `pairs` of A less its diagonal shift, as a state has them, in the place of columns:
-        they cost no products.
+        The `pairs` of a state, if given, replace the sampled columns and take no products. They
+        belong to A without its diagonal shift.
         """
         _, damping, s = split_diagonal(A, self.damping)
         if pairs is None:

@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients whose directions are kept for later solves."""
+"""Preconditioned conjugate gradients that keep directions for later solves."""
 
 from __future__ import annotations
 

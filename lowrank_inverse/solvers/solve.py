@@ -1,4 +1,4 @@
-"""The front door: solve a system with any solver."""
+"""Solve a linear system with any solver."""
 
 from __future__ import annotations
 
@@ -55,62 +55,63 @@ def solve(
     Parameters
     ----------
     A : linear operator, shape (n, n)
-        Symmetric; see :func:`lowrank_inverse.aslinearoperator` for what qualifies.
+        Symmetric. :func:`lowrank_inverse.aslinearoperator` lists the types it accepts.
     b : array, shape (n,) or (n, m)
         Right-hand sides, one per column.
     damping : float or 0-d array
-        Added to the diagonal; 0 or more. The damping of `solver` comes on top.
+        Added to the diagonal; 0 or more. The damping of `solver` is added as well.
     solver : settings, or callable ``solve(matvec, b)``, optional
-        Nystrom, NystromCG, CG, Neumann, Exact or Identity. Default: Exact where the entries of A
-        can be read and n is at most 1000; NystromCG with randomly pivoted columns where A has
-        entries and a diagonal; else CG. `method` of the result says which, and why.
+        Nystrom, NystromCG, CG, Neumann, Exact or Identity. Default: Exact if the entries of A can
+        be read and n is at most 1000; NystromCG with randomly pivoted columns if entries and
+        diagonal can be read; otherwise CG. `method` of the result names the choice and its reason.
     rtol : float, optional
-        A column is done when its residual norm is at most ``rtol * norm(b)``. Default: that of the
-        solver, 1e-5.
+        A column converges when its residual norm is at most ``rtol * norm(b)``. Default: the
+        `rtol` of the solver, 1e-5.
     x0 : array, shape of `b`, optional
-        Where conjugate gradients start. Direct methods need no start.
+        Starting point of conjugate gradients. Direct methods do not use it.
     preconditioner : linear operator, shape (n, n), optional
-        For CG; without a `solver`, CG is taken.
+        Preconditioner of CG. Given without a `solver`, it selects CG.
     callback : callable (num_steps, residual_norm), optional
         Called after each step of conjugate gradients; see :func:`lowrank_inverse.cg`.
     progress : bool
-        Show a bar of the steps of conjugate gradients (needs tqdm).
+        Show a progress bar of the steps of conjugate gradients (needs tqdm).
     state : HypergradientState or Solution, optional
-        For a sequence of similar systems: ``HypergradientState()`` at first, then the `state` of
-        the solution before. Conjugate gradients start from it and recycle its pairs.
+        For a sequence of similar systems: ``HypergradientState()`` in the first call, then the
+        `state` of the previous solution. Conjugate gradients start from it and recycle its pairs.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns sampled: the same call gives the same answer. None for fresh entropy.
+        Seed of the sampled columns: the same seed gives the same result. None draws a new one.
     certify : bool
-        Fill `error_bound`, at one more product a column and, where `A` does not tell its norm,
-        two to estimate it. `A` must be positive semidefinite and the damping positive.
+        Compute `error_bound`. It takes one more product per column, and two more if the norm of
+        `A` has to be estimated. `A` must be positive semidefinite and the damping positive.
     throw : bool
-        Raise an error unless every column converged. A direct method converged where its
-        residual is at most 1e-5 of the right-hand side.
+        Raise an error unless every column converged. A direct method has converged if its
+        relative residual is at most 1e-5.
 
     Returns
     -------
     Solution
-        With the products of preparation, solve, residual and certificate in `num_products`.
+        `num_products` includes preparation, solve, residual and certificate.
 
     Warns
     -----
     RuntimeWarning
-        Without a `solver`, where a column did not converge and is no better an answer than zero.
+        Without a `solver`, if a column did not converge and is no more accurate than zero.
 
     Raises
     ------
     SolveError
-        With `throw`: it has the solution, and says what to try for each reason to fail.
+        With `throw`. It holds the solution, and says what to try for each reason of failure.
     TypeError, ValueError
-        For operands that do not fit, and for options that `solver` does not have.
+        If the operands do not fit together, or the solver does not have an option.
 
     Notes
     -----
-    In torch and jax, `value` is differentiable by `b`, the dampings and the arrays that `A` is made
-    of, to any order, by the implicit function theorem [1]_: ``dx = S (db - (dA + d damping I) x)``,
-    with S the same solver, preconditioner and tolerance, which bounds the error of gradients too.
-    Where the solver is approximate (Nystrom, Neumann, a function), its inverse is taken for S;
-    Identity is differentiated as what it is. Other fields have no derivatives.
+    In PyTorch and JAX, `value` is differentiable to any order with respect to `b`, the dampings and
+    the arrays that define `A`. By the implicit function theorem [1]_, ``dx = S (db - (dA + d
+    damping I) x)``, where S applies the same solver with the same tolerance, which therefore also
+    bounds the error of the gradients. For approximate solvers (Nystrom, Neumann, a function), S is
+    the approximate inverse. Identity has the derivative of ``scale * b``. No other field of the
+    solution has derivatives.
 
     References
     ----------
@@ -213,22 +214,22 @@ def _progress_bar(callback: Callable[[Array, Array], object] | None) -> Any:
 def as_solve(
     solver: Solver | SolveFunction | None = None, *, rng: RNG = 0, sign: int | None = 1
 ) -> Callable[[Callable[[Array], Array], Array], Array]:
-    """Return ``solve(matvec, b) -> x`` for libraries that take such a function.
+    """Return a function ``solve(matvec, b) -> x``, as other libraries expect it.
 
     Parameters
     ----------
     solver : settings, optional
         Default: CG.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns sampled.
+        Seed of the sampled columns.
     sign : {1, -1}, optional
-        That of the matrix: -1 for a negative definite one, and the damping of the solver then is
-        that of the matrix with its sign changed. None: the sign of ``b.T A b``.
+        Sign of the matrix. With -1, for a negative definite matrix, the damping of the solver is
+        added to the matrix with its sign changed. Default: the sign of ``b.T A b``.
 
     Warns
     -----
     RuntimeWarning
-        Two products show that the matrix is not symmetric. Not while jax traces.
+        If two products show that the matrix is not symmetric. Not checked while JAX traces.
 
     Examples
     --------

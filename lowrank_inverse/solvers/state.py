@@ -1,4 +1,4 @@
-"""What a sequence of similar systems keeps from one solve to the next."""
+"""What a sequence of similar solves keeps from one solve to the next."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ FILE = Format("HypergradientState.save")
 
 
 class HypergradientState(NamedTuple):
-    """The ``.state`` of a hypergradient or a solve: give it to the next call, and nothing else.
+    """What one solve of a sequence passes to the next; returned as `state`.
 
-    Conjugate gradients start from `value`, preconditioned by the `recycle` Ritz pairs of largest
-    magnitude of all products so far, whatever they were spent on: directions of conjugate
-    gradients, and the columns that NystromCG samples in its first call.
+    Begin a sequence with ``HypergradientState()``, and pass the `state` of each result to the next
+    call. Conjugate gradients then start from `value`, preconditioned by Ritz pairs of the products
+    taken so far: the `recycle` pairs of largest magnitude. The products come from the directions
+    of conjugate gradients and, in the first call, from the columns that NystromCG samples.
 
     Attributes
     ----------
     value : array, shape (n,) or (n, m), or None
-        The latest solution.
+        The last solution.
     vectors, products : array, shape (n, r), or None
-        Orthonormal vectors, and what the Hessian without the ridge made of them when they were
-        last met. Columns of zeros where there are fewer pairs.
+        Orthonormal vectors, and their latest products with the Hessian without the ridge. Columns
+        of zeros fill up the shape if there are fewer than r pairs.
 
     Notes
     -----
-    Each solve joins the products with its own directions to the pairs kept, and drops the pairs
-    that these prove outdated. Pairs of the bare Hessian are kept, so that a new damping or ridge is
-    taken into account at once.
+    Each solve combines the products of its directions with the pairs kept [1]_, [2]_, and drops
+    pairs that the new products show to be outdated. The pairs belong to the Hessian without
+    damping and ridge, so they remain valid when the damping or the ridge changes.
 
-    Products in one outer step: 1 to start, 1 for each step, 1 to confirm. Memory ``n (2 r + 1)``
-    numbers.
-
-    It is a pytree of arrays: it may be carried by ``jax.jit`` and ``jax.lax.scan``.
+    An outer step takes one product to start, one per step and one to confirm the residual. The
+    state holds ``n (2 r + 1)`` numbers. It is a pytree of arrays, so ``jax.jit`` and
+    ``jax.lax.scan`` can carry it.
 
     References
     ----------
@@ -72,20 +72,20 @@ class HypergradientState(NamedTuple):
     products: Array | None = None
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the arrays to a file, npz or safetensors by its ending, bit for bit."""
+        """Write the arrays to a file without loss, as npz or safetensors by its ending."""
         FILE.save(path, {name: to_host(x) for name, x in self._asdict().items() if x is not None})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> HypergradientState:
-        """Read what :meth:`save` wrote, as NumPy arrays.
+        """Read a file of :meth:`save`, as NumPy arrays.
 
-        They may be given as they are to a hypergradient in any library.
+        The result can be passed to a hypergradient or a solve in any library.
         """
         return cls(**FILE.load(path))
 
 
 class Continued(NamedTuple):
-    """A solve, and what the next may go on from."""
+    """A solution, and the state for the next solve."""
 
     solution: Solution
     """Its `num_products` counts the preparation too."""
@@ -104,7 +104,7 @@ def solve_from(
     x0: Array | None = None,
     rng: RNG = 0,
 ) -> Continued:
-    """Solve ``(A + damping * I) x = b`` by `settings`, going on from `state`."""
+    """Solve ``(A + damping * I) x = b`` with `settings`, starting from `state`."""
     state = adopt(state, b)
     x0 = start(state, b) if x0 is None else x0
     keeping = state is not None and (b.ndim == 1 or getattr(settings, "block_size", 1) > 1)
@@ -159,7 +159,7 @@ def _kept(state: Any, b: Array) -> Pairs | None:
 
 
 def start(state: Any, b: Array) -> Array | None:
-    """Return the solution in `state`, where a solve for `b` may start; None for no state."""
+    """Return the solution in `state` as a starting point for `b`; None without a state."""
     if state is None:
         return None
     if not isinstance(state, (Solution, HypergradientState)):
@@ -181,9 +181,9 @@ def start(state: Any, b: Array) -> Array | None:
 
 
 def adopt(state: Any, b: Array) -> Any:
-    """Return a state read from a file in the library and on the device of `b`, others as is.
+    """Move a state read from a file to the library and device of `b`; return others unchanged.
 
-    That of a Solution is taken where it has one.
+    Of a Solution, take its state if it has one.
     """
     if isinstance(state, Solution) and state.state is not None:
         state = state.state
