@@ -42,9 +42,9 @@ def warn_of_asymmetry(matvec: Callable[[Array], Array], b: Array, product: Array
         return
     share = float(concrete(xp.max(difference / scale)))
     warnings.warn(
-        f"`matvec` is not symmetric: u.T A b and b.T A u differ by {share:.1g} of their size, and "
-        "the answer is that of "
-        "another system. Solve A.T A x = A.T b, or take a method for such matrices, like GMRES.",
+        f"`matvec` is not symmetric: u.T A b and b.T A u differ by {share:.1g} of their size, so "
+        "the result solves another system. Solve A.T A x = A.T b, or use a method for "
+        "nonsymmetric matrices, such as GMRES.",
         RuntimeWarning,
         stacklevel=4,
     )

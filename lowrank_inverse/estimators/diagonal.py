@@ -85,7 +85,7 @@ def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = 0) -> DiagonalEst
     num_products = check_count("num_products", num_products)
     if num_products < 2:
         raise ValueError(
-            f"`num_products` must be at least 2, lest the error be unknown; got {num_products}."
+            f"`num_products` must be at least 2, to estimate the error; got {num_products}."
         )
     generator = check_rng(rng)
     rank = min(num_products // 3, n) if num_products >= 4 else 0

@@ -97,7 +97,7 @@ def trace(A: Any, num_products: int = 60, *, rng: RNG = 0) -> TraceEstimate:
     n, num_products = int(A.shape[0]), check_count("num_products", num_products)
     if num_products < 2:
         raise ValueError(
-            f"`num_products` must be at least 2, lest the error be unknown; got {num_products}."
+            f"`num_products` must be at least 2, to estimate the error; got {num_products}."
         )
     d = known_or_none(A)
     if d is not None:
@@ -144,7 +144,7 @@ def auto_damping(A: Any, seed: int) -> float:
     mean = float(to_host(dot(probes, A @ probes)).astype(np.float64).mean()) / n
     if not mean > 0:
         raise ValueError(
-            f"`damping` can be 'auto' only where the curvature has a positive mean eigenvalue; it "
-            f"is about {mean:.3g}. Give a number."
+            f"damping='auto' needs a curvature with a positive mean eigenvalue; it is about "
+            f"{mean:.3g}. Pass a number."
         )
     return AUTO_FRACTION * mean

@@ -34,7 +34,7 @@ def apply_preconditioner(preconditioner: Any, r: Array) -> Array:
     z = preconditioner @ r
     if not is_array(z) or array_namespace(z) is not array_namespace(r) or z.dtype != r.dtype:
         raise TypeError(
-            f"`preconditioner` must return what it is given, {describe(r)}; it returned "
-            f"{describe(z)}. All must come from one library; nothing is promoted silently."
+            f"`preconditioner` must map {describe(r)} to the same library, dtype and shape; it "
+            f"returned {describe(z)}. Convert its result: nothing is promoted silently."
         )
     return z

@@ -43,9 +43,9 @@ def joined_pairs(old: Pairs | None, new: Pairs, size: int) -> Pairs:
 
     Notes
     -----
-    The new products give the entries ``S_old.T H S_new``. The old products give the same entries
-    of the earlier operator, so ``E = S_old.T Y_new - Y_old.T S_new`` is the change of H on the
-    space of `new`. An old pair is dropped if ``|E T|^2 > |Y_old|^2 / 4`` by rows, with T T.T = (S_new.T
+    The new products give the entries ``S_old.T H S_new``. The old products give the same entries of
+    the earlier operator, so ``E = S_old.T Y_new - Y_old.T S_new`` is the change of H on the space
+    of `new`. An old pair is dropped if ``|E T|^2 > |Y_old|^2 / 4`` by rows, with T T.T = (S_new.T
     S_new)^+: its product has then changed by more than half. Nothing is known beyond that space.
 
     Cost: ``2 n (r + k)^2`` operations for the inner products of k new and r old pairs, and ``4 n

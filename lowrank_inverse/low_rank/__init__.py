@@ -1,1 +1,1 @@
-"""Nyström approximations: columns, their k×k core, inverses and preconditioners."""
+"""Nyström approximations: sampled columns, their k×k core, inverses and preconditioners."""

@@ -1,4 +1,4 @@
-"""The column-sampled Nyström approximation, free of damping."""
+"""The column-sampled Nyström approximation, without damping."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from lowrank_inverse.low_rank.woodbury import over, rows_times, woodbury_inverse
 
 
 class NystromApproximation(SpectralFunctions):
-    """``H_k = C W^+ C.T``, a symmetric `H` approximated from k of its columns (Eq. 4 of [1]_).
+    """The approximation ``H_k = C W^+ C.T`` of a symmetric `H` by k of its columns (Eq. 4 of [1]_).
 
-    Made by :func:`nystrom`. It is an operator (``approx @ v``) and knows nothing of a damping:
-    one approximation serves every damping through :meth:`inverse`.
+    Returned by :func:`nystrom`. It is an operator (``approx @ v``) and does not include a damping:
+    :meth:`inverse` reuses the same approximation for every damping.
 
     Attributes
     ----------
@@ -57,51 +57,50 @@ class NystromApproximation(SpectralFunctions):
     core : array, shape (k, k)
         W, the rows of C at `indices`.
     indices : numpy.ndarray of int, shape (k,), or None
-        None for a sketch: then C is ``A @ S`` and W is ``S.T @ A @ S``, for S with k orthonormal
-        columns.
+        Indices of the columns. None for a sketch, where C is ``A @ S`` and W is ``S.T @ A @ S``
+        for an S with k orthonormal columns.
     vectors : array, shape (n, k), or None
         S of a Krylov sketch.
     keeps_negative : bool
         Whether H_k has negative eigenvalues; see Notes.
     eigenvalues : array, shape (k,)
-        Of H_k, largest first, 0 for the columns that were dropped; the other n - k are 0.
-        In float64 where the library has it.
+        Eigenvalues of H_k, largest first, with 0 for dropped columns; the other n - k are 0.
+        In float64 if the library has it.
     num_dropped, num_negative : int
-        Columns without a use (zero, repeated or below the tolerance), and among them the
-        directions of clearly negative curvature. 0-d arrays while jax traces.
+        Number of dropped columns (zero, repeated or below the tolerance), and how many of them
+        are directions of clearly negative curvature. 0-d arrays while JAX traces.
     asymmetry : float or None
-        Largest entry of ``W - W.T``, as it was before its symmetric part was taken, over that of W.
+        Largest absolute entry of ``W - W.T``, before W was symmetrised, divided by that of W.
     core_eigenvalues : array, shape (k,)
-        Of W, smallest first; where pivoted Cholesky met a negative residual diagonal entry, of W
-        bordered by its row. One below -damping proves ``H + damping * I`` indefinite.
+        Eigenvalues of W, smallest first. If pivoted Cholesky met a negative residual diagonal
+        entry, W includes its row. A value below -damping proves ``H + damping * I`` indefinite.
     num_products : int
-        Products with `H` that the columns cost; those read from an array count too.
+        Number of products with `H` for the columns; columns read from an array count as well.
     trace, residual_trace : float or None
-        Of H and of ``H - H_k``, where the diagonal of H was looked at: after pivoted Cholesky,
-        with a Gaussian sketch if H has one, and for ``rank="auto"``.
+        Traces of H and of ``H - H_k``, if the diagonal of H was read: by pivoted Cholesky, by
+        ``rank="auto"``, and by a Gaussian sketch of an H that has one.
     stopped : str or None
-        Why ``rank="auto"`` took no more columns: ``"residual_trace"``, ``"effective_dimension"``,
-        ``"steps"`` (twice the columns would cost more than the steps they could save),
-        ``"certificate"``, ``"exhausted"`` (what is left is rounding) or ``"max_rank"``.
+        Why ``rank="auto"`` stopped: ``"residual_trace"``, ``"effective_dimension"``, ``"steps"``
+        (doubling the columns would cost more than it could save in steps), ``"certificate"``,
+        ``"exhausted"`` (the remainder is rounding) or ``"max_rank"``.
 
     Notes
     -----
-    Where a Krylov sketch shows negative curvature, H_k is ``S W S.T`` in the place of ``C W^+
-    C.T``: its eigenvalues, negative ones too, are those of W, and lie between those of H
-    (Rayleigh and Ritz), so that ``H_k + damping * I`` is positive definite wherever ``H + damping
-    * I`` is. An eigenvalue of W near zero, which may stand for a positive and a negative one, is
-    never divided by.
+    If a Krylov sketch shows negative curvature, H_k is ``S W S.T`` instead of ``C W^+ C.T``. Its
+    eigenvalues are those of W and interlace with those of H (Rayleigh-Ritz), so that ``H_k +
+    damping * I`` is positive definite whenever ``H + damping * I`` is. The form ``C W^+ C.T``
+    would divide by eigenvalues of W near zero, which may mix positive and negative ones of H.
 
-    ``W = V diag(w) V.T`` gives ``T = V diag(w)^(-1/2)`` on the eigenvalues kept; the whitened
-    columns ``F = C T`` satisfy ``H_k = F F.T``; and ``F.T F = Z diag(g) Z.T`` has the nonzero
-    eigenvalues g of H_k. All k×k work is done in float64 where there is one. Where there is
-    none (jax without x64), the left singular vectors of F are kept beside C: orthogonal to
-    rounding, they lose the least.
+    Let ``W = V diag(w) V.T`` and ``T = V diag(w)^(-1/2)`` on the eigenvalues kept. The whitened
+    columns ``F = C T`` satisfy ``H_k = F F.T``, and ``F.T F = Z diag(g) Z.T`` has the nonzero
+    eigenvalues g of H_k. All k×k computations use float64 if the library has it. Otherwise (JAX
+    without x64) the left singular vectors of F are stored as well, since they lose the least
+    accuracy.
 
-    In torch and jax, products, inverses and :meth:`logdet`, :meth:`trace_inverse` and
-    :meth:`effective_dimension` are differentiable, where eigenvalues are equal or zero too: their
-    derivatives are those of functions of the matrix, for fixed `indices` and a fixed rank. Only
-    those of single eigenvectors, and second ones of single eigenvalues, need distinct ones.
+    In PyTorch and JAX, products, inverses, :meth:`logdet`, :meth:`trace_inverse` and
+    :meth:`effective_dimension` are differentiable for fixed `indices` and fixed rank, even if
+    eigenvalues are equal or zero. Only derivatives of single eigenvectors, and second derivatives
+    of single eigenvalues, require distinct eigenvalues.
 
     References
     ----------
@@ -184,8 +183,8 @@ class NystromApproximation(SpectralFunctions):
     def eigenvectors(self) -> tuple[Array, Array]:
         """Return the eigenvectors of H_k, shape (n, k), and its eigenvalues.
 
-        Orthonormal to rounding, from a QR decomposition of F in the dtype of the columns, however
-        ill-conditioned the columns are; ``F Z``, by which products go, is not.
+        A QR decomposition of F makes the eigenvectors orthonormal to rounding, even if the columns
+        are ill-conditioned. Cost: O(n k²) operations.
         """
         if self._basis is not None:
             return self._basis[0], self.eigenvalues
@@ -207,7 +206,7 @@ class NystromApproximation(SpectralFunctions):
     def project(self, block: Array) -> Array:
         """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype.
 
-        Rows of negative eigenvalues have the sign changed.
+        The rows of negative eigenvalues change their sign.
         """
         projected = self._by_basis(
             lambda U, s: rows_times(s, U.T @ astype(block, U.dtype)),
@@ -243,7 +242,7 @@ class NystromApproximation(SpectralFunctions):
         return self.expand(self.project(block))
 
     def over(self, projected: Array, damping: Array) -> Array:
-        """Return what :meth:`project` returned, each row over its eigenvalue plus `damping`."""
+        """Divide each row of the result of :meth:`project` by its eigenvalue plus `damping`."""
         G = self._gram
         if G is not None:
             G = G + damping * like(np.eye(self.num_columns), G)
@@ -254,10 +253,11 @@ class NystromApproximation(SpectralFunctions):
         return woodbury_inverse(self, damping=damping, chunk_size=chunk_size)
 
     def galerkin(self, b: Array, damping: Scalar) -> tuple[Array, Array]:
-        """Return ``x = S (W + damping * I)^+ S.T b`` and its residual, for a Krylov sketch.
+        """Return ``x = S (W + damping * I)^+ S.T b``, for a Krylov sketch, and its residual.
 
-        The best of the span of S in the norm of ``A + damping * I``; for the `b` that the space
-        belongs to, the iterate of conjugate gradients. Its product is ``C z`` where x is ``S z``.
+        In the norm of ``A + damping * I``, x is the best solution in the span of S. For the `b`
+        that generated the space, it is the iterate of conjugate gradients. With x = ``S z``, the
+        product ``A x`` is ``C z``.
         """
         w, V = self._core_spectrum()
         z = V @ over(V.T @ tall_dot(self.vectors, b), w + scalar_like(damping, w))

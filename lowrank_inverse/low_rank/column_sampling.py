@@ -1,4 +1,4 @@
-"""Which columns to take."""
+"""Rules that choose columns."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def check_sampling(sampling: Sampling) -> None:
         raise ValueError(
             f"`sampling` must be one of {', '.join(map(repr, ('auto', *SAMPLINGS)))}; got "
             f"{sampling!r}. "
-            "For columns of your own choice pass `indices`."
+            "To choose the columns yourself, pass `indices`."
         )
 
 
 def resolve_sampling(A: Any, sampling: Sampling, b: Array | None = None) -> Sampling:
-    """Return the rule that ``"auto"`` stands for; any other as it is.
+    """Return the rule that ``"auto"`` stands for; return any other rule unchanged.
 
-    Columns and a diagonal that can be read are chosen by randomly pivoted Cholesky. Where every
-    column costs a product, products along the Krylov space of a right-hand side `b` tell more.
-    Without one, or while jax traces a matrix, columns are drawn uniformly.
+    ``"auto"`` is randomly pivoted Cholesky if columns and diagonal can be read, and a Krylov
+    sketch if each column costs a product and a right-hand side `b` is given. Otherwise, and while
+    JAX traces a matrix, it is uniform sampling.
     """
     if sampling != "auto":
         return sampling
@@ -50,19 +50,20 @@ def sample_columns(
     Parameters
     ----------
     A : linear operator, shape (n, n)
+        Symmetric.
     rank : int
-        How many, from 1 to n.
+        Number of columns, from 1 to n.
     sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky"}
-        With equal probability, or proportional to ``|A[i, i]|`` or ``A[i, i] ** 2`` (Remark 1
-        of [1]_, after [2]_), without replacement. Columns whose weight is zero are drawn,
-        uniformly, only when the others are used up. Or, reading the columns, those of
-        :func:`lowrank_inverse.pivoted_cholesky`: ``"greedy"`` or ``"rpcholesky"``; there may be
-        fewer than `rank`, and for a diagonal of zeros it is the first column.
+        ``"uniform"`` draws with equal probability, ``"diagonal"`` in proportion to ``|A[i, i]|``,
+        and ``"diagonal_squared"`` to ``A[i, i] ** 2`` (Remark 1 of [1]_, after [2]_), all without
+        replacement. Columns of zero weight are drawn uniformly once the others are used up.
+        ``"greedy"`` and ``"rpcholesky"`` read columns and return the pivots of
+        :func:`lowrank_inverse.pivoted_cholesky`, possibly fewer than `rank`; if the diagonal is
+        zero, they return the first column.
     rng : int or numpy.random.Generator, optional
-        Seed. One seed gives the same columns on every backend.
+        Seed. The same seed gives the same columns in every library.
     diagonal : array of shape (n,), or DiagonalEstimate, optional
-        Weights in the place of the diagonal, for an `A` that has none; see
-        :func:`lowrank_inverse.estimate_diagonal`.
+        Weights to use if `A` has no diagonal; see :func:`lowrank_inverse.estimate_diagonal`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Files for Nyström approximations: npz or safetensors, never pickle."""
+"""Nyström approximations in npz or safetensors files, without pickle."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ OPTIONAL = {"_map", "asymmetry"}
 
 
 def save(path: str | os.PathLike[str], approx: NystromApproximation) -> None:
-    """Write a Nyström approximation to a file, all at once or not at all.
+    """Write a Nyström approximation to a file.
 
     Parameters
     ----------
     path : str or path
         Ends in ``.npz``, or in ``.safetensors`` (which needs the package safetensors).
     approx : NystromApproximation
-        Of any library. It is read back bit for bit, into any library.
+        From any library. :func:`load` reads it without loss into any library.
 
     Raises
     ------
     TypeError
-        If `approx` is none, or its values are unknown because jax traces.
+        If `approx` is no Nyström approximation, or its values are unknown because JAX traces.
     ValueError
-        For another ending.
+        If `path` has another ending.
     ImportError
-        Without safetensors, for a file of that kind.
+        If `path` ends in ``.safetensors`` and the package is missing.
 
     Notes
     -----
-    About ``n k + 4 k²`` numbers. The file is written under another name in the same folder and
-    then takes the place of `path`: an interrupted save leaves the file that was there.
+    The file holds about ``n k + 4 k²`` numbers. It is written under a temporary name in the same
+    folder and then renamed, so an interrupted save leaves an existing file unchanged.
 
     Examples
     --------
@@ -66,14 +66,14 @@ def save(path: str | os.PathLike[str], approx: NystromApproximation) -> None:
 
 
 def load(path: str | os.PathLike[str], *, like: Array | None = None) -> NystromApproximation:
-    """Read the Nyström approximation that :func:`save` wrote.
+    """Read a Nyström approximation that :func:`save` wrote.
 
     Parameters
     ----------
     path : str or path
         The file.
     like : array, optional
-        An array of the library and device wanted. Default: NumPy.
+        Load into the library and onto the device of this array. Default: NumPy.
 
     Returns
     -------
@@ -82,21 +82,21 @@ def load(path: str | os.PathLike[str], *, like: Array | None = None) -> NystromA
     Raises
     ------
     ValueError
-        If the file is cut short or damaged, was not written by :func:`save`, or was written by
-        a version with another layout.
+        If the file is truncated or damaged, was not written by :func:`save`, or was written by a
+        version with another layout.
     TypeError
-        If `like` has no float64 and the file needs it (jax as it comes).
+        If the file needs float64 and the library of `like` does not have it (JAX by default).
 
     Notes
     -----
-    Nothing in the file is executed. Memory: that of the arrays, twice while they are converted.
+    Loading never executes code. Memory: that of the arrays, and twice that during conversion.
     """
     state = FILE.load(path)
     most = vars(nystrom(np.eye(1), indices=[0])).keys() - DERIVED
     if not most - OPTIONAL <= state.keys() <= most:
         raise ValueError(
             f"{path} was written by another version of lowrank-inverse, with other attributes. "
-            "Load it with that version, or make the approximation again."
+            "Load it with that version, or compute the approximation again."
         )
     approx = object.__new__(NystromApproximation)
     for name, value in state.items():
@@ -124,8 +124,8 @@ def _moved(value: Any, like: Array) -> Any:
     xp = array_namespace(like)
     if value.dtype == np.float64 and wide_dtype(like) != xp.float64:
         raise TypeError(
-            "the file has numbers in float64, which `like` has not here: "
-            f"{type(like).__module__.split('.')[0]} on {like_device(like)}. Switch 64-bit types on "
+            "the file has numbers in float64, which `like` does not support here: "
+            f"{type(like).__module__.split('.')[0]} on {like_device(like)}. Enable 64-bit types "
             "(jax_enable_x64), or load on another device or into another library."
         )
     return make_like(value, like, getattr(xp, value.dtype.name))

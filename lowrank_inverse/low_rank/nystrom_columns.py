@@ -1,4 +1,4 @@
-"""A Nyström approximation from sampled columns."""
+"""Nyström approximations from sampled columns."""
 
 from __future__ import annotations
 
@@ -43,46 +43,44 @@ def nystrom(
     Parameters
     ----------
     A : linear operator, shape (n, n)
-        Symmetric; the approximation is meant for positive semidefinite matrices. Directions of
-        negative curvature are dropped and counted.
+        Symmetric, and positive semidefinite if possible: directions of negative curvature are
+        dropped and counted.
     rank : int or "auto", optional
-        Columns to take, from 1 to n; ``"auto"`` takes more until they are enough. Either this or
-        `indices`.
+        Number of columns, from 1 to n. ``"auto"`` increases it until the approximation is accurate
+        enough; see `damping`. Pass either `rank` or `indices`.
     indices : sequence of distinct ints, optional
-        The columns to take. The way to go inside ``jax.jit``.
+        The columns to use. Inside ``jax.jit``, pass these.
     sampling : str
-        ``"uniform"``, ``"diagonal"``, ``"diagonal_squared"``: columns drawn.
-        ``"greedy"``, ``"rpcholesky"``: chosen one by one, by what the others left over, see
-        :func:`lowrank_inverse.pivoted_cholesky` (fewer than `rank` if no more is left than
-        rounding). ``"gaussian"``: products with orthonormal Gaussian vectors in the place of
-        columns [2]_. ``"krylov"``: products along the Krylov space of `b` [3]_, the most accurate
-        for that right-hand side by far (fewer than `rank` once that space is exhausted); for a
-        Gaussian vector where there is no `b`. ``"auto"``: ``"rpcholesky"`` where columns and
-        diagonal can be read, ``"krylov"`` where each column would cost a product and `b` is given,
-        else ``"uniform"``.
+        ``"uniform"``, ``"diagonal"``, ``"diagonal_squared"``: draw columns with these weights.
+        ``"greedy"``, ``"rpcholesky"``: choose each column by the residual of the previous ones;
+        see :func:`lowrank_inverse.pivoted_cholesky`. ``"gaussian"``: use products with orthonormal
+        Gaussian vectors instead of columns [2]_. ``"krylov"``: use products along the Krylov space
+        of `b` [3]_ or, without a `b`, of a Gaussian vector; for this right-hand side it is the most
+        accurate rule by far. Pivoting and ``"krylov"`` return fewer columns if the remainder is
+        rounding. ``"auto"``: ``"rpcholesky"`` if columns and diagonal can be read, ``"krylov"`` if
+        each column costs a product and `b` is given, and otherwise ``"uniform"``.
     rng : int or numpy.random.Generator, optional
-        Seed of the sampling. Random numbers are drawn on the host, the same for every library.
+        Seed of the sampling. Random numbers are drawn on the host and are the same for every
+        library.
     chunk_size : int, optional
-        Columns asked for at a time. Default: all at once; pivots one by one where a column costs
-        a product.
+        Columns computed at a time. Default: all; one for pivoting if a column costs a product.
     indefinite_pivot_rtol : float
-        Eigenvalues of W up to this fraction of the largest are dropped where W has a clearly
-        negative one, for then small positive ones are as little to be trusted; else up to the
-        rounding of its entries and of its decomposition. 1e-2 makes the better preconditioner of
-        a slightly indefinite matrix.
+        If W has a clearly negative eigenvalue, small positive ones are unreliable too: those up to
+        this fraction of the largest are dropped. Otherwise only those at the level of rounding are.
+        1e-2 makes a better preconditioner for slightly indefinite matrices.
     diagonal : array of shape (n,), or DiagonalEstimate, optional
-        Weights for ``"diagonal"`` and ``"diagonal_squared"`` where `A` has no diagonal.
+        Weights for ``"diagonal"`` and ``"diagonal_squared"`` if `A` has no diagonal.
     b : array, shape (n,) or (n, m), optional
-        The right-hand sides that ``"krylov"`` starts from.
+        Right-hand sides, at which ``"krylov"`` starts.
     damping, b, rtol, max_rank : optional, with ``rank="auto"``
-        The columns are doubled, from 16 up to `max_rank` (default: the lesser of n and 1000).
-        With `damping`, until the residual trace is at most that, or the columns are as many as
-        :meth:`NystromApproximation.sufficient_rank` asks for. With `damping` and `rtol`, at most
-        until twice the columns would cost more than the steps that conjugate gradients take with
-        these to a relative residual of `rtol`. With `damping` and a right-hand side `b`, of shape
-        (n,) or (n, m), until :func:`lowrank_inverse.certify` proves a relative error of at most
-        `rtol` (default: 1e-3), for a product or two a column each time. With neither, until the
-        residual trace is at most `rtol` (default: 1e-3) times the trace.
+        The number of columns doubles, from 16 up to `max_rank` (default: the smaller of n and
+        1000), until one of these tests holds. With `damping`: the residual trace is at most
+        `damping`, or the columns are at least :meth:`NystromApproximation.sufficient_rank`. With
+        `damping` and `rtol`, also: another doubling would cost more than the steps that conjugate
+        gradients need to a relative residual of `rtol`. With `damping` and `b`:
+        :func:`lowrank_inverse.certify` proves a relative error of at most `rtol` (default: 1e-3),
+        for one or two products per column of `b` and doubling. With neither: the residual trace
+        is at most `rtol` (default: 1e-3) times the trace.
 
     Returns
     -------
@@ -98,19 +96,19 @@ def nystrom(
 
     Notes
     -----
-    `rank` products with `A` (none if it can read its columns); memory ``n * rank`` numbers, and
-    twice that while pivots or Gaussian vectors are chosen. For the Gaussian sketch the shift of
-    [2]_ is not needed: eigenvalues of W that rounding may have made are dropped instead, so that
-    ``H_k <= A`` holds, which :func:`lowrank_inverse.certify` builds on.
+    Cost: `rank` products with `A`, or none if its columns can be read. Memory: ``n * rank``
+    numbers, and twice that for pivots, Gaussian vectors and Krylov spaces. The Gaussian sketch does
+    without the shift of [2]_. It drops the eigenvalues of W that may be due to rounding instead,
+    which preserves ``H_k <= A``, as :func:`lowrank_inverse.certify` requires.
 
     References
     ----------
     .. [1] R. Hataya, M. Yamada. Nyström Method for Accurate and Scalable Implicit
        Differentiation. AISTATS 2023.
-    .. [3] C. Musco, C. Musco. Randomized Block Krylov Methods for Stronger and Faster Approximate
-       Singular Value Decomposition. NeurIPS 2015.
     .. [2] J. A. Tropp, A. Yurtsever, M. Udell, V. Cevher. Fixed-Rank Approximation of a
        Positive-Semidefinite Matrix from Streaming Data. NeurIPS 2017.
+    .. [3] C. Musco, C. Musco. Randomized Block Krylov Methods for Stronger and Faster Approximate
+       Singular Value Decomposition. NeurIPS 2015.
 
     Examples
     --------
@@ -132,7 +130,7 @@ def nystrom(
         return _approximation(sketch, indefinite_pivot_rtol)
 
     if (rank is None) == (indices is None):
-        raise ValueError("give exactly one of `rank` (columns to sample) and `indices`.")
+        raise ValueError("pass exactly one of `rank` (columns to sample) and `indices`.")
     adaptive = isinstance(rank, str)
     check_rank(rank, most=n)
     check_sampling(sampling)
@@ -144,8 +142,7 @@ def nystrom(
     if not adaptive and any(value is not None for value in unused.values()):
         names = ", ".join(f"`{name}`" for name, value in unused.items() if value is not None)
         raise ValueError(
-            f"{names} have a meaning only with rank='auto'; got rank={rank!r}, "
-            f"sampling={sampling!r}."
+            f"{names} are for rank='auto' only; got rank={rank!r}, sampling={sampling!r}."
         )
     sampling = resolve_sampling(A, sampling, None if adaptive else b)
     if indices is not None:

@@ -1,4 +1,4 @@
-"""A Nyström approximation as a preconditioner."""
+"""Nyström approximations as preconditioners."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ LEAST_UNITS = 16.0
 class NystromPreconditioner(ProductOnly):
     """``(level + damping) U (diag(g) + damping I)^{-1} U.T + (I - U U.T)`` (Eq. 1.3 of [1]_).
 
-    With U, orthonormal to rounding, and g the eigenvectors and nonzero eigenvalues of H_k. What
-    the columns found is flattened to one eigenvalue, what they missed is left alone: an H of rank
-    k takes two steps. Memory: U, shape (n, k), beside the columns.
+    U and g are the eigenvectors and nonzero eigenvalues of H_k; U is orthonormal to rounding. The
+    preconditioner maps the eigenvalues that the columns captured to one value and leaves the rest
+    alone, so that an H of rank k takes two steps. Memory: U, of shape (n, k), and the columns.
 
-    The level of [1]_ is the smallest of g, which stands above most of what was missed where the
-    mean m of the missed eigenvalues is below it. Where the trace of H is known, and with it m, and
-    no negative eigenvalue was met, the level is ``m**2 / min(g)``: as far below m, on a
-    logarithmic scale, as min(g) is above. It takes up to 15 % fewer steps.
+    In [1]_ the level is the smallest of g. If the trace of H is known, so is the mean m of the
+    eigenvalues that were missed; with no negative eigenvalue, the level is then ``m**2 / min(g)``,
+    so that m is the geometric mean of the level and min(g). This takes up to 15 % fewer steps.
 
-    To derivatives it is a constant: no solution depends on it.
+    Derivatives treat the preconditioner as a constant, since no solution depends on it.
 
     Parameters
     ----------
     approx : NystromApproximation
+        The approximation H_k.
     damping : float or 0-d array
-        0 or more: that of the system to solve.
+        Damping of the system to solve; 0 or more.
 
     References
     ----------

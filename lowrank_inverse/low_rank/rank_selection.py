@@ -1,4 +1,4 @@
-"""A rank that grows until it is enough."""
+"""Adaptive choice of the rank."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def adaptive_approximation(
     max_rank: int | None,
     weights: Any = None,
 ) -> Any:
-    """Double the columns until an approximation made by `build` is enough; see ``nystrom``.
+    """Double the columns until the approximation of `build` is accurate enough; see ``nystrom``.
 
-    No column is read twice. The approximations on the way cost ``4/3`` of the last.
+    No column is read twice. All intermediate approximations together cost ``4/3`` of the last.
     """
     n = int(A.shape[0])
     most = min(n, MAX_RANK if max_rank is None else check_count("max_rank", max_rank))
@@ -48,8 +48,8 @@ def adaptive_approximation(
     check_scalar("rtol", rtol)
     if is_traced(damping) or is_traced(getattr(A, "like", None)) or is_traced(b):
         raise TypeError(
-            "rank='auto' needs values that are unknown while jax traces. Find the rank outside, "
-            "and pass it, or `indices`."
+            "rank='auto' needs values that are unknown while jax traces. Compute the rank or "
+            "the `indices` outside and pass them."
         )
     if damping is not None:
         check_scalar("damping", damping, positive=True)
@@ -69,8 +69,8 @@ def adaptive_approximation(
     )
     if damping is None and source.trace is None:
         raise ValueError(
-            "rank='auto' needs something to aim at: a positive `damping`, or an `A` with a "
-            "diagonal for the residual trace. Give one of them, or a number as `rank`."
+            "rank='auto' needs a target: a positive `damping`, or an `A` with a diagonal for "
+            "the residual trace. Pass one of them, or a number as `rank`."
         )
     goal = 0.0 if b is not None else rtol * (source.trace or 0.0) if damping is None else damping
     checks, count = 0, min(START_RANK, most)
@@ -88,10 +88,10 @@ def adaptive_approximation(
 
 
 def steps_left(approx: Any, damping: Scalar, rtol: float) -> float:
-    """Estimate the most steps that conjugate gradients take, preconditioned by `approx`.
+    """Estimate an upper limit for the steps of conjugate gradients preconditioned by `approx`.
 
-    ``sqrt(c) / 2 * log(2 / rtol)``, for a condition number c of ``1 + m / damping``: m, the
-    largest eigenvalue that the columns missed, is taken to be the smallest that they found.
+    It is ``sqrt(c) / 2 * log(2 / rtol)`` for the condition number ``c = 1 + m / damping``. The
+    largest eigenvalue m that the columns missed is taken to be the smallest that they found.
     """
     g = to_host(approx.eigenvalues)
     missed = max(0.0, float(g[max(0, int(approx.rank) - 1)]))
@@ -102,11 +102,11 @@ def steps_left(approx: Any, damping: Scalar, rtol: float) -> float:
 
 
 def doubling_cost(A: Any, approx: Any) -> float:
-    """Estimate what twice the columns cost more, in products with `A`.
+    """Estimate the extra cost of twice the columns, in products with `A`.
 
-    To choose k columns and to make them orthonormal takes about ``8 n k**2`` operations; a product
-    with a matrix at hand 2 for each of its entries, with a kernel as many as an entry of it takes.
-    Where entries cannot be read, a column costs a product.
+    Choosing and orthonormalising k columns takes about ``8 n k**2`` operations. A product takes 2
+    operations per entry of a matrix, and the cost of an entry per entry of a kernel. If entries
+    cannot be read, a column costs a product.
     """
     k, n = approx.num_columns, approx.shape[0]
     algebra = 24 * k * k / (n * getattr(A, "entry_operations", 2))

@@ -1,4 +1,4 @@
-"""Where the columns of a Nyström approximation come from: sources that can grow."""
+"""Sources of the columns of a Nyström approximation, which can grow."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def make_source(
         if weights is not None:
             raise ValueError(
                 f"sampling={sampling!r} needs the true diagonal of `A`; `diagonal` is for weights "
-                "and estimates. Give the true one by FunctionOperator(diagonal=...), or use "
+                "and estimates. Pass the true one as FunctionOperator(diagonal=...), or use "
                 "sampling='diagonal'."
             )
         return PivotedColumns(A, sampling, chunk_size, rng)

@@ -1,4 +1,4 @@
-"""What a Nyström approximation says of itself, and of the system at a damping."""
+"""Functions of the spectrum of a Nyström approximation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lowrank_inverse.operators.product import ProductOnly
 
 
 class SpectralFunctions(ProductOnly):
-    """Functions of the eigenvalues of H_k that are zero but for k of them.
+    """Functions of the eigenvalues of H_k, all but k of which are zero.
 
-    Where derivatives are recorded, they are taken of the functions of the matrix `_gram`, diagonal
-    and with the k eigenvalues on it, which has derivatives beside the diagonal too.
+    Derivatives are those of functions of `_gram`, a diagonal matrix that holds the k eigenvalues.
+    They include derivatives with respect to its off-diagonal entries.
     """
 
     eigenvalues: Array
@@ -41,12 +41,12 @@ class SpectralFunctions(ProductOnly):
 
     @property
     def rank(self) -> Any:
-        """Columns kept: the rank of H_k."""
+        """Number of columns kept: the rank of H_k."""
         return self.num_columns - self.num_dropped
 
     @property
     def residual_trace(self) -> Any:
-        """Trace of ``A - H_k``, up to rounding; None where the diagonal of A was not looked at.
+        """Trace of ``A - H_k``, up to rounding; None if the diagonal of A was not read.
 
         For a positive semidefinite A it bounds the norm of ``A - H_k``.
         """
@@ -59,8 +59,8 @@ class SpectralFunctions(ProductOnly):
     def logdet(self, damping: Scalar) -> Any:
         """Return ``log det(H_k + damping * I)``; `damping` must be positive.
 
-        For a positive semidefinite A it is a bound from below on ``log det(A + damping * I)``, of
-        which :func:`lowrank_inverse.logdet` gives an estimate.
+        For a positive semidefinite A this is a lower bound on ``log det(A + damping * I)``;
+        :func:`lowrank_inverse.logdet` estimates the latter.
         """
         g, damping = self._at(damping)
         xp = array_namespace(g)
@@ -81,10 +81,10 @@ class SpectralFunctions(ProductOnly):
         return plain(value + rest / damping)
 
     def effective_dimension(self, damping: Scalar) -> Any:
-        """Return ``trace(H_k (H_k + damping * I)^{-1})``: how many eigenvalues exceed `damping`.
+        """Return ``trace(H_k (H_k + damping * I)^{-1})``, which counts eigenvalues above `damping`.
 
-        Eigenvalues near `damping` count in part. It is at most that of a positive semidefinite A,
-        and grows with the columns.
+        Eigenvalues near `damping` count in part. The value grows with the columns, up to the
+        effective dimension of A if A is positive semidefinite.
         """
         g, damping = self._at(damping)
         xp = array_namespace(g)
@@ -98,10 +98,10 @@ class SpectralFunctions(ProductOnly):
     def sufficient_rank(self, damping: Scalar) -> Any:
         """Return ``2 * ceil(1.5 * d) + 1``, at most n, for the effective dimension d at `damping`.
 
-        With that many columns of a Gaussian sketch, Nyström-preconditioned conjugate gradients
-        meet a condition number of 28 or less in the mean (Theorem 1.1 of Frangella, Tropp, Udell.
-        Randomized Nyström Preconditioning. SIAM J. Matrix Anal. Appl. 44, 2023). From too few
-        columns d is found too small: what counts is whether this is below the columns there are.
+        With that many columns of a Gaussian sketch, Nyström preconditioning gives an expected
+        condition number of at most 28 (Theorem 1.1 of Frangella, Tropp, Udell. Randomized Nyström
+        Preconditioning. SIAM J. Matrix Anal. Appl. 44, 2023). Too few columns underestimate d, so
+        the value is reliable only if it is below the number of columns.
         """
         g, damping = (constant(x) for x in self._at(damping))
         xp = array_namespace(g)
@@ -126,7 +126,8 @@ class SpectralFunctions(ProductOnly):
 
         Notes
         -----
-        ``C.T b`` is computed once: 2 n k operations a vector, and 2 n k for each damping.
+        ``C.T b`` is computed once. Cost: 2 n k operations per right-hand side, and 2 n k more for
+        each damping.
 
         Examples
         --------
@@ -151,7 +152,7 @@ class SpectralFunctions(ProductOnly):
         return array_namespace(b).stack(path)
 
     def summary(self, damping: Scalar = None) -> str:
-        """Describe in words what the columns found, and at `damping` whether they are enough."""
+        """Describe the spectrum in words, and whether there are enough columns for `damping`."""
         lines = [repr(self)]
         if is_traced(self.eigenvalues):
             return f"{lines[0]}, values unknown while tracing"

@@ -1,4 +1,4 @@
-"""Woodbury's identity with columns computed again where they are needed."""
+"""The Woodbury identity with columns that are computed again when they are needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lowrank_inverse.operators.function import aslinearoperator
 
 
 class RecomputedInverse(Operator):
-    """``(H_k + damping * I)^{-1}`` that holds no columns, but the operator they come from."""
+    """``(H_k + damping * I)^{-1}`` that stores the operator instead of its columns."""
 
     def __init__(
         self,
@@ -105,21 +105,22 @@ class RecomputedInverse(Operator):
 def chunked_inverse(
     A: Any, indices: Indices, *, damping: Scalar, chunk_size: int
 ) -> RecomputedInverse:
-    """Return ``(H_k + damping * I)^{-1}`` with two chunks of columns in memory at most.
+    """Return ``(H_k + damping * I)^{-1}`` with at most two chunks of columns in memory.
 
-    The same operator as ``nystrom(A, indices=indices).inverse(damping)``, and as
-    accurate, for those who cannot hold n·k numbers: columns are computed again where needed
-    (the space-efficient form of [1]_, Algorithm 1).
+    It equals ``nystrom(A, indices=indices).inverse(damping)`` and is as accurate, but does not
+    store n·k numbers. Columns are computed again when they are needed (the space-efficient form,
+    Algorithm 1 of [1]_).
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
+        Symmetric.
     indices : sequence of k distinct ints
-        Which columns of `A`.
+        Columns of `A` to use.
     damping : float or 0-d array
         Positive.
     chunk_size : int
-        κ, columns held at a time, from 1 to k.
+        κ, the number of columns computed at a time, from 1 to k.
 
     Returns
     -------
@@ -127,8 +128,9 @@ def chunked_inverse(
 
     Notes
     -----
-    ``k (k / κ + 1) / 2`` products to set up, k for each block of right-hand sides and one for each
-    of them; memory ``2 κ n + k²`` numbers. :func:`streamed_inverse` needs far fewer products.
+    Cost: ``k (k / κ + 1) / 2`` products for the setup; for each block of right-hand sides, k
+    products and one per column. Memory: ``2 κ n + k²`` numbers. :func:`streamed_inverse` takes far
+    fewer products.
 
     References
     ----------
@@ -172,22 +174,22 @@ def chunked_inverse(
 def streamed_inverse(
     A: Any, indices: Indices, *, damping: Scalar, chunk_size: int = 1
 ) -> RecomputedInverse:
-    """Return ``(H_k + damping * I)^{-1}`` without storing a column, by 2k products.
+    """Return ``(H_k + damping * I)^{-1}`` without storing columns, from 2k products.
 
-    For a symmetric `A` with sampled columns C at K: ``C.T C = (A A)[K, K]``, ``C.T v =
-    (A v)[K]`` and ``C z = A (E_K z)``. So k columns and k further products give all that is
-    k×k, and each right-hand side costs two products.
+    For a symmetric `A` with sampled columns C at the indices K: ``C.T C = (A A)[K, K]``, ``C.T v =
+    (A v)[K]`` and ``C z = A (E_K z)``. The k columns and k further products therefore give all k×k
+    matrices, and a right-hand side takes two products.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
         Symmetric and deterministic: the same vector must give the same product.
     indices : sequence of k distinct ints
-        Which columns of `A`.
+        Columns of `A` to use.
     damping : float or 0-d array
         Positive.
     chunk_size : int
-        Columns held at a time.
+        κ, the number of columns computed at a time.
 
     Returns
     -------
@@ -195,10 +197,10 @@ def streamed_inverse(
 
     Notes
     -----
-    2k products to set up, 2 for each right-hand side; memory ``2 κ n + k²`` numbers. In float64
-    it equals the stored form. In float32 ``(A v)[K]`` carries the rounding of a product, which
-    small eigenvalues of W magnify: prefer :func:`woodbury_inverse` or :func:`chunked_inverse`
-    where `damping` is below about 1e-3 of the largest eigenvalue.
+    Cost: 2k products for the setup, 2 per right-hand side. Memory: ``2 κ n + k²`` numbers. In
+    float64 the result equals that of stored columns. In float32, ``(A v)[K]`` has the rounding
+    error of a product, which small eigenvalues of W amplify. If `damping` is below about 1e-3 of
+    the largest eigenvalue, prefer :func:`woodbury_inverse` or :func:`chunked_inverse`.
     """
     check_damping(damping)
     A = aslinearoperator(A)

@@ -1,4 +1,4 @@
-"""Woodbury's identity with stored columns, at once or in chunks."""
+"""The Woodbury identity with stored columns, all at once or in chunks."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class WoodburyInverse(Operator):
 
 
 class ChunkedWoodburyInverse(WoodburyInverse):
-    """``(H_k + damping * I)^{-1}`` from stored columns, a chunk after the other (Algorithm 1).
+    """``(H_k + damping * I)^{-1}`` from stored columns, chunk by chunk (Algorithm 1).
 
-    With L the whitened columns of a chunk and Ĥ the inverse so far, ``Ĥ ← Ĥ - Ĥ L (I + L.T Ĥ
-    L)^{-1} L.T Ĥ``. Whitening (``L = C U Λ^{-1/2}``) turns the paper's J into I and lets dropped
-    columns pass as zeros.
+    For the whitened columns L of a chunk and the current inverse Ĥ: ``Ĥ ← Ĥ - Ĥ L (I + L.T Ĥ
+    L)^{-1} L.T Ĥ``. Whitening (``L = C U Λ^{-1/2}``) turns the J of the paper into I, and dropped
+    columns into zeros.
     """
 
     def __init__(self, approx: NystromApproximation, damping: Scalar, chunk_size: int) -> None:
@@ -77,23 +77,23 @@ def woodbury_inverse(
     Parameters
     ----------
     approx : NystromApproximation, of shape (n, n) with k columns
-        What to invert.
+        The approximation to invert.
     damping : float or 0-d array
         Positive.
     chunk_size : int, optional
-        None: all columns at once (Eq. 6 of [1]_). κ: Algorithm 1, κ columns at a time, equal up
-        to rounding, with up to n·k numbers more. 1: Eq. 9.
+        None uses all columns at once (Eq. 6 of [1]_). κ runs Algorithm 1 with κ columns at a time;
+        1 is Eq. 9. The result is the same up to rounding, and takes up to n·k numbers more.
 
     Returns
     -------
     operator, shape (n, n)
-        ``inverse @ b`` for `b` of shape (n,) or (n, m), at 4 n k operations a vector.
+        ``inverse @ b`` for `b` of shape (n,) or (n, m), at 4 n k operations per column.
 
     Notes
     -----
-    Eq. 6 as it stands squares the condition number and fails in float32. Here, with H_k =
-    F F.T and ``F.T F = Z diag(g) Z.T``: ``x = (v - F Z diag(1 / (g + damping)) Z.T F.T v) /
-    damping``, the k×k part in float64.
+    Eq. 6 as printed squares the condition number and fails in float32. With H_k = F F.T and ``F.T F
+    = Z diag(g) Z.T``, this function computes ``x = (v - F Z diag(1 / (g + damping)) Z.T F.T v) /
+    damping`` instead, with the k×k part in float64.
 
     References
     ----------
@@ -114,8 +114,7 @@ def woodbury_inverse(
         return WoodburyInverse(approx, damping)
     if approx.vectors is not None:
         raise ValueError(
-            f"`chunk_size` is for columns, one block after the other; got {chunk_size!r} for a "
-            "Krylov sketch. Leave it out."
+            f"`chunk_size` is for sampled columns; got {chunk_size!r} for a Krylov sketch. Omit it."
         )
     return ChunkedWoodburyInverse(approx, damping, chunk_size)
 

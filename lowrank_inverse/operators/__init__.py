@@ -1,1 +1,1 @@
-"""Symmetric linear operators and how they combine."""
+"""Symmetric linear operators, and their sums and products."""

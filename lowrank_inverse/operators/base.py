@@ -1,4 +1,4 @@
-"""The base class of operators, and what becomes of them by addition and scaling."""
+"""The base class of operators, and their sums and multiples."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from lowrank_inverse.operators.product import ProductOnly, check_alike, unit_vec
 
 
 class Operator(ProductOnly):
-    """A symmetric operator with products, columns and, where it can, a diagonal.
+    """A symmetric operator with products, columns and, if it is known, a diagonal.
 
-    Operators combine: ``A + B``, ``c * A``, ``-A``, ``A - B`` and ``A.T``, which is A.
+    Operators combine as ``A + B``, ``A - B``, ``c * A`` and ``-A``. ``A.T`` is A.
     """
 
     __array_ufunc__ = None  # NumPy's own scalars and arrays leave c * A to __rmul__
@@ -42,7 +42,7 @@ class Operator(ProductOnly):
             return NotImplemented
         if tuple(self.shape) != tuple(other.shape):
             raise ValueError(
-                f"operators that are added must have one shape; got {tuple(self.shape)} and "
+                f"operators in a sum must have the same shape; got {tuple(self.shape)} and "
                 f"{tuple(other.shape)}."
             )
         return self._plus(other)
@@ -81,12 +81,12 @@ class Operator(ProductOnly):
         """Return the diagonal, shape (n,)."""
         raise TypeError(
             f"{type(self).__name__} has no diagonal. Sample columns uniformly, pass `indices`, or "
-            "give `diagonal=` to FunctionOperator."
+            "pass `diagonal=` to FunctionOperator."
         )
 
 
 class CombinedOperator(Operator):
-    """Made of other operators: its entries can be read where those of all of them can."""
+    """An operator made of others. Its entries can be read if those of all its parts can."""
 
     def _operands(self) -> tuple[Any, ...]:
         """Return the arrays and operators that it is made of."""
@@ -97,14 +97,14 @@ class CombinedOperator(Operator):
 
     @property
     def submatrix(self) -> Callable[[np.ndarray], Array]:
-        """The function that returns rows and columns at host indices, shape (k, k)."""
+        """A function that returns rows and columns at host indices, shape (k, k)."""
         if not all(is_array(A) or hasattr(A, "submatrix") for A in self._operands()):
             raise AttributeError(f"{type(self).__name__} has operands whose entries are unknown")
         return self._entries
 
     @property
     def entry_operations(self) -> int:
-        """Of a matrix product, about: what an entry takes."""
+        """Approximate number of operations per entry of a matrix product."""
         return sum(getattr(A, "entry_operations", 2) for A in self._operands())
 
 

@@ -27,10 +27,11 @@ def columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array
     Parameters
     ----------
     A : linear operator, shape (n, n)
+        Symmetric.
     indices : sequence of k distinct ints
-        Which columns, in this order.
+        Columns to return, in this order.
     chunk_size : int, optional
-        Columns asked for at a time. Default: all at once.
+        Columns computed at a time. Default: all at once.
 
     Returns
     -------
@@ -38,7 +39,7 @@ def columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array
 
     Notes
     -----
-    ``k`` products with `A` where it cannot read its columns.
+    ``k`` products with `A` if its columns cannot be read.
     """
     A = aslinearoperator(A)
     indices = check_indices(indices, int(A.shape[0]))
@@ -56,9 +57,9 @@ def finite_columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -
 
 
 def join_columns(parts: Iterable[Array], count: int) -> Array:
-    """Return blocks of `count` columns in all side by side, none of them held twice.
+    """Join blocks of columns, `count` in all, without holding any of them twice.
 
-    Save in jax, whose arrays cannot be filled in place, and of rows spread over processes.
+    JAX, whose arrays cannot be filled in place, and distributed rows need a second copy.
     """
     held: list[Array] = []
     rows: Any = None
@@ -82,7 +83,7 @@ def diagonal(A: Any) -> Array:
     Raises
     ------
     TypeError
-        If `A` supplies none: it is never bought with n products behind the caller's back.
+        If `A` does not supply it. It is never computed from n products.
     """
     return aslinearoperator(A).diagonal()
 
@@ -132,5 +133,5 @@ def known_diagonal(A: Any, what: str) -> Array:
 
 
 def joined(parts: list[Array]) -> Array:
-    """Return blocks of columns side by side."""
+    """Join blocks of columns."""
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=1)

@@ -1,4 +1,4 @@
-"""Operators made of operators: shifted, and scaled by a diagonal from both sides."""
+"""Shifted operators, and operators scaled by a diagonal from both sides."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def split_diagonal(A: Any, damping: Scalar) -> tuple[Any, Any, Array | None]:
     if not is_traced(positive) and not bool(positive):
         raise ValueError(
             "`ridge` plus the damping of the solver must be > 0 everywhere; some entries are 0. "
-            "Give the solver a small damping."
+            "Use a small damping."
         )
     s = D**-0.5
     return scaled_by_diagonal(A.base, s), 1.0, s

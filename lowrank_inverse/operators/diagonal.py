@@ -1,4 +1,4 @@
-"""Operators that hold a diagonal: one alone, and another operator shifted by one."""
+"""Diagonal operators, and operators with a shifted diagonal."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lowrank_inverse.operators.product import check_alike, unit_vectors
 
 
 class DiagonalOperator(CombinedOperator):
-    """A diagonal matrix: ``DiagonalOperator(n, entries)``.
+    """A diagonal matrix.
 
     Parameters
     ----------
     n : int
         Number of rows.
     entries : float, 0-d array or array of shape (n,)
-        The diagonal. The identity by default.
+        The diagonal. Default: the identity.
     like : array, optional
         An array of the library, dtype and device of the products. Default: `entries`, or NumPy's
         float64.
@@ -102,12 +102,14 @@ class DiagonalOperator(CombinedOperator):
 
 
 class ShiftedOperator(CombinedOperator):
-    """``A + diag(shift)``; solvers keep the shift out of what they approximate.
+    """``A + diag(shift)``. Solvers approximate A only and treat the shift exactly.
 
     Attributes
     ----------
     base : operator
+        A.
     shift : float, 0-d array or array of shape (n,)
+        Added to the diagonal.
     """
 
     _parts = ("base", "shift")

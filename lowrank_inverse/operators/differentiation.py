@@ -1,6 +1,6 @@
-"""The arrays that operators are made of, and solves that are differentiated by them.
+"""Derivatives of solves with respect to the arrays that define an operator.
 
-How a library differentiates is told by rules, which its adapter registers.
+Each adapter registers the rules by which its library differentiates.
 """
 
 from __future__ import annotations

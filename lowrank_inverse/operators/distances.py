@@ -1,4 +1,4 @@
-"""Squared distances between points, and kernels that are functions of them."""
+"""Squared distances between points, and kernels of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators given by functions, sparse matrices, and other libraries' operators."""
+"""Operators defined by functions, and conversion to operators."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from lowrank_inverse.operators.product import check_square
 
 
 class FunctionOperator(Operator):
-    """A symmetric operator given by functions.
+    """A symmetric operator defined by functions.
 
     Parameters
     ----------
     matvec : callable
-        Takes a vector of shape (n,) and returns its product, shape (n,).
+        Maps a vector of shape (n,) to its product, shape (n,).
     n : int
         Number of rows.
     dtype : dtype, optional
-        Of the products: a NumPy or a PyTorch dtype, which also says the library.
-        Default: that of `like`, or NumPy's float64.
+        Dtype of the products, of NumPy or PyTorch, which also selects the library. Default: that
+        of `like`, or NumPy's float64.
     like : array, optional
         An array of the library, dtype and device of the products. Needed for JAX and CuPy, and
         for PyTorch on an accelerator.
     matmat : callable, optional
-        Takes a block of shape (n, m). Default: `matvec` on one column after the other.
+        Maps a block of shape (n, m) to its product. Default: `matvec` column by column.
     columns : callable, optional
-        Takes distinct host indices of length k and returns columns, shape (n, k).
-        Default: products with unit vectors.
+        Maps k distinct host indices to the columns, shape (n, k). Default: products with unit
+        vectors.
     diagonal : callable, optional
-        Takes nothing and returns the diagonal, shape (n,).
+        Takes no argument and returns the diagonal, shape (n,).
     parameters : sequence of arrays
-        Given to each of the functions after its own argument, as ``matvec(v, *parameters)``: then
-        solutions have derivatives of any order by them, also under ``torch.func``. By tensors that
-        a function reads beside them, torch takes first derivatives; jax takes all.
+        Passed to each function after its own argument, as ``matvec(v, *parameters)``. Solutions
+        have derivatives of any order with respect to them, under ``torch.func`` too. With respect
+        to other tensors that a function reads, PyTorch has first derivatives only, JAX has all.
 
     Raises
     ------
     TypeError
-        If `matvec` is not callable or its products have another dtype or library.
+        If `matvec` is not callable, or its products have another dtype or library.
 
     Notes
     -----
-    What a function returns is copied, so that it may write the next product into the same array.
+    The results of functions are copied, so `matvec` may reuse its output array.
 
     Examples
     --------
@@ -81,8 +81,8 @@ class FunctionOperator(Operator):
         for name, given in (("matmat", matmat), ("columns", columns), ("diagonal", diagonal)):
             if given is not None and not callable(given):
                 raise TypeError(
-                    f"`{name}` must be a function; got {describe(given)}. For a diagonal d at "
-                    "hand, diagonal=lambda: d."
+                    f"`{name}` must be a function; got {describe(given)}. For a known diagonal "
+                    "d, pass diagonal=lambda: d."
                 )
         n = check_count("n", n)
         self.like = prototype(dtype, like)
@@ -108,7 +108,7 @@ class FunctionOperator(Operator):
         if not is_array(product) or product.dtype != self.dtype or tuple(product.shape) != shape:
             raise TypeError(
                 f"`matvec` must return dtype {self.dtype} and shape {tuple(shape)}; got "
-                f"{describe(product)}. Give FunctionOperator the right `dtype` or `like`."
+                f"{describe(product)}. Pass the right `dtype` or `like` to FunctionOperator."
             )
         return copied(product)  # the function may use its array again
 
@@ -133,8 +133,8 @@ def aslinearoperator(A: Any) -> Any:
     Parameters
     ----------
     A : array, SciPy sparse matrix or LinearOperator, or any operator, shape (n, n)
-        Symmetric. Whatever has ``.shape``, ``.dtype`` and ``@`` qualifies; columns that it does
-        not supply itself are taken by products with unit vectors.
+        Symmetric. Any object with ``.shape``, ``.dtype`` and ``@`` is accepted. If it has no
+        ``columns``, they are computed as products with unit vectors.
 
     Returns
     -------
@@ -144,10 +144,10 @@ def aslinearoperator(A: Any) -> Any:
     Raises
     ------
     TypeError
-        If `A` is no operator, or not of a real floating dtype.
+        If `A` is not an operator, or its dtype is not real floating.
     ValueError
-        If `A` is not square, or visibly not symmetric (16 rows of a dense array, all of a
-        sparse matrix; other operators are not checked).
+        If `A` is not square, or is found not to be symmetric. The test covers 16 rows of a dense
+        array and all of a sparse matrix; other operators are not tested.
 
     Examples
     --------

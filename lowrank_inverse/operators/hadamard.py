@@ -1,4 +1,4 @@
-"""Products of operators entry by entry."""
+"""Entrywise products of operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TILE_NUMBERS = 2**20
 
 
 class HadamardOperator(CombinedOperator):
-    """``A * B``, entry by entry, of operators whose entries can be read."""
+    """The entrywise product of two operators whose entries can be read."""
 
     _parts: tuple[str, ...] | None = ("A", "B")
 
@@ -50,9 +50,9 @@ class HadamardOperator(CombinedOperator):
 
 
 def hadamard(A: Any, B: Any) -> HadamardOperator:
-    """Return the product of `A` and `B` entry by entry: of kernels, the product kernel.
+    """Return the entrywise product of `A` and `B`; for kernel matrices, that of the product kernel.
 
-    Positive semidefinite where both are (Schur's product theorem).
+    It is positive semidefinite if both are (Schur product theorem).
 
     Parameters
     ----------
@@ -66,13 +66,13 @@ def hadamard(A: Any, B: Any) -> HadamardOperator:
     Raises
     ------
     TypeError
-        If entries cannot be read, or library or dtype differ.
+        If entries cannot be read, or the libraries or dtypes differ.
     ValueError
         If the shapes differ.
 
     Notes
     -----
-    A product reads all columns of both, ``2**20`` numbers at a time.
+    A product reads all columns of both operators, ``2**20`` numbers at a time.
 
     Examples
     --------
@@ -92,12 +92,12 @@ def hadamard(A: Any, B: Any) -> HadamardOperator:
     for name, operand in (("A", A), ("B", B)):
         if not hasattr(operand, "submatrix"):
             raise TypeError(
-                f"`{name}` must have entries that can be read, as arrays and kernels have; got "
-                f"{describe(operand)}, of which each column costs a product."
+                f"`{name}` must have entries that can be read, as arrays and kernels do; got "
+                f"{describe(operand)}, whose columns cost a product each."
             )
     if tuple(A.shape) != tuple(B.shape):
         raise ValueError(
-            f"`A` and `B` must have one shape; got {tuple(A.shape)} and {tuple(B.shape)}."
+            f"`A` and `B` must have the same shape; got {tuple(A.shape)} and {tuple(B.shape)}."
         )
     check_alike(A, B)
     return HadamardOperator(A, B)

@@ -1,4 +1,4 @@
-"""Kernel matrices that are never formed whole."""
+"""Kernel matrices that are never stored whole."""
 
 from __future__ import annotations
 
@@ -45,50 +45,51 @@ CPU_CHUNK, DEVICE_CHUNK, DIAGONAL_CHUNK = 512, 8192, 32
 
 
 class KernelOperator(Operator):
-    """The matrix ``K[i, j] = kernel(X[i], X[j])``, computed in tiles as products need it.
+    """The matrix ``K[i, j] = kernel(X[i], X[j])``, computed in tiles during each product.
 
     Parameters
     ----------
     X : array, shape (n, d)
-        Points, one per row. A ``numpy.memmap`` is read in blocks of rows, and never held whole.
+        Points, one per row. A ``numpy.memmap`` is read in blocks of rows.
     kernel : {"rbf", "laplacian", "matern", "polynomial"} or callable
         With u and v the points divided by `lengthscale`: ``exp(-norm2(u - v)**2 / 2)``,
         ``exp(-norm1(u - v))``, the Matérn kernel of order `nu` [1]_ (Eq. 4.14), or
-        ``(u @ v + coef0) ** degree``. A callable takes blocks of points of shapes (p, d) and
-        (q, d) and returns their kernel, shape (p, q); it must be symmetric and positive
-        semidefinite, and is given the points as they are.
+        ``(u @ v + coef0) ** degree``. A callable maps blocks of points, of shapes (p, d) and
+        (q, d), to their kernel, of shape (p, q). It must be symmetric and positive semidefinite,
+        and gets the points without division.
     lengthscale : float or 0-d array, or array or list of d numbers
         One for all features, or one for each. ``1 / sqrt(2 gamma)`` in the notation of
         scikit-learn's "rbf", ``1 / gamma`` for "laplacian", ``1 / sqrt(gamma)`` for "polynomial".
     nu : {0.5, 1.5, 2.5}
         Order of the Matérn kernel.
     degree : int
-        Of the polynomial kernel: at least 1.
+        Degree of the polynomial kernel, at least 1.
     coef0 : float or 0-d array
-        Of the polynomial kernel: 0 or more.
+        Constant of the polynomial kernel, 0 or more.
     chunk_size : int, optional
         Tiles have up to ``chunk_size ** 2`` entries. Default: 512, on an accelerator 8192.
 
     Raises
     ------
     TypeError, ValueError
-        For points that are no finite real floating array of shape (n, d), parameters out of
-        range, and a callable whose blocks have another shape, dtype or library.
+        If the points are not a finite real floating array of shape (n, d), a parameter is out of
+        range, or the results of a callable have another shape, dtype or library.
 
     Notes
     -----
-    A product costs ``n**2 / 2`` evaluations of the kernel (each tile serves its mirror image),
-    ``n**2`` where jax traces; columns ``n * k``. Memory: about four tiles and the answer.
+    A product evaluates the kernel ``n**2 / 2`` times, since each tile also serves its mirror image,
+    or ``n**2`` times while JAX traces; k columns take ``n * k`` evaluations. Memory: about four
+    tiles and the result.
 
-    Equal points have the distance 0 and the kernel 1 exactly. Up to 16 features, distances are
-    sums of differences. Beyond, squares come from inner products in float64, right to ``4e-12
-    (d + 2)`` of themselves: where more digits would cancel, and where there is no float64, from
-    differences. Where jax traces, they are 0 below ``4e-16 (d + 2)`` times the squared norms.
+    Equal points have distance 0 and kernel value 1 exactly. Up to 16 features, distances are sums
+    of differences. Beyond, they use inner products in float64, with a relative error of ``4e-12 (d
+    + 2)``; if more digits would cancel, or without float64, they use differences. While JAX traces,
+    distances below ``4e-16 (d + 2)`` times the squared norms become 0.
 
-    In torch and jax, products and entries are differentiable with respect to the points,
-    `lengthscale` and `coef0`. First and second derivatives are finite and right, between equal
-    points too; "laplacian" and the Matérn kernel of order 1/2, which have a kink there, take the
-    derivative 0 of the distance, the mean of both sides.
+    In PyTorch and JAX, products and entries are differentiable with respect to the points,
+    `lengthscale` and `coef0`. First and second derivatives are finite and correct for equal points
+    too. "laplacian" and the Matérn kernel of order 1/2 have a kink there, at which the derivative
+    of the distance is taken to be 0, the mean of both sides.
 
     References
     ----------
@@ -144,7 +145,7 @@ class KernelOperator(Operator):
             check_finite("X", in_memory(X[rows, ...]))
 
     def columns(self, indices: Indices) -> Array:
-        """Return the columns at `indices`, shape (n, k), computed at the points alone."""
+        """Return the columns at `indices`, shape (n, k), from n k evaluations."""
         indices = check_indices(indices, self.shape[0])
         chosen = self._chosen(indices)
         if is_traced(self.X) or is_traced(indices):
@@ -155,12 +156,12 @@ class KernelOperator(Operator):
         return xp.concat([self.evaluate(x, chosen) for x in blocks], axis=0)
 
     def submatrix(self, indices: Indices) -> Array:
-        """Return the rows and columns at `indices`, shape (k, k), computed by themselves."""
+        """Return the rows and columns at `indices`, shape (k, k), from k² evaluations."""
         chosen = self._chosen(check_indices(indices, self.shape[0]))
         return self.evaluate(chosen, chosen)
 
     def diagonal(self) -> Array:
-        """Return the diagonal, shape (n,): ones, but for polynomials and callables."""
+        """Return the diagonal, shape (n,): ones, except for polynomials and callables."""
         xp = array_namespace(self.like)
         if self.kernel in ("rbf", "laplacian", "matern"):
             return xp.ones((self.shape[0],), dtype=self.dtype, device=like_device(self.like))
@@ -168,13 +169,14 @@ class KernelOperator(Operator):
         return xp.concat([self._diagonal(x) for x in self._blocks(self.X, size)], axis=0)
 
     def cross(self, Z: Array, block: Array) -> Array:
-        """Return ``K(Z, X) @ block``: a function of the kernel's space at other points.
+        """Return ``K(Z, X) @ block``: functions of the kernel's space at other points.
 
         Parameters
         ----------
         Z : array, shape (p, d)
-            A ``numpy.memmap`` is read in blocks.
+            Points, one per row. A ``numpy.memmap`` is read in blocks.
         block : array, shape (n,) or (n, m)
+            Coefficients, one column per function.
 
         Returns
         -------
@@ -248,7 +250,7 @@ class KernelOperator(Operator):
         return self._polynomial(xp.sum(x * x, axis=1))
 
     def evaluate(self, x: Array, y: Array) -> Array:
-        """Return the kernel between points `x` (p, d) and `y` (q, d), shape (p, q), at once."""
+        """Return the kernel of points `x` (p, d) and `y` (q, d), shape (p, q), in one piece."""
         if callable(self.kernel):
             return self._checked(self.kernel(x, y), (x.shape[0], y.shape[0]))
         xp = array_namespace(x)

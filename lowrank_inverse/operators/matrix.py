@@ -1,4 +1,4 @@
-"""A symmetric matrix whose entries are at hand: an array, or a sparse one of SciPy."""
+"""Symmetric matrices with stored entries, dense or sparse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DenseOperator(Operator):
         return self.matrix @ block
 
     def frobenius_norm(self) -> Array:
-        """Return the root of the sum of the squared entries, as a 0-d array."""
+        """Return the Frobenius norm, as a 0-d array."""
         return column_norm(array_namespace(self.matrix).reshape(self.matrix, (-1,)))
 
     def columns(self, indices: Indices) -> Array:
@@ -40,7 +40,7 @@ class DenseOperator(Operator):
         return take(self.matrix, check_indices(indices, self.shape[0]), axis=1)
 
     def submatrix(self, indices: np.ndarray) -> Array:
-        """Return the rows and columns at host `indices`, shape (k, k), and read nothing else."""
+        """Return the rows and columns at host `indices`, shape (k, k); read nothing else."""
         return take(take(self.matrix, indices), indices, axis=1)
 
     def diagonal(self) -> Array:

@@ -1,4 +1,4 @@
-"""What kernels are given: points in blocks of rows, and parameters, checked."""
+"""Checks of the points and parameters of kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_points(name: str, points: Any, others: Array | None = None) -> None:
     check_floating(name, points)
     if points.ndim != 2 or 0 in points.shape:
         raise ValueError(
-            f"`{name}` must have shape (n, d), one point a row; got shape {tuple(points.shape)}. "
+            f"`{name}` must have shape (n, d), one point per row; got shape {tuple(points.shape)}. "
             f"For points with one feature use {name}[:, None]."
         )
     if others is None:
@@ -43,7 +43,7 @@ def check_points(name: str, points: Any, others: Array | None = None) -> None:
     namespace(**{"X": others, name: points})
     if points.shape[1] != others.shape[1] or points.dtype != others.dtype:
         raise ValueError(
-            f"`{name}` must have {others.shape[1]} features of dtype {others.dtype}, as `X` has; "
+            f"`{name}` must have {others.shape[1]} features of dtype {others.dtype}, like `X`; "
             f"got {describe(points)}."
         )
 

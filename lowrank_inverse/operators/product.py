@@ -1,4 +1,4 @@
-"""What multiplies and says what it is: the base of operators and inverses."""
+"""The base class of operators and inverses: checked products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_inverse.arrays.conversion import like as like_array
 
 
 class ProductOnly:
-    """An operator of shape (n, n) whose products check what they are given."""
+    """An operator of shape (n, n) that checks the operands of its products."""
 
     shape: tuple[int, int]
     dtype: Any
@@ -46,9 +46,9 @@ class ProductOnly:
             return self._multiply(block)
 
     def matvec(self, block: Array) -> Array:
-        """Return the product: the name under which SciPy looks for it, with ``M=`` and elsewhere.
+        """Return the product with a vector or block, under the name that SciPy uses.
 
-        The operators are symmetric, so it also serves as SciPy's product with the transpose.
+        The operators are symmetric, so this is also the product with the transpose.
         """
         return self @ block
 
@@ -110,6 +110,6 @@ def check_alike(A: Any, B: Any) -> None:
         libraries = ["" if x is None else type(x).__module__.split(".")[0] + " " for x in (a, b)]
         kinds = " and ".join(f"{x}{X.dtype}" for x, X in zip(libraries, (A, B), strict=True))
         raise TypeError(
-            "operators that are combined must have one library and dtype; got "
+            "operators that are combined must have the same library and dtype; got "
             f"{kinds}. Convert one of them."
         )

@@ -14,21 +14,21 @@ from lowrank_inverse.results.solution import Reason, Solution
 
 NO_BETTER = 1 - 1e-6
 ADVICE = {
-    Reason.MAX_STEPS: "all steps were used. Raise `max_steps`, loosen `rtol`, or take "
-    "NystromCG with a larger `rank`; `x0=solution.value` goes on from this solution.",
+    Reason.MAX_STEPS: "all steps were used. Raise `max_steps`, loosen `rtol`, or use "
+    "NystromCG with a larger `rank`. `x0=solution.value` continues from this solution.",
     Reason.NEGATIVE_CURVATURE: "A + damping * I is not positive definite. Raise `damping` above "
     "the most negative eigenvalue of A; for a Hessian, Gauss-Newton products are semidefinite.",
-    Reason.STAGNATED: "the residual ceased to fall: the tolerance is out of reach in this "
+    Reason.STAGNATED: "the residual stopped decreasing: the tolerance is out of reach in this "
     "precision. Use float64, raise `damping`, or loosen `rtol`.",
-    Reason.DIVERGED: "the step size is too large. Leave `step_size` out, so that it is found, or "
-    "take CG.",
-    Reason.NONFINITE: "a product returned NaN or Inf. Look for an overflow in A @ v; float64 or "
-    "another scale of A may mend it.",
+    Reason.DIVERGED: "the step size is too large. Omit `step_size` to have it estimated, or use "
+    "CG.",
+    Reason.NONFINITE: "a product returned NaN or Inf. Look for an overflow in A @ v. Use float64 "
+    "or rescale A.",
     Reason.INDEFINITE_PRECONDITIONER: "the preconditioner is not positive definite to rounding. "
-    "Make it in float64, or with a larger `damping`; or take CG.",
-    Reason.SINGULAR: "A + damping * I is singular to rounding, and b is not in its range: there is "
-    "no solution. Raise `damping`, or project b on the range of A.",
-    Reason.DIRECT: "a direct method gave its answer, and the residual is above the tolerance.",
+    "Compute it in float64 or with a larger `damping`, or use CG.",
+    Reason.SINGULAR: "A + damping * I is singular to rounding, and b is not in its range, so "
+    "there is no solution. Raise `damping`, or project b onto the range of A.",
+    Reason.DIRECT: "the residual of the direct method is above the tolerance.",
 }
 
 
@@ -37,13 +37,18 @@ ADVICE_ON = {
     (
         Reason.MAX_STEPS,
         "Neumann",
-    ): "all terms were used. Raise `num_terms`, or take CG, which needs far fewer products.",
-    (Reason.DIRECT, "Nystrom"): "the low-rank answer is not that accurate. Raise `rank` or "
-    "`damping`, add `refine` steps, or take NystromCG, which goes on to the tolerance.",
-    (Reason.DIRECT, "Exact"): "the matrix is singular to rounding, and b not in its range. Raise "
-    "`damping`.",
-    (Reason.DIRECT, "Identity"): "a multiple of b is no solution. Take any other solver.",
-    (Reason.DIRECT, "CallableSolver"): "the function given as `solver` stopped short of it.",
+    ): "all terms were used. Raise `num_terms`, or use CG, which needs far fewer products.",
+    (Reason.DIRECT, "Nystrom"): "the low-rank solution is not that accurate. Raise `rank` or "
+    "`damping`, add `refine` steps, or use NystromCG, which iterates to the tolerance.",
+    (
+        Reason.DIRECT,
+        "Exact",
+    ): "the matrix is singular to rounding, and b is not in its range. Raise `damping`.",
+    (Reason.DIRECT, "Identity"): "a multiple of b is not a solution. Use another solver.",
+    (
+        Reason.DIRECT,
+        "CallableSolver",
+    ): "the function given as `solver` did not reach the tolerance.",
 }
 
 
@@ -104,7 +109,7 @@ def raise_on_failure(solution: Solution, solver: Solver | SolveFunction) -> None
     if is_traced(solution.reason):
         raise TypeError(
             "`throw=True` needs to know how the solve ended, which is unknown while jax traces. "
-            "Leave it out and look at `solution.converged`."
+            "Omit it and check `solution.converged`."
         )
     codes = to_host(solution.reason).reshape(-1)
     failed = sorted({int(code) for code in codes} - {int(Reason.CONVERGED)})
@@ -114,7 +119,7 @@ def raise_on_failure(solution: Solution, solver: Solver | SolveFunction) -> None
     worst = float(to_host(solution.residual_norm).max())
     lines = [
         f"{count} of {codes.size} right-hand sides did not converge (residual norms up to "
-        f"{worst:.2g}); the error has the `solution` found."
+        f"{worst:.2g}). `error.solution` holds the result."
     ]
     for code in failed:
         reason = Reason(code)

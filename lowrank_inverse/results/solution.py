@@ -28,20 +28,20 @@ class Reason(enum.IntEnum):
     MAX_STEPS = 1
     """All steps or terms were used."""
     NEGATIVE_CURVATURE = 2
-    """A direction p with ``p.T (A + damping I) p <= 0`` was met: not positive definite."""
+    """A direction p with ``p.T (A + damping I) p <= 0``: the matrix is not positive definite."""
     STAGNATED = 3
-    """The true residual ceased to fall: the tolerance is out of reach in this precision."""
+    """The true residual stopped decreasing: the tolerance is out of reach in this precision."""
     DIVERGED = 4
     """The step size of a Neumann series is too large to converge."""
     NONFINITE = 5
     """A product returned NaN or Inf."""
     INDEFINITE_PRECONDITIONER = 6
-    """A residual r with ``r.T M r <= 0`` was met: the preconditioner M is no good."""
+    """A residual r with ``r.T M r <= 0``: the preconditioner M is not positive definite."""
     DIRECT = 7
-    """A direct method did all it does; its residual is above the tolerance."""
+    """The residual of a direct method is above the tolerance."""
     SINGULAR = 8
-    """A direction p with ``p.T (A + damping I) p = 0`` to rounding was met, so that the matrix is
-    singular, and b has a part outside of its range."""
+    """A direction p with ``p.T (A + damping I) p = 0`` to rounding: the matrix is singular, and b
+    has a component outside its range."""
 
 
 class Pairs(NamedTuple):

@@ -111,9 +111,9 @@ def plan_memory(
     fitting = int((memory - small) // (2 * n * itemsize))
     if fitting < 1:
         raise ValueError(
-            f"`memory` must be at least {taken('streamed', 1):.3g} bytes, two vectors of {n} "
-            f"numbers and what is {rank}×{rank}; got {memory:.3g}. Raise it, or use CG(), which "
-            "holds no columns."
+            f"`memory` must be at least {taken('streamed', 1):.3g} bytes, for two vectors of "
+            f"{n} numbers and the {rank}×{rank} matrices; got {memory:.3g}. Raise it, or use CG(), "
+            "which stores no columns."
         )
     chunk = min(rank, chunk_size or rank, fitting)
     return MemoryPlan("streamed", chunk, taken("streamed", chunk))

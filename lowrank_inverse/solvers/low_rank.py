@@ -114,7 +114,7 @@ class Nystrom:
         held = self.rank == "auto" or self.sampling not in ("auto", *DRAWN)
         if held and self.indices is None and self.memory != "stored":
             raise ValueError(
-                f"rank={self.rank!r} with sampling={self.sampling!r} holds its columns; got "
+                f"rank={self.rank!r} with sampling={self.sampling!r} stores its columns; got "
                 f"memory={self.memory!r}. Use memory='stored', or pass `indices`."
             )
 

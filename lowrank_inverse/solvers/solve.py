@@ -184,7 +184,7 @@ def _with_options(settings: Any, options: dict[str, Any]) -> Any:
     known = {field.name for field in fields(settings)} if is_dataclass(settings) else set()
     name = type(settings).__name__
     if "preconditioner" in options and "preconditioner" not in known:
-        raise TypeError(f"`preconditioner` is for CG; got solver={name}. Take solver=li.CG().")
+        raise TypeError(f"`preconditioner` is for CG; got solver={name}. Use solver=li.CG().")
     if "rtol" in options:
         check_scalar("rtol", options["rtol"])
     # A direct method has no steps: it meets any tolerance that its precision allows.

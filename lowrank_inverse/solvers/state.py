@@ -164,7 +164,7 @@ def start(state: Any, b: Array) -> Array | None:
         return None
     if not isinstance(state, (Solution, HypergradientState)):
         raise TypeError(
-            "`state` must be a HypergradientState, as a hypergradient has it as `.state`, or the "
+            "`state` must be a HypergradientState, such as the `.state` of a hypergradient, or the "
             f"Solution of an earlier solve; got {describe(state)}."
         )
     value = state.value

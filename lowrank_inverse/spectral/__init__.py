@@ -1,1 +1,1 @@
-"""Functions of all eigenvalues of an operator, estimated by Lanczos quadrature."""
+"""Log determinants and traces by Lanczos quadrature."""

@@ -1,4 +1,4 @@
-"""The logarithm of the determinant of a large matrix, and traces with its inverse."""
+"""Estimates of the log determinant of a large matrix, and of traces with its inverse."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class LogDeterminant(NamedTuple):
     Attributes
     ----------
     value : float or 0-d array
-        An array in jax, and in torch where it has a graph. NaN where ``A + damping * I`` proves
-        not to be positive definite.
+        The estimate. An array in JAX, and in PyTorch if it has a graph. NaN if the probes prove
+        that ``A + damping * I`` is not positive definite.
     standard_error : float or 0-d array
-        Of the mean over the probes, as they show it: 0 where the determinant was factored. It
-        covers nothing else; see `converged`.
+        Standard error of the mean over the probes; 0 if the matrix was factored. It does not
+        include the error of the quadrature; see `converged`.
     converged : bool
-        Whether the error of the quadrature, for each probe, is small beside that.
+        Whether the quadrature error of each probe is small compared with the standard error.
     num_steps : int
-        Of Lanczos, with a product for each probe; 0 where the determinant was factored.
+        Number of Lanczos steps, each with a product per probe; 0 if the matrix was factored.
     num_products : int
-        Products with `A`, or columns of it.
+        Number of products with `A`, or of columns of it.
     inverse : NamedTuple
         What :meth:`inverse_trace` needs.
     """
@@ -75,8 +75,8 @@ class LogDeterminant(NamedTuple):
     def inverse_trace(self, B: Any) -> TraceEstimate:
         """Estimate the trace of ``(A + damping * I)^{-1} B``.
 
-        For B the derivative of A with respect to a parameter it is the derivative of `value`: of
-        the same probes, and for no solve more.
+        If B is the derivative of A with respect to a parameter, this is the derivative of `value`,
+        with the same probes. It takes products with B, but no further solve.
 
         Parameters
         ----------
@@ -155,27 +155,27 @@ def logdet(
     exact: bool | None = None,
     rng: RNG = 0,
 ) -> LogDeterminant:
-    """Estimate ``log det(A + damping * I)``, by Lanczos quadrature beside a low rank [1]_, [2]_.
+    """Estimate ``log det(A + damping * I)`` by preconditioned Lanczos quadrature [1]_, [2]_.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
-        Symmetric, and with the damping positive definite.
+        Symmetric; ``A + damping * I`` must be positive definite.
     damping : float or 0-d array
-        0 or more.
+        Added to the diagonal; 0 or more.
     rank : int
-        Columns of the Nyström approximation H_k, at most n. The more, the smaller the error.
+        Number of columns of the Nyström approximation H_k, at most n. The error falls with it.
     num_probes : int
-        At least 2. The error falls with its root.
+        Number of random vectors, at least 2. The error falls with its square root.
     max_steps : int
-        Most steps of Lanczos. Memory: up to ``max_steps * num_probes * n`` numbers.
+        Maximum number of Lanczos steps. Memory: up to ``max_steps * num_probes * n`` numbers.
     rtol : float
-        Relative residual at which a probe's steps end; the error of the quadrature is of the order
+        Relative residual at which the steps of a probe end. The quadrature error is of the order
         of its square.
     exact : bool, optional
-        Whether to factor the matrix. Default: where its entries can be read and n is at most 1000.
+        Whether to factor the matrix. Default: if its entries can be read and n is at most 1000.
     rng : int or numpy.random.Generator, optional
-        Seed of columns and probes, which are drawn on the host: the same for every library.
+        Seed of columns and probes, which are drawn on the host and are the same for every library.
 
     Returns
     -------
@@ -188,17 +188,17 @@ def logdet(
 
     Notes
     -----
-    With ``P = H_k + damping * I``, on what H_k left out plus its mean eigenvalue, ``log det(A +
-    damping * I) = log det P + trace(log B)`` for ``B = P^{-1/2} (A + damping * I) P^{-1/2}``. The
-    first is known; the second is the mean of ``w.T log(B) w`` over vectors w of random signs. Its
-    variance is twice the sum of the squares of the entries of log(B) beside the diagonal, which
-    vanishes with ``A - H_k``. Unlike :meth:`NystromApproximation.logdet`, which is a bound from
-    below, the estimate is unbiased but for the quadrature.
+    Let ``P = H_k + damping * I``, plus the mean of the missed eigenvalues on the complement of H_k.
+    Then ``log det(A + damping * I) = log det P + trace(log B)`` with ``B = P^{-1/2} (A + damping *
+    I) P^{-1/2}``. The first term is computed exactly. The second is the mean of ``w.T log(B) w``
+    over vectors w of random signs. Its variance is twice the sum of the squared off-diagonal
+    entries of log(B), which vanishes with ``A - H_k``. :meth:`NystromApproximation.logdet` is a
+    lower bound; this estimate is unbiased up to the quadrature error.
 
-    In torch and jax, `value` is differentiable with respect to `damping` and to what A is made of:
-    the derivative is the estimate of ``trace((A + damping * I)^{-1} dA)`` by the same probes, for
-    one product more with each (NumPy: :meth:`LogDeterminant.inverse_trace`). Second derivatives,
-    and forward mode, are there only where the matrix is factored; else they raise.
+    In PyTorch and JAX, `value` is differentiable with respect to `damping` and the arrays that
+    define A. The derivative is the estimate of ``trace((A + damping * I)^{-1} dA)`` with the same
+    probes, at one more product per probe (in NumPy: :meth:`LogDeterminant.inverse_trace`). Second
+    derivatives and forward mode need a matrix that is factored; otherwise they raise.
 
     References
     ----------
@@ -224,7 +224,7 @@ def logdet(
     check_scalar("rtol", rtol, positive=True)
     rank, max_steps = check_count("rank", rank), check_count("max_steps", max_steps)
     if check_count("num_probes", num_probes) < 2:
-        raise ValueError("`num_probes` must be at least 2, lest the error be unknown; got 1.")
+        raise ValueError("`num_probes` must be at least 2, to estimate the error; got 1.")
     if exact is None:
         exact = hasattr(A, "submatrix") and n <= EXACT_ROWS
     if exact:

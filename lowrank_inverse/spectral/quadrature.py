@@ -15,18 +15,19 @@ from lowrank_inverse.arrays.linalg import column_norm, set_rows
 
 
 class LogQuadrature(NamedTuple):
-    """What a Krylov space for each of m vectors tells.
+    """The results of Lanczos quadrature for m vectors.
 
     Attributes
     ----------
     forms : array, shape (m,)
-        ``w.T log(B) w`` for each column w, in the wide dtype; NaN where B has shown an eigenvalue
-        that is not positive.
+        ``w.T log(B) w`` for each column w, in the wide dtype; NaN if B was found to have an
+        eigenvalue that is not positive.
     solutions : array, shape (n, m)
         ``B^{-1} w``.
     residual_norm : array, shape (m,)
-        Of the solutions, relative to w.
+        Relative residual of each solution.
     num_steps : int
+        Number of Lanczos steps.
     """
 
     forms: Array
@@ -62,20 +63,22 @@ def log_quadrature(
 ) -> LogQuadrature:
     """Return ``w.T log(B) w`` and ``B^{-1} w`` for each column w of `W` [1]_.
 
-    Lanczos with full orthogonalisation, each column in a Krylov space of its own, until all
-    residuals of ``B x = w`` are at most `rtol`, a relative one. The error of the forms is then
-    about its square: k steps are exact for polynomials of degree ``2 k - 1``.
+    Lanczos with full orthogonalisation runs in a separate Krylov space for each column, until the
+    relative residuals of ``B x = w`` are at most `rtol`. The error of the forms is about the square
+    of that, since k steps are exact for polynomials of degree ``2 k - 1``.
 
     Parameters
     ----------
     product : callable
         ``product(block)`` is ``B @ block``, for a symmetric positive definite B.
     W : array, shape (n, m)
+        The vectors w.
     max_steps : int
-        Memory: up to ``max_steps * n * m`` numbers.
+        Maximum number of steps. Memory: up to ``max_steps * n * m`` numbers.
     rtol : float
+        Relative residual at which to stop.
     traced : bool
-        Whether jax traces the products: then all of the memory is taken.
+        Whether JAX traces the products, in which case all of this memory is allocated.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""A Nyström approximation with a shift: powers, determinant and traces of derivatives."""
+"""A shifted Nyström approximation: powers, log determinant and traces of derivatives."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ def test_the_counts_can_be_read_off_the_printed_form():
 
 @pytest.mark.parametrize("arguments", [{}, {"rank": 2, "indices": [0, 1]}])
 def test_exactly_one_of_rank_and_indices_must_be_given(arguments):
-    with pytest.raises(ValueError, match=r"give exactly one of `rank` .* and `indices`"):
+    with pytest.raises(ValueError, match=r"pass exactly one of `rank` .* and `indices`"):
         li.nystrom(np.eye(3), **arguments)
 
 

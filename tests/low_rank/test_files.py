@@ -261,7 +261,7 @@ def test_float64_is_never_cut_to_float32(tmp_path):
     li.save(tmp_path / "factor.npz", factor())
     with (
         open_backend("jax", "float32") as narrow,
-        pytest.raises(TypeError, match=r"float64, which `like` has not.*jax_enable_x64"),
+        pytest.raises(TypeError, match=r"float64, which `like` does not support.*jax_enable_x64"),
     ):
         li.load(tmp_path / "factor.npz", like=narrow.asarray(np.ones(1)))
 

@@ -244,7 +244,7 @@ def test_nystrom_cg_grows_without_a_damping():
 
 
 def test_without_anything_to_aim_at_it_is_refused():
-    with pytest.raises(ValueError, match="needs something to aim at: a positive `damping`"):
+    with pytest.raises(ValueError, match="needs a target: a positive `damping`"):
         li.nystrom(CountingOperator(POLYNOMIAL), "auto", rng=0)
     with pytest.raises(ValueError, match="`b` needs a `damping`"):
         li.nystrom(POLYNOMIAL, "auto", b=B, rng=0)
@@ -252,7 +252,7 @@ def test_without_anything_to_aim_at_it_is_refused():
 
 @pytest.mark.parametrize("name", ["damping", "b", "rtol", "max_rank"])
 def test_what_a_fixed_rank_has_no_use_for_is_refused(name):
-    with pytest.raises(ValueError, match=rf"`{name}` have a meaning only with rank='auto'; got"):
+    with pytest.raises(ValueError, match=rf"`{name}` are for rank='auto' only; got"):
         li.nystrom(POLYNOMIAL, 5, sampling="uniform", **{name: B if name == "b" else 1})
 
 
@@ -263,7 +263,7 @@ def test_what_a_fixed_rank_has_no_use_for_is_refused(name):
         ({"rank": "auto", "damping": -1.0}, ValueError, "`damping` must be finite and > 0"),
         ({"rank": "auto", "rtol": -1.0}, ValueError, "`rtol` must be finite and >= 0"),
         ({"rank": "auto", "max_rank": 0}, ValueError, "`max_rank` must be at least 1"),
-        ({"rank": "auto", "indices": [1]}, ValueError, "give exactly one of `rank`"),
+        ({"rank": "auto", "indices": [1]}, ValueError, "pass exactly one of `rank`"),
         ({"rank": "auto", "damping": 1.0, "b": np.ones(3)}, ValueError, "`b` must have 200 rows"),
     ],
 )
@@ -288,7 +288,7 @@ def test_settings_out_of_range_are_refused_when_they_are_made(kind):
 @pytest.mark.parametrize("memory", ["chunked", "streamed"])
 def test_memory_without_columns_is_refused_where_columns_are_looked_at(memory):
     for arguments in ({"rank": "auto"}, *({"sampling": s} for s in SAMPLINGS if s not in DRAWN)):
-        with pytest.raises(ValueError, match=r"holds its columns; got .*Use memory='stored'"):
+        with pytest.raises(ValueError, match=r"stores its columns; got .*Use memory='stored'"):
             li.Nystrom(memory=memory, **arguments)
 
 
@@ -298,5 +298,5 @@ def test_a_traced_matrix_is_refused_with_a_remedy(jax_backend):
     def grow(A):
         return li.nystrom(A, "auto", damping=0.1, rng=0).eigenvalues
 
-    with pytest.raises(TypeError, match=r"unknown while jax traces\. Find the rank outside"):
+    with pytest.raises(TypeError, match=r"unknown while jax traces\. Compute the rank"):
         jax.jit(grow)(jax_backend.asarray(np.eye(3)))

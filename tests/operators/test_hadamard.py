@@ -50,7 +50,7 @@ def test_what_cannot_be_multiplied_by_entries_is_refused():
     A = matrix("linear")
     with pytest.raises(TypeError, match="`B` must have entries that can be read"):
         li.hadamard(A, li.FunctionOperator(lambda v: v, len(A)))
-    with pytest.raises(ValueError, match=r"must have one shape; got \(24, 24\) and \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"must have the same shape; got \(24, 24\) and \(3, 3\)"):
         li.hadamard(A, np.eye(3))
-    with pytest.raises(TypeError, match="must have one library and dtype"):
+    with pytest.raises(TypeError, match="must have the same library and dtype"):
         li.hadamard(A, A.astype(np.float32))

@@ -466,7 +466,7 @@ def test_a_chunk_size_that_is_no_positive_whole_number_is_refused(chunk_size, er
 
 def test_a_diagonal_that_nobody_supplies_is_an_error_with_remedies():
     for A in (Bare(A64), scipy_operator(A64), li.FunctionOperator(lambda v: v, N)):
-        with pytest.raises(TypeError, match=r"has no diagonal\. .*`indices`, or give `diagonal=`"):
+        with pytest.raises(TypeError, match=r"has no diagonal\. .*`indices`, or pass `diagonal=`"):
             li.diagonal(A)
 
 
@@ -684,7 +684,7 @@ def test_what_cannot_be_added_or_multiplied_is_refused():
     with pytest.raises(ValueError, match=r"must have one shape; got \(3, 3\) and \(2, 2\)"):
         A + np.eye(2)
     for wrong in (lambda: A + li.DiagonalOperator(2), lambda: li.DiagonalOperator(2) + A):
-        with pytest.raises(ValueError, match="must have one shape"):
+        with pytest.raises(ValueError, match="must have the same shape"):
             wrong()
     with pytest.raises(ValueError, match="`B` must be symmetric"):
         A + np.triu(np.ones((3, 3)))

@@ -39,11 +39,11 @@ FAILURES = {
     Reason.DIVERGED: (
         matrix("linear"),
         li.Neumann(num_terms=50, step_size=100.0),
-        "Leave `step_size` out",
+        "Omit `step_size`",
     ),
     Reason.NONFINITE: (NOT_FINITE, li.CG(), "Look for an overflow in A @ v"),
     Reason.INDEFINITE_PRECONDITIONER: (matrix("linear"), Indefinite(), "preconditioner is not pos"),
-    Reason.DIRECT: (matrix("linear"), li.Nystrom(rank=2, damping=0.01), "take NystromCG, which"),
+    Reason.DIRECT: (matrix("linear"), li.Nystrom(rank=2, damping=0.01), "use NystromCG, which"),
 }
 
 
@@ -69,9 +69,9 @@ def test_a_failure_is_an_error_that_says_what_to_try(reason):
 @pytest.mark.parametrize(
     ("solver", "advice"),
     [
-        (li.Neumann(num_terms=2), "Raise `num_terms`, or take CG"),
-        (li.Identity(), "a multiple of b is no solution"),
-        (lambda matvec, b: 0 * b, "the function given as `solver` stopped short"),
+        (li.Neumann(num_terms=2), "Raise `num_terms`, or use CG"),
+        (li.Identity(), "a multiple of b is not a solution"),
+        (lambda matvec, b: 0 * b, "the function given as `solver` did not reach the tolerance"),
     ],
 )
 def test_the_advice_knows_the_solver(solver, advice):

@@ -59,7 +59,7 @@ def test_what_is_neither_a_way_nor_a_number_of_bytes_is_refused(memory):
 
 @pytest.mark.parametrize("settings", [{"rank": "auto"}, {"sampling": "greedy"}])
 def test_a_budget_needs_columns_drawn_beforehand(settings):
-    with pytest.raises(ValueError, match="holds its columns"):
+    with pytest.raises(ValueError, match="stores its columns"):
         li.Nystrom(memory=1e9, **settings)
 
 

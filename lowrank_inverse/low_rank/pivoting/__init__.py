@@ -1,1 +1,1 @@
-"""Columns chosen one after the other: pivoted Cholesky factorizations."""
+"""Pivoted Cholesky factorizations."""

@@ -69,12 +69,12 @@ class Pivoting:
 
     @property
     def residual_trace(self) -> float:
-        """Sum of the residual diagonal, negative rounding left out."""
+        """Sum of the residual diagonal without negative rounding."""
         return float(np.sum(np.maximum(self.residual, 0.0)))
 
     @property
     def witness(self) -> int | None:
-        """Row whose residual diagonal entry is clearly negative, if there is one."""
+        """Index of a row whose residual diagonal entry is clearly negative, or None."""
         lowest = int(np.argmin(self.residual))
         return lowest if self.residual[lowest] < -4 * self._noise * self.diagonal_max else None
 
@@ -138,7 +138,7 @@ class Pivoting:
         if difference > self._unit**0.5 * self.diagonal_max:
             raise ValueError(
                 "the diagonal of `A` must be that of its columns; they differ by "
-                f"{difference:.2g}. Mend `diagonal=` of the operator, or, for an estimate, use "
+                f"{difference:.2g}. Correct `diagonal=` of the operator, or, for an estimate, use "
                 "sampling='diagonal'."
             )
         host = (host + host.T) / 2

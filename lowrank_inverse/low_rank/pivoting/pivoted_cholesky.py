@@ -1,4 +1,4 @@
-"""Pivoted partial Cholesky: columns chosen by what those before them left over."""
+"""Partial Cholesky factorization with greedy or random pivots."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from lowrank_inverse.operators.function import aslinearoperator
 
 
 class PivotedCholesky(NamedTuple):
-    """``A ≈ factor @ factor.T`` from the columns of `A` at `pivots`.
+    """A factorization ``A ≈ factor @ factor.T`` from the columns of `A` at `pivots`.
 
     Attributes
     ----------
     pivots : numpy.ndarray of int64, shape (k,)
-        Distinct, in the order of their choice.
+        Distinct indices, in the order of their choice.
     columns : array, shape (n, k)
-        Of `A`, at the pivots.
+        Columns of `A` at the pivots.
     factor : array, shape (n, k)
         F; its rows at the pivots are lower triangular.
     residual_diagonal : numpy.ndarray of float64, shape (n,)
-        Of ``A - F F.T``; 0 at the pivots.
+        Diagonal of ``A - F F.T``; 0 at the pivots.
     residual_trace : float
-        Its sum, negative rounding left out. It bounds the norm of ``A - F F.T``.
+        Sum of `residual_diagonal` without negative rounding. It bounds the norm of ``A - F F.T``.
     exhausted : bool
-        Whether nothing but rounding was left over: `A` has numerical rank k.
+        Whether the remainder is rounding, so that `A` has numerical rank k.
     indefinite : bool
         Whether a residual diagonal entry is clearly negative, so that `A` is indefinite.
     num_products : int
-        Columns of `A` read.
+        Number of columns of `A` read.
     """
 
     pivots: np.ndarray
@@ -59,22 +59,22 @@ def pivoted_cholesky(
     rng: RNG = 0,
     rtol: float | None = None,
 ) -> PivotedCholesky:
-    """Choose up to `rank` columns of `A`, each by the diagonal that those before it left over.
+    """Choose up to `rank` columns of `A`, each by the residual diagonal of the previous ones.
 
     Parameters
     ----------
     A : linear operator, shape (n, n)
         Symmetric positive semidefinite, with a diagonal.
     rank : int
-        Columns to choose, from 1 to n. There are fewer where `A` has a lower numerical rank.
+        Number of columns, from 1 to n; fewer are chosen if `A` has a lower numerical rank.
     method : {"rpcholesky", "greedy"}
-        Draw the next pivot in proportion to the residual diagonal [1]_, or take its largest
-        entry, the first of equals. Greedy pivots are thrown off by outliers; random ones are not.
+        Draw the next pivot in proportion to the residual diagonal [1]_, or take its largest entry
+        (the first, if several are equal). Outliers mislead greedy pivots but not random ones.
     rng : int or numpy.random.Generator, optional
-        Seed of ``"rpcholesky"``. One seed gives the same pivots on every backend.
+        Seed of ``"rpcholesky"``. The same seed gives the same pivots in every library.
     rtol : float, optional
-        Entries of the residual diagonal up to this fraction of the largest of `A` are left
-        alone. Default, and least value for each row: rounding, ``(8 + 4 k) * eps``.
+        Entries of the residual diagonal up to this fraction of the largest diagonal entry of `A`
+        are not chosen. Default, and lower limit for each row: rounding, ``(8 + 4 k) * eps``.
 
     Returns
     -------
@@ -83,21 +83,22 @@ def pivoted_cholesky(
     Raises
     ------
     TypeError
-        If `A` has no diagonal, or is unknown because jax traces.
+        If `A` has no diagonal, or its values are unknown because JAX traces.
     ValueError
-        If its diagonal or a column holds NaN or Inf, or they contradict each other.
+        If the diagonal or a column holds NaN or Inf, or diagonal and columns disagree.
 
     Notes
     -----
-    k columns, ``n k²`` operations, and 2 n k numbers. If `A` can read its entries
-    (``A.submatrix(indices)``; arrays can), pivots are proposed in blocks of 64, of which those are
-    kept that the sequential form could have taken: drawn ones by rejection, which leaves their
-    distribution as it is [2]_, greedy ones while they exceed all that is outside of the block.
+    Cost: k columns and ``n k²`` operations; memory: 2 n k numbers. If the entries of `A` can be
+    read (``A.submatrix(indices)``; arrays can), pivots are proposed in blocks of 64, and those are
+    kept that the sequential method could have chosen. Random pivots are kept by rejection sampling,
+    which preserves their distribution [2]_; greedy ones while they exceed all entries outside the
+    block.
 
-    The expected residual trace is within a factor ``1 + ε`` of the best possible for rank r after
+    The expected residual trace is within a factor ``1 + ε`` of the best rank-r approximation after
     ``r / ε + r log(...)`` random pivots (Theorem 5.1 of [1]_). Residual diagonals are kept on the
-    host in float64. Arrays in the memory of the host are factored there, so that every library
-    finds the very same pivots.
+    host in float64. Arrays in host memory are factored there, so that every library finds exactly
+    the same pivots.
 
     References
     ----------
