@@ -47,15 +47,31 @@ COMPILED_IN_FLOAT64 = (
     "test_trace",
 )
 
+SLOW_IN_JAX = (  # dozens of shapes, each compiled anew
+    "test_a_run_cut_short_between_pairs_and_result_goes_on_bit_for_bit",
+    "test_each_distance_is_right_to_its_own_digits",
+    "test_every_form_in_chunks_gives_the_batched_inverse",
+    "test_hparams_may_have_another_dtype_than_the_parameters",
+    "test_products_columns_and_diagonal_are_those_of_the_textbook_on_every_backend",
+    "test_self_influence_is_the_diagonal_of_the_scores_of_the_training_set",
+    "test_the_basis_is_orthonormal_for_the_worst_conditioned_columns",
+    "test_the_level_lies_below_the_mean_of_what_was_missed",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave compiled float32 to the slow tests where no k×k algebra makes it a path of its own."""
+    """Leave to the slow tests what costs jax many compilations.
+
+    And compiled float32, where no k×k algebra makes it a path of its own.
+    """
     for item in items:
         arguments = getattr(item, "callspec", None)
-        if arguments is None or item.path.stem not in COMPILED_IN_FLOAT64:
+        if arguments is None:
             continue
         chosen = arguments.params.get("backend"), arguments.params.get("dtype")
-        if chosen == ("jax_jit", "float32"):
+        narrow = item.path.stem in COMPILED_IN_FLOAT64 and chosen == ("jax_jit", "float32")
+        in_jax = any(part == "jax" or part.startswith("jax-") for part in arguments._idlist)
+        if narrow or (in_jax and item.originalname in SLOW_IN_JAX):
             item.add_marker(pytest.mark.slow)
 
 

@@ -163,6 +163,7 @@ def test_the_slope_of_a_power_is_its_exponent():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_scaling_says_what_a_budget_chose(tmp_path, monkeypatch, calls):
     monkeypatch.setattr(scaling, "DAMPING", 10.0)
     options = ["--sizes", "500", "1000", "--ranks", "2", "4", "--size", "1000", "--rank", "4"]

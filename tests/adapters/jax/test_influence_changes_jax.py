@@ -201,6 +201,7 @@ def margin(params: Any, batch: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_other_functions_of_the_queries_and_their_sum(tmp_path):
     ours = influence()
     assert_close(ours.scores(query(), reduction="sum"), dense().sum(0, keepdims=True))

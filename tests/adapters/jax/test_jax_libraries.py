@@ -174,6 +174,7 @@ def test_a_flax_nnx_model_has_the_hypergradient_of_the_dense_formula():
 # optax.
 
 
+@pytest.mark.slow
 def test_a_bilevel_loop_of_optax_optimizers_learns_the_hyperparameters():
     optax = pytest.importorskip("optax")
     problem = Problem()

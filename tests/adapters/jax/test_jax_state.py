@@ -57,6 +57,7 @@ def relative(found, wanted):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_compiled_and_eager_loops_keep_one_state():
     compiled = jax.jit(step)
     h, state, jitted = start(), NEW, NEW
