@@ -6,13 +6,20 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.devices import tall_qr
+from lowrank_inverse.arrays.graph import constant
+from lowrank_inverse.arrays.scale import matrix_scale
 from lowrank_inverse.arrays.spread import from_first, is_spread, local, spread_rows, stacked_rows
 
 
 def eigh(A: Array) -> tuple[Array, Array]:
-    """Return the eigenvalues of a symmetric matrix, smallest first, and its eigenvectors."""
-    w, V = array_namespace(A).linalg.eigh(A)
-    return from_first(w), from_first(V)
+    """Return the eigenvalues of a symmetric matrix, smallest first, and its eigenvectors.
+
+    LAPACK scales what is far from 1 itself, by no power of two: the last bits would depend on the
+    scale of `A`.
+    """
+    scale = matrix_scale(constant(A))
+    w, V = array_namespace(A).linalg.eigh(A / scale)
+    return from_first(scale * w), from_first(V)
 
 
 def thin_qr(X: Array) -> tuple[Array, Array]:

@@ -28,6 +28,7 @@ from lowrank_inverse.arrays.conversion import (
 )
 from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.devices import num_devices
+from lowrank_inverse.arrays.scale import column_scale
 from lowrank_inverse.arrays.spread import is_spread, local, reduced, spread_rows, summed
 
 BLOCK_NUMBERS = 2**18
@@ -127,27 +128,6 @@ def choose(condition: Array, x: Array, y: Array) -> Array:
     if condition.ndim == 0 and not is_traced(condition) and on_cpu(condition):
         return x if bool(condition) else y
     return array_namespace(x).where(condition, x, y)
-
-
-def largest_entry(x: Array) -> Array:
-    """Largest absolute entry of a vector, or of each column."""
-    # The absolute values would be a copy.
-    xp = array_namespace(x)
-    return xp.maximum(reduced(xp.max(x, axis=0)), -reduced(xp.min(x, axis=0)))
-
-
-def column_scale(x: Array) -> Array:
-    """Largest absolute entry of each column, 1 where that is zero or not finite."""
-    xp, largest = array_namespace(x), largest_entry(x)
-    limit = 0.25 / float(xp.finfo(x.dtype).smallest_normal)  # beyond it XLA flushes 1 / scale to 0
-    scale = xp.where(largest > limit, xp.full_like(largest, limit), largest)
-    return xp.where((largest > 0) & xp.isfinite(largest), scale, xp.ones_like(largest))
-
-
-def power_of_two(x: Array) -> Array:
-    """Return the powers of two up to positive `x`: to divide by them rounds nothing."""
-    xp = array_namespace(x)
-    return 2.0 ** xp.floor(xp.log2(x))
 
 
 def column_norm(x: Array) -> Array:

@@ -62,11 +62,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         K = symmetric_part(tall_dot(P, Q))
         sound = xp.all(xp.isfinite(K))
         K = xp.where(sound, K, xp.zeros_like(K))
-        # LAPACK scales what is far from 1 itself, by no power of 2: bits would depend on A's scale.
-        largest_entry = xp.max(xp.abs(K))
-        largest_entry = xp.where(largest_entry > 0, largest_entry, xp.ones_like(largest_entry))
-        w, V = eigh(K / largest_entry)
-        w = largest_entry * w
+        w, V = eigh(K)
         largest = astype(xp.max(xp.abs(w)), P.dtype)
         top = xp.where(largest > state.top, largest, state.top)
         noise = astype(unit * w.shape[0] * top, w.dtype)

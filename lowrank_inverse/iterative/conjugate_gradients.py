@@ -13,7 +13,8 @@ from lowrank_inverse._typing import Array, LinearOperator, Scalar
 from lowrank_inverse.arrays.checks import check_count, describe
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
 from lowrank_inverse.arrays.conversion import astype, scalar_like, zero_rows
-from lowrank_inverse.arrays.linalg import add_scaled, choose, column_norm, column_scale
+from lowrank_inverse.arrays.linalg import add_scaled, choose, column_norm
+from lowrank_inverse.arrays.scale import column_scale
 from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.iterative.block_recursion import block_sweep
 from lowrank_inverse.iterative.preconditioning import checked_preconditioner

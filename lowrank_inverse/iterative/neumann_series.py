@@ -11,7 +11,8 @@ from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
 from lowrank_inverse.arrays.conversion import astype, eps, scalar_like
-from lowrank_inverse.arrays.linalg import add_scaled, choose, column_norm, column_scale, dot
+from lowrank_inverse.arrays.linalg import add_scaled, choose, column_norm, dot
+from lowrank_inverse.arrays.scale import column_scale
 from lowrank_inverse.estimators.extreme_eigenvalues import NUM_POWER_STEPS, largest_eigenvalue
 from lowrank_inverse.operators.differentiation import constant, implicit
 from lowrank_inverse.operators.function import aslinearoperator

@@ -14,12 +14,12 @@ from lowrank_inverse.arrays.linalg import (
     add_to,
     choose,
     column_norm,
-    column_scale,
     copy_where,
     dot,
     scale_and_add,
     set_rows,
 )
+from lowrank_inverse.arrays.scale import column_scale
 from lowrank_inverse.iterative.preconditioning import apply_preconditioner
 from lowrank_inverse.operators.product import block_width
 from lowrank_inverse.results.solution import Reason, code

@@ -9,12 +9,7 @@ from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, like
 from lowrank_inverse.arrays.decompositions import eigh
-from lowrank_inverse.arrays.linalg import (
-    gram_whitening,
-    symmetric_part,
-    tall_dot,
-    tall_times,
-)
+from lowrank_inverse.arrays.linalg import gram_whitening, symmetric_part, tall_dot, tall_times
 from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.results.solution import Pairs
 

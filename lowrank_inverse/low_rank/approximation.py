@@ -27,12 +27,7 @@ from lowrank_inverse.arrays.graph import (
     is_recorded,
     with_derivatives_of,
 )
-from lowrank_inverse.arrays.linalg import (
-    relative_asymmetry,
-    symmetric_part,
-    tall_dot,
-    tall_times,
-)
+from lowrank_inverse.arrays.linalg import relative_asymmetry, symmetric_part, tall_dot, tall_times
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
     differentiable_whitening,

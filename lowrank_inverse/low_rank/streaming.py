@@ -20,13 +20,8 @@ from lowrank_inverse.arrays.conversion import (
     wide_dtype,
 )
 from lowrank_inverse.arrays.graph import constant, is_recorded
-from lowrank_inverse.arrays.linalg import (
-    column_scale,
-    largest_entry,
-    power_of_two,
-    symmetric_part,
-    tall_dot,
-)
+from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot
+from lowrank_inverse.arrays.scale import matrix_scale
 from lowrank_inverse.low_rank.core import differentiable_whitening, spectrum, whiten
 from lowrank_inverse.low_rank.woodbury import over
 from lowrank_inverse.operators.base import Operator
@@ -148,7 +143,7 @@ def chunked_inverse(
     for i in range(len(chunks)):
         first = finite_columns(A, chunks[i])
         num_products += chunks[i].size
-        scale = _scale_of(first) if scale is None else scale
+        scale = matrix_scale(first) if scale is None else scale
         first = first / scale
         for j in range(i, len(chunks)):
             second = first
@@ -209,7 +204,7 @@ def streamed_inverse(
     scale: Scalar = None
     for chunk in index_chunks(indices, chunk_size):
         C = finite_columns(A, chunk)
-        scale = _scale_of(C) if scale is None else scale
+        scale = matrix_scale(C) if scale is None else scale
         C = C / scale
         core_parts.append(take(C, indices))
         gram_parts.append(take(A @ C, indices) / scale)
@@ -224,9 +219,3 @@ def streamed_inverse(
         chunk_size=None,
         num_products=2 * indices.size,
     )
-
-
-def _scale_of(C: Array) -> Array:
-    """Return a power of two near the largest entry; 1 if all are zero."""
-    # The scale of a column of zeros is 1, and may be larger than that of the others.
-    return power_of_two(column_scale(largest_entry(C)))

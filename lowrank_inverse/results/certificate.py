@@ -10,7 +10,8 @@ from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import concrete, eps, scalar_like
-from lowrank_inverse.arrays.linalg import column_norm, column_scale, dot
+from lowrank_inverse.arrays.linalg import column_norm, dot
+from lowrank_inverse.arrays.scale import column_scale
 from lowrank_inverse.estimators.norm import frobenius_norm
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.results.solution import check_system, span

@@ -20,7 +20,8 @@ from lowrank_inverse.arrays.conversion import (
     is_traced,
     scalar_like,
 )
-from lowrank_inverse.arrays.linalg import add_scaled, column_norm, column_scale, dot, times_diagonal
+from lowrank_inverse.arrays.linalg import add_scaled, column_norm, dot, times_diagonal
+from lowrank_inverse.arrays.scale import column_scale
 from lowrank_inverse.operators.differentiation import constant, implicit, noting, parts
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.operators.product import ProductOnly, apply_cost, block_width

@@ -18,11 +18,11 @@ from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.linalg import (
     cholesky,
     cholesky_solve,
-    power_of_two,
     relative_asymmetry,
     symmetric_part,
     times_diagonal,
 )
+from lowrank_inverse.arrays.scale import power_of_two
 from lowrank_inverse.arrays.spread import laid_as, reduced
 from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.composition import split_shift

@@ -27,12 +27,7 @@ from lowrank_inverse.arrays.graph import (
     substituted,
     with_derivatives_of,
 )
-from lowrank_inverse.arrays.linalg import (
-    cholesky,
-    cholesky_solve,
-    dot,
-    symmetric_part,
-)
+from lowrank_inverse.arrays.linalg import cholesky, cholesky_solve, dot, symmetric_part
 from lowrank_inverse.estimators.trace import TraceEstimate, mean_of
 from lowrank_inverse.operators.columns import finite_columns
 from lowrank_inverse.operators.composition import scaled_by_diagonal, split_diagonal

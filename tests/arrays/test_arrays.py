@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowrank_inverse.arrays.conversion import scatter, take
+from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.linalg import (
     BLOCK_NUMBERS,
     MAX_BLOCKS,
@@ -19,8 +20,10 @@ from lowrank_inverse.arrays.linalg import (
     tall_dot,
     tall_times,
 )
+from lowrank_inverse.arrays.scale import matrix_scale
 from tests.conftest import host
 from tests.oracles import relative_error
+from tests.problems import symmetric
 
 SHAPE = np.array([1.0, -0.5, 0.25])
 ROWS = 2 * BLOCK_NUMBERS // 3 + 7
@@ -146,3 +149,19 @@ def test_a_copy_is_taken_where_the_condition_holds(eager):
         found = copy_where(eager.asarray(np.array(condition)), source, eager.asarray(kept[0]))
         np.testing.assert_array_equal(host(found), x[0] if condition else kept[0])
         assert found is not source
+
+
+@pytest.mark.parametrize("exponent", [-110, -66, 66, 110])
+def test_the_bits_of_eigenvectors_do_not_depend_on_the_scale_of_the_matrix(eager, exponent):
+    A = symmetric(np.exp(-np.arange(20.0) / 5), seed=3)
+    w, V = (host(x) for x in eigh(eager.asarray(A)))
+    far, same = (host(x) for x in eigh(eager.asarray(2.0**exponent * A)))
+    np.testing.assert_array_equal(same, V)
+    np.testing.assert_array_equal(far.astype(np.float64), 2.0**exponent * w.astype(np.float64))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, np.inf])
+def test_a_matrix_of_zeros_or_none_that_is_finite_has_the_scale_one(eager, size):
+    A = eager.asarray(size * np.ones((3, 3)))
+    expected = 1.0 if size != 1e-45 or eager.dtype == "float32" else 2.0 ** np.floor(np.log2(size))
+    assert host(matrix_scale(A)) == expected
