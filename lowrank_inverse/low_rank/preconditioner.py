@@ -57,9 +57,9 @@ class NystromPreconditioner(ProductOnly):
         negative = approx.num_negative
         if approx.trace is not None and not is_traced(negative) and int(negative) == 0:
             missed = approx.residual_trace / max(1, approx.shape[0] - g.shape[0])
-            level = level * xp.clip(missed / level, unit**0.25, 1.0) ** 2
-        safe = xp.where(kept, g, xp.ones_like(g))
-        flattened = (level + damping) / xp.where(kept, safe + damping, level + damping)
+            positive = xp.where(level > 0, level, xp.ones_like(level))
+            level = level * xp.clip(missed / positive, unit**0.25, 1.0) ** 2
+        flattened = (level + damping) / xp.where(kept, g + damping, xp.ones_like(g))
         least = LEAST_UNITS * unit
         flattened = xp.where(flattened > least, flattened, least + xp.zeros_like(g))
         self._weights = xp.where(kept, flattened - 1, xp.zeros_like(g))

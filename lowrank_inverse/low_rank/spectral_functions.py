@@ -14,6 +14,7 @@ from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
     astype,
     concrete,
+    eps,
     is_array,
     is_traced,
     like,
@@ -33,6 +34,7 @@ class SpectralFunctions(ProductOnly):
     eigenvalues: Array
     num_columns: int
     num_dropped: Any
+    num_negative: Any
     trace: float | None
     project: Callable[[Array], Array]
     expand: Callable[[Array], Array]
@@ -169,12 +171,23 @@ class SpectralFunctions(ProductOnly):
             above = int(xp.sum(astype(g > damping, xp.int32)))
             enough = self.sufficient_rank(damping)
             verdict = "enough" if enough <= self.num_columns else "more columns would help"
+            if verdict != "enough" and (little := self._little_missed(damping)):
+                verdict = f"enough, for the residual trace is {little}"
             lines.append(
                 f"damping {float(damping):.3g}: {above} eigenvalues above it, effective dimension "
                 f"{self.effective_dimension(damping):.1f}, enough for it: {enough} columns; there "
                 f"are {self.num_columns}: {verdict}"
             )
         return "\n".join(lines)
+
+    def _little_missed(self, damping: Scalar) -> str:
+        """Say what the residual trace, which bounds what was missed, is no larger than; or ""."""
+        if self.trace is None or self.num_negative > 0:
+            return ""
+        if self.residual_trace <= damping:
+            return "below the damping"
+        rounding = self.num_columns * eps(self.like) * self.trace
+        return "rounding" if self.residual_trace <= rounding else ""
 
     def _at(self, damping: Scalar) -> tuple[Array, Array]:
         """Return the eigenvalues, and `damping` as a 0-d array that goes with them."""

@@ -8,6 +8,8 @@ import scipy.linalg
 
 import lowrank_inverse as li
 from lowrank_inverse.low_rank.preconditioner import NystromPreconditioner
+from lowrank_inverse.results.solution import Pairs
+from lowrank_inverse.solvers.recycled import recycled_approximation
 from tests.conftest import host
 from tests.oracles import relative_error
 from tests.problems import WIDTH, N, indices, matrix, rhs, symmetric
@@ -125,3 +127,20 @@ def test_the_trace_saves_steps_on_a_smooth_kernel():
         assert solution.converged
         counts.append(int(solution.num_steps))
     assert counts[0] < 0.95 * counts[1]
+
+
+@pytest.mark.parametrize("matrix", [-np.eye(N), np.zeros((N, N))], ids=["negative", "zeros"])
+def test_where_nothing_is_to_be_flattened_the_preconditioner_is_the_identity(eager, matrix):
+    S = eager.asarray(np.eye(N)[:, :3])
+    pairs = Pairs(S, eager.asarray(matrix) @ S)
+    recycled = recycled_approximation(li.aslinearoperator(eager.asarray(matrix)), 0.0, pairs)
+    assert recycled.rank == 0
+    identity = eager.asarray(np.eye(N))
+    np.testing.assert_array_equal(host(NystromPreconditioner(recycled, 0.0) @ identity), np.eye(N))
+
+
+def test_a_matrix_of_zeros_whose_trace_is_known_needs_no_preconditioner(eager):
+    approx = li.nystrom(eager.asarray(np.zeros((N, N))), 3, sampling="greedy")
+    assert approx.trace == 0
+    found = host(NystromPreconditioner(approx, 0.0) @ eager.asarray(rhs()))
+    np.testing.assert_array_equal(found, host(eager.asarray(rhs())))

@@ -106,10 +106,32 @@ def test_the_summary_says_what_was_found_and_whether_it_is_enough():
     assert f"damping 0.001: {above} eigenvalues above it, effective dimension" in text
     enough = approx.sufficient_rank(1e-3)
     assert f"enough for it: {enough} columns; there are 20: " in text
-    assert text.endswith("more columns would help") == (enough > 20)
+    assert enough > 20
+    assert text.endswith(": enough, for the residual trace is below the damping")
+    few = li.nystrom(A, 5, sampling="greedy")
+    assert few.residual_trace > 1e-3
+    assert few.summary(1e-3).endswith("there are 5: more columns would help")
     assert approx.summary(1.0).endswith(": enough")
     assert "damping" not in approx.summary()
     assert "eigenvalues" not in li.nystrom(np.zeros((3, 3)), 2, rng=0).summary()
+
+
+def test_columns_that_missed_nothing_but_rounding_are_enough_for_every_damping(eager):
+    factor = np.random.default_rng(0).standard_normal((N, 4))
+    approx = li.nystrom(eager.asarray(factor @ factor.T), 4, sampling="greedy")
+    damping = 1e-3 * float(np.finfo(eager.dtype).eps)
+    assert approx.sufficient_rank(damping) > 4
+    words = "rounding" if approx.residual_trace > damping else "below the damping"
+    assert approx.summary(damping).endswith(f": enough, for the residual trace is {words}")
+    fewer = li.nystrom(eager.asarray(factor @ factor.T), 3, sampling="greedy")
+    assert fewer.summary(damping).endswith("more columns would help")
+
+
+def test_the_residual_trace_of_an_indefinite_matrix_proves_nothing():
+    A = np.diag(np.r_[np.linspace(3, 1, 6), np.full(N - 6, -0.45)])
+    approx = li.nystrom(A, 8, sampling="gaussian", rng=0)
+    assert approx.num_negative > 0
+    assert "residual trace is" not in approx.summary(1e-3)
 
 
 @pytest.mark.parametrize("name", ["trace_inverse", "effective_dimension", "sufficient_rank"])
