@@ -1,1 +1,1 @@
-"""Hypergradients by implicit differentiation, the same for every framework."""
+"""Hypergradients by implicit differentiation, for every framework."""

@@ -1,4 +1,4 @@
-"""What is wrong with a hypergradient, in words, and what to do about it."""
+"""Tests of whether a hypergradient can be trusted, and advice."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SUSPICIOUS = ("asymmetric", "negative_curvature", "worse_than_identity", "unconv
 
 
 class HypergradientWarning(UserWarning):
-    """A hypergradient that is not to be trusted."""
+    """Warns that a hypergradient may be wrong or inaccurate."""
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One problem found with a hypergradient.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
         ``"not_stationary"``, ``"worse_than_identity"``, ``"unconverged"``, ``"nonfinite"`` or
         ``"no_path"``.
     message, remedy : str
-        What is wrong, with its figures, and what to do about it.
+        What is wrong, with numbers, and what to do about it.
     """
 
     name: str
@@ -49,19 +49,24 @@ class Finding(NamedTuple):
 
 
 def findings(info: Any) -> tuple[Finding, ...]:
-    """Return what is wrong, the gravest first; an empty tuple is good.
+    """Return the problems found with a hypergradient, the most serious first.
 
     Parameters
     ----------
     info : HypergradientInfo
-        Of either framework, with concrete values of one problem.
+        From PyTorch or JAX, with concrete values of a single problem.
+
+    Returns
+    -------
+    tuple of Finding
+        Empty if nothing is wrong.
 
     Raises
     ------
     TypeError
-        While jax traces.
+        While JAX traces.
     ValueError
-        For the record of a batch, from ``jax.vmap``.
+        If `info` is that of a batch, from ``jax.vmap``.
 
     Examples
     --------
@@ -89,9 +94,9 @@ def findings(info: Any) -> tuple[Finding, ...]:
         found.append(
             Finding(
                 "negative_curvature",
-                "Hessian plus ridge plus damping has negative curvature: the parameters are at no "
-                "minimum of the inner problem, and no error bound holds.",
-                "Train the inner problem further, give its weight decay as `ridge`, or raise the "
+                "Hessian plus ridge plus damping has negative curvature: the parameters are not "
+                "at a minimum of the inner problem, and no error bound holds.",
+                "Train the inner problem further, pass its weight decay as `ridge`, or raise the "
                 "damping of the solver above the size of the negative curvature.",
             )
         )
@@ -102,7 +107,7 @@ def findings(info: Any) -> tuple[Finding, ...]:
                 "asymmetric",
                 f"Entries of the Hessian differ from those across the diagonal by {asymmetry:.0%} "
                 "of the largest: it is not the second derivative of a loss.",
-                "Look for custom derivatives that save detached numbers; `check_hessian` names "
+                "Look for custom derivatives that save detached tensors. `check_hessian` names "
                 "the parameter.",
             )
         )
@@ -114,13 +119,13 @@ def findings(info: Any) -> tuple[Finding, ...]:
         found.append(
             Finding(
                 "not_smooth",
-                f"The inner gradient, of norm {norm:.1e}, stands almost alone at the "
-                f"{_number(info, 'num_zeros'):.0f} parameters that are exactly 0 (by the others "
-                f"it is {on_support:.1e}): as at a minimum of a loss with an L1 term, where the "
-                "formula holds for the parameters that are not 0 alone.",
-                "Differentiate by those: make them a tensor of their own, give it as `params`, "
-                "and put it in its places, among zeros, inside the losses. Zeros that are initial "
-                "values: train the inner problem further.",
+                f"Almost all of the inner gradient, of norm {norm:.1e}, is with respect to the "
+                f"{_number(info, 'num_zeros'):.0f} parameters that are exactly 0 (the rest has "
+                f"norm {on_support:.1e}). This happens at a minimum of a loss with an L1 term, "
+                "where the formula holds only for the nonzero parameters.",
+                "Put the nonzero parameters into a tensor of their own, pass it as `params`, and "
+                "insert it among the zeros inside the losses. If the zeros are initial values, "
+                "train the inner problem further.",
             )
         )
     elif step > INNER_STEP:
@@ -128,25 +133,25 @@ def findings(info: Any) -> tuple[Finding, ...]:
             Finding(
                 "not_stationary",
                 f"The gradient of the inner problem has norm {_number(info, 'inner_grad_norm'):.1e}"
-                f", about {step:.1g} times the norm of the parameters away from the minimum; the "
-                "formula holds at the minimum.",
+                f". The minimum is about {step:.1g} times the norm of the parameters away, but the "
+                "formula holds only at the minimum.",
                 "Train the inner problem further. If the optimizer applies a weight decay that "
-                "the inner loss leaves out, give it as `ridge`.",
+                "the inner loss does not include, pass it as `ridge`.",
             )
         )
     if bound >= 1 or residual >= 1:
         why = (
-            f"The error bound is {bound:.1g} times the norm of the answer"
+            f"The error bound is {bound:.1g} times the norm of the solution"
             if bound >= 1
             else f"The residual is {residual:.1g} times the outer gradient"
         )
         found.append(
             Finding(
                 "worse_than_identity",
-                f"{why}: nothing shows that the inverse product is better than none, or than a "
+                f"{why}: nothing shows that the inverse product is more accurate than zero or a "
                 "multiple of the outer gradient.",
-                "Raise `max_steps` or the rank, pass `state=out.state` from step to step, take "
-                "NystromCG in the place of Nystrom, or raise the damping.",
+                "Raise `max_steps` or the rank, pass `state=out.state` from step to step, use "
+                "NystromCG instead of Nystrom, or raise the damping.",
             )
         )
     elif residual > UNCONVERGED and reason in CUT_SHORT:
@@ -164,16 +169,16 @@ def findings(info: Any) -> tuple[Finding, ...]:
         found.append(
             Finding(
                 "no_path",
-                f"Neither loss depends on {names}; the gradient there is zero.",
-                "Use the live values inside the losses, without detach(), or leave them out of "
-                "`hparams`.",
+                f"Neither loss depends on {names}, so the gradient is zero.",
+                "Use the tensors themselves inside the losses, without detach(), or remove them "
+                "from `hparams`.",
             )
         )
     return tuple(found)
 
 
 def explain(info: Any) -> str:
-    """Say in a few lines what a hypergradient cost, how it went, and what is wrong.
+    """Describe the cost and accuracy of a hypergradient, and the problems found.
 
     Parameters and errors are those of :func:`findings`.
     """
@@ -217,12 +222,12 @@ def _number(info: Any, name: str) -> float:
         return math.nan
     if is_traced(value):
         raise TypeError(
-            "the record of a hypergradient has no values while jax traces. Return it from the "
-            "compiled function, and ask it there."
+            "the info of a hypergradient has no values while jax traces. Return it from the "
+            "compiled function and call this outside."
         )
     if getattr(value, "ndim", 0) != 0:
         raise ValueError(
-            "the record must be that of one problem; this is one of a batch. Take its i-th: "
+            "the info must be that of one problem; got that of a batch. Take the i-th entry: "
             "jax.tree.map(lambda x: x[i], info)."
         )
     return float(to_host(value)) if hasattr(value, "ndim") else float(value)

@@ -1,4 +1,4 @@
-"""The outer loss and its gradient by the hyperparameters, as accurate as an outer step needs."""
+"""The outer loss and its gradient with respect to the hyperparameters, to a varying accuracy."""
 
 from __future__ import annotations
 
@@ -91,22 +91,24 @@ class Stepper(Protocol):
 
 
 class Evaluator:
-    """Evaluates the outer loss at the inner minimum, each time from where the last one ended.
+    """Evaluates the outer loss at the inner minimum, starting from the previous inner minimum.
 
-    A value carries the error of the inner solve. To first order that is ``<q, r>`` with q the
-    inverse product and r the inner gradient, and it is taken off: what is left is of second order
-    [2]_. Inner and linear tolerances fall with the outer gradient and are summable [1]_, so that
-    the errors vanish as the minimum is approached.
+    The error of the inner solve changes the value by ``<q, r>`` to first order, with q the inverse
+    product and r the inner gradient. This term is subtracted, which leaves an error of second order
+    [2]_. The inner and linear tolerances fall with the outer gradient and are summable [1]_, so the
+    errors vanish as the minimum is approached.
 
     Parameters
     ----------
     problem : Problem
+        The bilevel problem.
     train : callable or Stepper, optional
-        What it comes to is taken as the inner minimum. Default: L-BFGS, in variables that the
-        pairs of the state precondition, to a tolerance.
+        Its result is taken as the inner minimum. Default: L-BFGS to a tolerance, in variables that
+        the pairs of the state precondition.
     inner_steps : int
-        Of L-BFGS or of the stepper, at most.
+        Maximum number of steps of L-BFGS or of the stepper.
     seed : int
+        Seed of the solver.
 
     References
     ----------

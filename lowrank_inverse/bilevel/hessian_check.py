@@ -1,4 +1,4 @@
-"""A product with the Hessian against a difference of gradients."""
+"""A test of Hessian-vector products against differences of gradients."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ UNCERTAIN = 0.1
 
 
 class HessianCheck(NamedTuple):
-    """What `check_hessian` returns.
+    """The result of `check_hessian`.
 
     Attributes
     ----------
     relative_error : float
-        Norm of ``H v - (g(θ + t v) - g(θ - t v)) / (2 t)`` over the larger norm of the two, with g
-        the gradient that training follows.
+        Norm of ``H v - (g(θ + t v) - g(θ - t v)) / (2 t)`` divided by the larger norm of the two
+        terms, where g is the gradient that training follows.
     uncertainty : float
-        The same of ``(g(θ + t v) - 2 g(θ) + g(θ - t v)) / (2 t)``, which is 0 but for rounding,
-        for kinks, and for a loss that is another one at each call.
+        The same ratio for ``(g(θ + t v) - 2 g(θ) + g(θ - t v)) / (2 t)``. It is 0 except for
+        rounding, kinks, and losses that change from call to call.
     tolerance : float
-        Of `relative_error` where the difference is certain: the fourth root of the rounding.
+        Tolerance of `relative_error` for a reliable difference: the fourth root of the rounding.
     blocks : dict of str to float
-        The share of each parameter in `relative_error`.
+        Contribution of each parameter to `relative_error`.
     """
 
     relative_error: float
@@ -34,17 +34,17 @@ class HessianCheck(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the two agree, as far as the difference can tell, and it can."""
+        """Whether the two agree within the uncertainty, and the uncertainty is small enough."""
         bound = max(self.tolerance, 2 * self.uncertainty)
         return self.uncertainty <= UNCERTAIN and self.relative_error <= bound
 
     @property
     def worst(self) -> str:
-        """The parameter with the largest error."""
+        """Name of the parameter with the largest error."""
         return max(self.blocks, key=self.blocks.__getitem__)
 
     def explain(self) -> str:
-        """Say in a few lines whether the Hessian is that of the loss, and if not, what to do."""
+        """Say whether the Hessian is that of the loss, and if not, what to do."""
         if self.ok:
             return (
                 f"products with the Hessian agree with differences of gradients, to "
@@ -52,15 +52,15 @@ class HessianCheck(NamedTuple):
             )
         if self.uncertainty > UNCERTAIN or not np.isfinite(self.uncertainty):
             return (
-                f"unclear: a difference of gradients is uncertain by {self.uncertainty:.0%}. Take "
-                "float64 parameters and data; a loss that returns the same at each call; and look "
-                "for kinks and overflows."
+                f"unclear: the difference of gradients is uncertain by {self.uncertainty:.0%}. Use "
+                "float64 parameters and data and a loss that returns the same value at each call, "
+                "and look for kinks and overflows."
             )
         return f"{self.difference} {self.remedy}"
 
     @property
     def difference(self) -> str:
-        """What differs, in a sentence."""
+        """One sentence on what differs."""
         return (
             f"Products with the Hessian differ by {self.relative_error:.0%} from differences of "
             f"gradients, most in {self.worst!r}: they are not the derivative of the gradient that "
@@ -69,7 +69,7 @@ class HessianCheck(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """Where to look for it."""
+        """Advice on where to look for the cause."""
         return (
             "Look there for a weight that depends on a detached (stopped) value, a custom "
             "derivative that saves one, spectral normalisation in training mode, and hooks on "

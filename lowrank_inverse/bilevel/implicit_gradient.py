@@ -1,4 +1,4 @@
-"""The hypergradient of implicit differentiation, the same for every framework."""
+"""Hypergradients by implicit differentiation, for every framework."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def implicit_gradient(
     H : linear operator, shape (n, n)
         Hessian of the inner loss, without the ridge.
     outer_grad : array, shape (n,)
-        Gradient of the outer loss by the parameters.
+        Gradient of the outer loss with respect to the parameters.
     mixed_vjp : callable
-        Takes q of shape (n,) and returns the gradients of ``<q, inner gradient>`` by the
-        hyperparameters, with the inner gradient that of loss and ridge.
+        Maps q of shape (n,) to the gradients of ``<q, inner gradient>`` with respect to the
+        hyperparameters, where the inner gradient includes the ridge.
     direct : sequence of arrays or None
-        Gradients of the outer loss by the hyperparameters.
+        Gradients of the outer loss with respect to the hyperparameters.
     solver, rng
-        As in :func:`lowrank_inverse.solve`.
+        See :func:`lowrank_inverse.solve`.
     state : HypergradientState, optional
-        ``HypergradientState()`` at first, then that of the result of an earlier call. The Solution
-        of a similar system will do: CG and NystromCG start from it. None: no pairs are kept.
+        ``HypergradientState()`` in the first call, then the state of the previous result. CG and
+        NystromCG also accept the Solution of a similar system as a start. None keeps no pairs.
     ridge : float, 0-d array or array of shape (n,), optional
-        Known exactly, and so kept out of what the solver approximates.
+        Part of the Hessian that is known exactly; the solver does not approximate it.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""The record of a hypergradient."""
+"""Cost and accuracy of a hypergradient."""
 
 from __future__ import annotations
 
@@ -21,52 +21,53 @@ from lowrank_inverse.solvers.column_memory import MemoryPlan
 
 @dataclass(frozen=True)
 class HypergradientInfo:
-    """What a hypergradient cost, and how far it is to be trusted.
+    """Cost and accuracy of a hypergradient.
 
-    Python numbers from torch; arrays of shape () from jax, where it is a pytree.
+    Entries are Python numbers from PyTorch, and arrays of shape () from JAX, where it is a pytree.
 
     Attributes
     ----------
     num_products : int
-        Products with the inner Hessian.
+        Number of products with the inner Hessian.
     relative_residual : float
-        Residual norm of the linear system over the norm of the outer gradient.
+        Residual norm of the linear system divided by the norm of the outer gradient.
     inner_grad_norm : float
-        Of the inner problem, ridge included: the formula assumes 0.
+        Norm of the gradient of the inner problem, ridge included. The formula assumes 0.
     negative_curvature : bool
-        Whether the solver met negative curvature of Hessian plus ridge plus damping: the inner
-        problem is not at a minimum.
+        Whether the solver found that Hessian plus ridge plus damping has negative curvature, so
+        that the parameters are not at a minimum of the inner problem.
     hparams_without_path : tuple of str
         Hyperparameters on which neither loss depends; their gradient is zero.
     rank : int or None
-        Columns or eigenvalues that the solver kept, where it has any.
+        Number of columns or eigenvalues that the solver kept; None if it keeps none.
     num_steps : int
-        Steps of the solver.
+        Number of steps of the solver.
     reason : Reason
-        Why it ended.
+        Why the solver ended.
     recycled : int or None
-        Pairs of the state that served as the preconditioner; None without a state, or for solvers
-        that keep none.
+        Number of pairs of the state in the preconditioner; None without a state, or if the solver
+        does not keep pairs.
     inner_step : float
-        Estimated length of a Newton step to the inner minimum, over the norm of the parameters,
-        with the curvature along the inverse product. NaN where that is not positive.
+        Estimated length of a Newton step to the inner minimum, divided by the norm of the
+        parameters. It uses the curvature along the inverse product, and is NaN unless that is
+        positive.
     error_bound : float
-        At least the error of the inverse product over its norm, for a Hessian that is positive
-        semidefinite: the residual norm over that of the product and over the smallest of ridge
-        plus damping. NaN without ridge and damping, and where negative curvature was met.
+        Upper bound on the relative error of the inverse product, for a positive semidefinite
+        Hessian: the residual norm divided by the norm of the product and by the smallest entry of
+        ridge plus damping. NaN without ridge and damping, and if there is negative curvature.
     asymmetry : float or None
-        Of the entries of the Hessian that the solver looked at, relative to the largest; 0 but for
-        rounding, unless the second derivative is not that of the loss.
+        Largest difference between entries of the Hessian across the diagonal, relative to the
+        largest entry read. More than rounding means that it is not the Hessian of a loss.
     num_zeros : int
-        Parameters that are exactly 0.
+        Number of parameters that are exactly 0.
     support_grad_norm : float
-        The norm of the inner gradient with respect to the others. At the minimum of a loss with an
-        L1 term only this one vanishes.
+        Norm of the inner gradient with respect to the other parameters. At the minimum of a loss
+        with an L1 term, only this part of the gradient vanishes.
     memory : MemoryPlan or None
-        How the columns of a Nystrom solver were held.
+        How a Nystrom solver stored its columns.
     hessian_check : HessianCheck or None
-        The product along the answer against a difference of gradients; from torch alone, where
-        the inner loss detaches what it depends on.
+        Test of the product along the solution against a difference of gradients. Only in PyTorch,
+        if the inner loss detaches a tensor that depends on the parameters.
     """
 
     num_products: Any
@@ -87,11 +88,11 @@ class HypergradientInfo:
     hessian_check: HessianCheck | None = None
 
     def findings(self) -> tuple[diagnostics.Finding, ...]:
-        """Return what is wrong; see :func:`lowrank_inverse.bilevel.diagnostics.findings`."""
+        """Return the problems found; see :func:`lowrank_inverse.bilevel.diagnostics.findings`."""
         return diagnostics.findings(self)
 
     def explain(self) -> str:
-        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        """Describe cost and accuracy, the problems found, and what to do about them."""
         return diagnostics.explain(self)
 
     def warn(self) -> None:
@@ -106,9 +107,9 @@ def hypergradient_info(
     without_path: tuple[str, ...],
     params: Array | None = None,
 ) -> HypergradientInfo:
-    """Collect the record of a hypergradient; entries are arrays.
+    """Collect cost and accuracy of a hypergradient; entries are arrays.
 
-    `params`, shape (n,), are where it was taken; without them there is no `inner_step`.
+    `params`, shape (n,), are the parameters. Without them, `inner_step` is NaN.
     """
     solution, inverse = result.solution, result.inverse
     negative = solution.reason == int(Reason.NEGATIVE_CURVATURE)

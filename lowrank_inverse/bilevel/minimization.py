@@ -1,4 +1,4 @@
-"""Bilevel problems to the optimum: quasi-Newton outer steps on accurate hypergradients."""
+"""Minimisation of bilevel problems by quasi-Newton outer steps on accurate hypergradients."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def check_bounds(lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.n
     if not np.all(lower <= upper):
         place = int(np.argmax(~(lower <= upper)))
         raise ValueError(
-            "`bounds` must be a pair of least and largest values; at hyperparameter "
+            "`bounds` must be a pair of lower and upper bounds; at hyperparameter "
             f"{place} they are {lower[place]:g} and {upper[place]:g}."
         )
     return lower, upper

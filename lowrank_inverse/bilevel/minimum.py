@@ -1,4 +1,4 @@
-"""What the minimisation of a bilevel problem found, and why it ended there."""
+"""The result of minimising a bilevel problem, and why it ended."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ REMEDIES = {
     "converged": ("the gradient met the tolerance", ""),
     "precision": (
         "no step lowers the outer loss further in this precision",
-        "That is the end of what can be reached. For more, take float64 parameters and data.",
+        "For a lower loss, use float64 parameters and data.",
     ),
     "max_evaluations": (
         "all evaluations were used",
-        "Raise `max_evaluations`; with the same `checkpoint` it goes on from here.",
+        "Raise `max_evaluations`. With the same `checkpoint` the call continues from here.",
     ),
     "callback": ("the callback asked for it", ""),
     "flat": (
         "the outer loss does not change with the hyperparameters: its gradient is zero",
-        "Start elsewhere: look for weights that are saturated, such as a sigmoid of -100, for a "
-        "relu that is dead, and for hyperparameters that reach neither loss.",
+        "Start elsewhere. Look for saturated weights, such as a sigmoid of -100, for dead relus, "
+        "and for hyperparameters on which neither loss depends.",
     ),
     "nonfinite": (
         "a loss or its gradient is NaN or Inf at the start, or wherever a step leads",
-        "Look for NaN in the data; for the root, the logarithm or the division of a 0; and for "
+        "Look for NaN in the data, for the root or logarithm of 0 or a division by 0, and for "
         "overflow. `bounds` keep hyperparameters where the losses are defined.",
     ),
     "indefinite": (
-        "the inner problem has negative curvature where its minimisation ended: it is at a saddle, "
-        "and has no hypergradient",
-        "Start `params` elsewhere than at a point of symmetry, train further by a function given "
-        "as `inner`, or add a `ridge` above the size of the negative curvature.",
+        "the inner minimisation ended at a saddle point, with negative curvature, where the "
+        "hypergradient is not defined",
+        "Do not start `params` at a point of symmetry, train further with your own function "
+        "`inner`, or add a `ridge` above the size of the negative curvature.",
     ),
     "inner_unsolved": (
         "the inner problem could not be minimised",
-        "Where its loss falls for ever, as that of separable classes does, add a `ridge`. Where it "
-        "is hard, raise `inner_steps`, scale the data, or train by a function given as `inner`.",
+        "If its loss has no minimum, as for separable classes, add a `ridge`. If it is hard to "
+        "minimise, raise `inner_steps`, scale the data, or train with your own function `inner`.",
     ),
 }
 """Why a minimisation ends, and what to do then."""
@@ -51,20 +51,22 @@ class Evaluation(NamedTuple):
     Attributes
     ----------
     value : float
-        The outer loss at the inner minimum, to first order in the error of the inner solve.
+        The outer loss at the inner minimum, corrected to first order for the error of the inner
+        solve.
     gradient_norm : float
-        Of the hypergradient, without the part that points out of the bounds.
+        Norm of the hypergradient, without components that point out of the bounds.
     correction : float
-        What was added to the outer loss for the error of the inner solve; NaN, and nothing added,
-        where an optimizer or a function of yours solves the inner problem.
+        The correction that was added to the outer loss. NaN, and nothing added, if an optimizer
+        or your own function solves the inner problem.
     inner_step : float
-        Estimated length of a Newton step to the inner minimum, over the norm of the parameters.
+        Estimated length of a Newton step to the inner minimum, divided by the norm of the
+        parameters.
     relative_residual : float
-        Of the linear system.
+        Relative residual of the linear system.
     products, gradients : int
-        Products with the inner Hessian, and gradients of the inner loss.
+        Number of products with the inner Hessian, and of gradients of the inner loss.
     rejected : str
-        Why it is of no use, a key of `REMEDIES`; empty where it is.
+        Why the evaluation was rejected, a key of `REMEDIES`; empty if it was accepted.
     """
 
     value: float
@@ -84,22 +86,22 @@ class BilevelMinimum:
     Attributes
     ----------
     params, hparams : structures as given
-        The hyperparameters with the lowest outer loss, and the inner minimum there.
+        The inner minimum and the hyperparameters at the lowest outer loss found.
     value : float
-        The outer loss there.
+        The outer loss at that point.
     history : tuple of Evaluation
-        One for each evaluation of the outer loss, in order.
+        One entry per evaluation of the outer loss, in order.
     products, gradients : int
-        Products with the inner Hessian, and gradients of the inner loss, all told.
+        Total number of products with the inner Hessian, and of gradients of the inner loss.
     reason : str
         ``"converged"``, ``"precision"``, ``"max_evaluations"``, ``"callback"``, ``"flat"``,
         ``"nonfinite"``, ``"indefinite"`` or ``"inner_unsolved"``.
     num_at_bounds : int
-        Hyperparameters at a bound.
+        Number of hyperparameters at a bound.
     state : HypergradientState
-        Of the latest hypergradient.
+        State of the last hypergradient.
     info : HypergradientInfo or None
-        Of the latest hypergradient; None where all were read from a checkpoint.
+        Of the last hypergradient; None if all evaluations came from a checkpoint.
     """
 
     params: Any
@@ -115,11 +117,11 @@ class BilevelMinimum:
 
     @property
     def converged(self) -> bool:
-        """Whether a minimum was reached, to the tolerance or to the precision at hand."""
+        """Whether it reached a minimum, to the tolerance or to the available precision."""
         return self.reason in ("converged", "precision")
 
     def explain(self) -> str:
-        """Say in a few lines how it went, why it ended, and what to do about it."""
+        """Describe progress and cost, why it ended, and what to do about it."""
         used = [one for one in self.history if not one.rejected]
         lines = [
             f"{len(self.history)} evaluations, {self.products} products with the Hessian, "

@@ -1,1 +1,1 @@
-"""Influence functions, the same for every framework."""
+"""Influence functions, for every framework."""

@@ -1,4 +1,4 @@
-"""What influence functions need of a framework."""
+"""The interface between influence functions and a framework."""
 
 from __future__ import annotations
 

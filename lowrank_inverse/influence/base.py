@@ -1,4 +1,4 @@
-"""Influence functions from gradients, an inverse and blocks, once for every framework."""
+"""Influence functions, for every framework."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ __all__ = ["InfluenceBase", "InfluenceInfo", "Plan", "TopK"]
 
 
 class InfluenceBase(TokenScores, GroupScores):
-    """Influence of the training examples on the loss of others [1]_, [2]_.
+    """Influence of training examples on the loss of other examples [1]_, [2]_.
 
-    With g_q the gradient of a query, g_i that of a training example and H the mean curvature:
-    ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``. Positive is helpful: without
-    example i the loss of the query would rise, by about ``score / num_train``. The
+    Let g_q be the gradient of a query, g_i that of a training example, and H the mean curvature.
+    Then ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``. A positive score is helpful:
+    without example i, the loss of the query would rise by about ``score / num_train``. The
     ``InfluenceFunction`` of each framework derives from this class.
 
-    It can be copied, pickled and sent to other processes, with what it was made of and its columns.
+    It can be copied, pickled and sent to other processes, with its model, data and columns.
 
     References
     ----------
@@ -73,45 +73,46 @@ class InfluenceBase(TokenScores, GroupScores):
         query : examples
             In any form that `train` may have.
         train : examples, optional
-            Those to score. Default: the training set.
+            Examples to score. Default: the training set.
         query_loss : callable, optional
-            Called as the loss is: the function of a query that the scores are about, such as a
-            margin. Default: the loss of the training.
+            Function of a query whose change the scores predict, such as a margin. It is called like
+            the loss. Default: the training loss.
         reduction : {"none", "sum"}
-            "sum" takes the sum over the queries for one query: one solve, however many there are.
+            "sum" treats the sum over all queries as one query, at the cost of one solve.
         weights : array, shape (n_query,) or (k, n_query), optional
-            Of the queries in such a sum, or in each of k sums: one solve a sum.
+            Weights of the queries in this sum, or in each of k sums; one solve per sum.
         normalize : {"none", "theta-relatif", "l-relatif", "cosine"}
-            Divide the score of each training example by the norm of its step ``H^-1 g_i``, or by
-            the root of its self-influence ``g_i.T H^-1 g_i`` [3]_; for the cosine by that of the
-            query too. One solve more for each training example.
+            "theta-relatif" divides the score of each training example by the norm of its step
+            ``H^-1 g_i``, and "l-relatif" by the square root of its self-influence
+            ``g_i.T H^-1 g_i`` [3]_. "cosine" divides by that of the query as well. Takes one more
+            solve per training example.
         method : {"auto", "jvp", "gradients"}
-            One directional derivative of all losses for each query, or the gradient of each
-            example once for all queries. Equal up to rounding; "auto" takes the faster one, of
-            many batches by timing one of them.
+            "jvp" takes one directional derivative of all losses per query; "gradients" takes the
+            gradient of each example once for all queries. Results agree up to rounding. "auto"
+            chooses the faster; with many batches, it times one of them.
         checkpoint : path, optional
-            A folder for partial results. The same call after an interruption goes on from there.
+            Folder for partial results. The same call continues from there after an interruption.
         out : path that ends in .npy, or NumPy array, shape (n_query, n_train), optional
-            Where to write the scores, block by block: for a path, a new memory-mapped file. It is
-            what is returned.
+            Destination of the scores, which is also returned. A path creates a memory-mapped file.
 
         Returns
         -------
         array, shape (n_query, n_train)
-            Positive is helpful. In the order of the data sets. One row for each sum of queries.
+            Scores in the order of the data sets; positive is helpful. One row per sum, if the
+            queries are summed.
 
         Raises
         ------
         ValueError
-            If the curvature proved to be indefinite: with its lowest Ritz value, and the damping
-            that would do. For bad examples, and for a `checkpoint` of another computation.
+            If the curvature is indefinite; the error names its lowest Ritz value and a sufficient
+            damping. If examples are invalid, or `checkpoint` belongs to another computation.
         RuntimeError
-            If weights, buffers, data or constants of the loss were changed in place since.
+            If weights, buffers, data or constants of the loss have changed since construction.
 
         Notes
         -----
-        One solve for each query, all of them in one block as far as `memory_budget` allows, and
-        one pass over the examples for each block. `plan` says what it will cost.
+        Cost: one solve per query, in blocks as large as `memory_budget` allows, and one pass over
+        the examples per block. `plan` predicts it.
         """
         asked = self._asked(
             query,
@@ -148,10 +149,11 @@ class InfluenceBase(TokenScores, GroupScores):
         Parameters
         ----------
         k : int
+            Number of examples.
         kind : {"helpful", "harmful", "absolute"}
-            The largest scores, the smallest, or the largest absolute values.
+            Return the largest scores, the smallest, or the largest absolute values.
         query, train, query_loss, reduction, weights, normalize, method, checkpoint
-            As in `scores`.
+            See `scores`.
 
         Returns
         -------
@@ -160,7 +162,7 @@ class InfluenceBase(TokenScores, GroupScores):
 
         Notes
         -----
-        The scores of one batch are held at a time, so that the training set may be of any size.
+        The training set may have any size, since only the scores of one batch are in memory.
         """
         asked = self._asked(query, train, **options)
         nums = self._group.everyone(asked.targets.num)
@@ -187,23 +189,23 @@ class InfluenceBase(TokenScores, GroupScores):
         weights: Any = None,
         normalize: str = "none",
     ) -> Plan:
-        """Say what the scores of `query` will take, before the work.
+        """Predict the cost of the scores of `query`.
 
         Parameters
         ----------
         query : examples, optional
             Default: the training set, for self-influence.
         query_loss, reduction, weights, normalize
-            As in `scores`.
+            See `scores`.
 
         Returns
         -------
         Plan
-            Printed, it is four lines. ``progress=True`` prints it before each computation.
+            Prints as four lines. ``progress=True`` prints it before each computation.
 
         Notes
         -----
-        Unit costs are measured once: a product, and the scores of a batch by both methods.
+        Measures, once, the time of a product and of the scores of a batch by both methods.
         """
         self._check_unchanged()
         if query is None:
@@ -220,17 +222,17 @@ class InfluenceBase(TokenScores, GroupScores):
         Parameters
         ----------
         checkpoint : path, optional
-            As in `scores`.
+            See `scores`.
 
         Returns
         -------
         array, shape (n_train,)
             ``g_i.T (H + (ridge + damping) I)^{-1} g_i``, at least 0. Mislabelled examples have
-            large ones.
+            large values.
 
         Notes
         -----
-        One solve for each training example, in blocks as large as `memory_budget` allows.
+        Cost: one solve per training example, in blocks as large as `memory_budget` allows.
         """
         self._alone("self_influence")
         self._check_unchanged()
@@ -240,7 +242,7 @@ class InfluenceBase(TokenScores, GroupScores):
         return array_namespace(parts[0]).concat(parts, axis=0)
 
     def inverse_product(self, G: Array) -> Array:
-        """Apply ``(H + (ridge + damping) I)^{-1}`` to a vector or a block.
+        """Multiply ``(H + (ridge + damping) I)^{-1}`` by a vector or a block.
 
         Parameters
         ----------
@@ -259,11 +261,12 @@ class InfluenceBase(TokenScores, GroupScores):
         return value if is_spread(G) else gathered(value)
 
     def with_damping(self, damping: Scalar) -> Any:
-        """Return the same influence function with another damping, on the same columns.
+        """Return an influence function with another damping that reuses the columns of this one.
 
         Parameters
         ----------
         damping : float or "auto"
+            Replaces the damping of this one.
         """
         other = copy.copy(self)
         other._solution = None
@@ -272,7 +275,7 @@ class InfluenceBase(TokenScores, GroupScores):
 
     @property
     def info(self) -> InfluenceInfo:
-        """Cost and trust; see `InfluenceInfo`."""
+        """Cost and accuracy so far; see `InfluenceInfo`."""
         theta = rows_beside(self._backend.vector(), self._backend.like)
         gradient = self._operator.gradient + self._ridge * theta
         residual, steps, message = self._solution or (None, None, "nothing solved yet")

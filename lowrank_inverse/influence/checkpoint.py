@@ -58,7 +58,7 @@ class Store:
         if other := differences(FILE.load(about), key):
             raise ValueError(
                 f"`checkpoint` {str(self.folder)!r} holds the results of another computation: "
-                f"{', '.join(other)} differ. Give an empty folder, or remove this one."
+                f"{', '.join(other)} differ. Pass an empty folder, or remove this one."
             )
 
     def get(self, name: str, compute: Callable[[], Array], template: Array) -> Array:

@@ -187,7 +187,7 @@ def to_record(settings: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(settings, SETTINGS):
         raise TypeError(
-            f"`solver` must be settings such as NystromCG(...) for what is written to disk; got "
+            f"`solver` must be settings such as NystromCG(...) to be written to disk; got "
             f"{describe(settings)}."
         )
     return {"name": type(settings).__name__, **asdict(settings)}

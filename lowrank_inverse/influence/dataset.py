@@ -1,4 +1,4 @@
-"""A data set as batches that can be read again and again, cached where they fit."""
+"""A data set as batches that can be read repeatedly, in memory if they fit."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class Examples:
         self.num = sum(self.sizes)
         if self.num == 0:
             raise ValueError(
-                f"`{name}` must hold at least one example; got none. If it is read from an "
-                "iterator, that may be used up: give a list of its batches."
+                f"`{name}` must hold at least one example; got none. If it reads from an "
+                "iterator, that may be exhausted: pass a list of its batches."
             )
         if self._kept is not None:
             self._cut(batch_size or self._default_size(num_bytes))
@@ -113,8 +113,8 @@ class Examples:
                 self._reader = None
                 raise RuntimeError(
                     f"`{self.name}` had {self.sizes[self._next]} examples in batch {self._next} at "
-                    f"first and has {size} now. It must give the same batches each time it is "
-                    "iterated: give a Dataset, or a list of batches."
+                    f"first and has {size} now. It must yield the same batches each time it is "
+                    "iterated: pass a Dataset, or a list of batches."
                 )
             self._next += 1
             if self._next == i + 1:
@@ -159,7 +159,7 @@ class Examples:
         if isinstance(self._source, Iterator):
             raise TypeError(
                 f"`{self.name}` can be iterated only once: it is a {type(self._source).__name__}. "
-                f"Give a DataLoader, or list({self.name})."
+                f"Pass a DataLoader, or list({self.name})."
             )
         return iter(self._source)
 
@@ -169,8 +169,8 @@ class Examples:
             found = [tuple(leaf.shape) for leaf in leaves if is_array(leaf)]
             raise ValueError(
                 f"`{self.name}` must have batches of arrays with one row for each example; batch "
-                f"{i} holds arrays of shapes {found}. Of single examples make a data set, or stack "
-                "them; what holds no array gives no rows."
+                f"{i} holds arrays of shapes {found}. Stack single examples, or make a data set of "
+                "them."
             )
         return sizes.pop()
 

@@ -248,7 +248,7 @@ class Workings:
             raise ValueError(
                 f"a product with the {factor.name} is not finite, though the gradients are. Look "
                 "for a root, a norm or an absolute value at 0 in the loss, whose second derivative "
-                "is not; or for an overflow, and take float64."
+                "is not finite, or for an overflow, which float64 avoids."
             )
         rtol = getattr(factor.settings, "rtol", None)
         short = ~to_host(solution.converged) & (to_host(solution.reason) != Reason.DIRECT)
@@ -256,7 +256,7 @@ class Workings:
             warnings.warn(
                 f"The solve did not converge: {solution.message}; the largest relative residual is "
                 f"{np.max(residual):.1e}, rtol is {rtol:.1e}. Raise the damping, `rank` or "
-                "`max_steps` of the solver, or take float64.",
+                "`max_steps` of the solver, or use float64.",
                 RuntimeWarning,
                 stacklevel=4,
             )

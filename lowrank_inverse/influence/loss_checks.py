@@ -59,9 +59,9 @@ def check_unchanged(backend: Any, examples: Examples) -> None:
         if (i := first_difference(before, losses, backend.unit)) is not None:
             raise RuntimeError(
                 f"The loss of example {start + i} of `{examples.name}` was {before[i]:.6g} when "
-                f"this influence function was made and is {losses[i]:.6g} now. The weights (frozen "
+                f"this influence function was made and is {losses[i]:.6g} now. Weights (frozen "
                 "ones too), buffers, data or constants of the loss were changed in place after "
-                "that, or the data are others each time they are read. Make it anew."
+                "that, or the data differ each time they are read. Create a new influence function."
             )
 
 
@@ -98,7 +98,7 @@ def check_tokens(losses: Array) -> Array:
     if losses.ndim != 2:
         raise ValueError(
             "scores of tokens need a `loss` that returns one number per token, shape (size, "
-            f"tokens), 0 for ignored ones; got shape {tuple(losses.shape)}. Leave out the sum over "
+            f"tokens), 0 for ignored ones; got shape {tuple(losses.shape)}. Do not sum over "
             "tokens."
         )
     return losses
@@ -112,9 +112,9 @@ def _check_first(backend: Any, examples: Examples, losses: np.ndarray) -> None:
         now = f"is {again[i]:.6g}" if again.size else "is gone"
         raise RuntimeError(
             f"`{examples.name}` must give the same examples each time it is read; the loss of "
-            f"example {i} was {losses[i]:.6g} at first and {now} when it is read again. Leave out "
-            f"augmentation and shuffling, or give list({examples.name}): the batches as they are "
-            "read once."
+            f"example {i} was {losses[i]:.6g} at first and {now} when it was read again. Remove "
+            f"augmentation and shuffling, or pass list({examples.name}), which reads the batches "
+            "once."
         )
 
 
@@ -149,7 +149,7 @@ def _check_alone(backend: Any, examples: Examples, batch: Any, losses: np.ndarra
     alone = _checked(backend, examples.rows(batch, 0, 1), examples, 0)
     if abs(alone[0] - losses[0]) > tolerance(np.append(losses, alone), backend.unit):
         raise ValueError(
-            f"`loss` must depend on each example alone; that of example 0 of `{examples.name}` is "
-            f"{losses[0]:.6g} beside others and {alone[0]:.6g} by itself. Something in the model "
+            f"`loss` must not depend on other examples; that of example 0 of `{examples.name}` is "
+            f"{losses[0]:.6g} in a batch and {alone[0]:.6g} by itself. Something in the model "
             "or the loss mixes the examples of a batch, or is random."
         )

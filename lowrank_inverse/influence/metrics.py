@@ -1,4 +1,4 @@
-"""How well influence scores predict what they are to predict: arrays in, numbers out."""
+"""Measures of how well influence scores predict the effects of training."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ __all__ = ["Agreement", "leave_one_out", "linear_datamodelling_score", "mislabel
 
 
 class Agreement(NamedTuple):
-    """How far a prediction agrees with the truth.
+    """Agreement between predicted and actual values.
 
     Attributes
     ----------
     pearson, spearman : float
-        Correlations of the values and of their ranks, from -1 to 1; NaN where one side is constant.
+        Correlations of the values and of their ranks, from -1 to 1; NaN if one side is constant.
     slope : float
-        Of the truth over the prediction through zero, by least squares: 1 where the units agree.
+        Least-squares slope of the actual over the predicted values, through zero; 1 if they have
+        the same scale.
     relative_error : float
-        Euclidean norm of the difference over that of the truth.
+        Euclidean norm of the difference divided by that of the actual values.
     """
 
     pearson: float
@@ -39,9 +40,9 @@ def leave_one_out(predicted: Array, actual: Array) -> Agreement:
     Parameters
     ----------
     predicted : array, any shape
-        Such as ``scores / num_train``, or ``removal_effect`` for each set of examples.
+        For example ``scores / num_train``, or ``removal_effect`` for each set of examples.
     actual : array, shape of `predicted`
-        Loss after training without the examples less the loss with them.
+        Loss after training without the examples minus loss with them.
 
     Returns
     -------
@@ -64,7 +65,7 @@ def leave_one_out(predicted: Array, actual: Array) -> Agreement:
     p, a = _host("predicted", predicted), _host("actual", actual)
     if p.shape != a.shape:
         raise ValueError(
-            f"`predicted` and `actual` must have one shape; got {p.shape} and {a.shape}."
+            f"`predicted` and `actual` must have the same shape; got {p.shape} and {a.shape}."
         )
     p, a = p.reshape(-1), a.reshape(-1)
     if p.size < 2:
@@ -81,22 +82,22 @@ def leave_one_out(predicted: Array, actual: Array) -> Agreement:
 
 
 def linear_datamodelling_score(scores: Array, subsets: Array, losses: Array) -> float:
-    """Rank models trained on subsets by the scores of their examples [1]_.
+    """Measure how well scores predict the losses of models trained on subsets (LDS) [1]_.
 
     Parameters
     ----------
     scores : array, shape (n_query, n_train)
         Positive is helpful.
     subsets : array of bool, shape (n_models, n_train)
-        Which examples each model was trained on.
+        Training examples of each model.
     losses : array, shape (n_models, n_query)
-        The loss of each model on each query; the mean over several trainings is better.
+        Loss of each model on each query, best averaged over several trainings.
 
     Returns
     -------
     float
-        Spearman correlation over the models of the sum of the scores in the subset with the loss,
-        with its sign turned, the mean over queries: 1 is perfect, 0 no better than chance.
+        For each query, the Spearman correlation over the models between the sum of the scores in
+        the subset and the negative loss; averaged over the queries. 1 is perfect, 0 is chance.
 
     Raises
     ------
@@ -140,18 +141,18 @@ def linear_datamodelling_score(scores: Array, subsets: Array, losses: Array) -> 
     if constant.size:
         raise ValueError(
             "`losses` and the sums of `scores` must differ from model to model; one of them is the "
-            f"same for all at query {constant[0]}. Leave that query out, or take other subsets."
+            f"same for all at query {constant[0]}. Omit that query, or use other subsets."
         )
     return float(np.mean(found))
 
 
 def mislabel_auc(self_influence: Array, is_mislabelled: Array) -> float:
-    """Return how well large values single out the mislabelled examples.
+    """Measure how well large values identify mislabelled examples.
 
     Parameters
     ----------
     self_influence : array, shape (n,)
-        Any score that is larger for suspects.
+        Any score that is larger for suspicious examples.
     is_mislabelled : array of bool, shape (n,)
         Which labels are wrong.
 
@@ -159,7 +160,7 @@ def mislabel_auc(self_influence: Array, is_mislabelled: Array) -> float:
     -------
     float
         Area under the ROC curve: the probability that a mislabelled example has a larger value
-        than one that is not, ties counting half. 0.5 is chance.
+        than a correctly labelled one, where ties count half. 0.5 is chance.
 
     Raises
     ------
@@ -179,7 +180,7 @@ def mislabel_auc(self_influence: Array, is_mislabelled: Array) -> float:
     flags = _flags("is_mislabelled", is_mislabelled)
     if values.ndim != 1 or values.shape != flags.shape:
         raise ValueError(
-            "`self_influence` and `is_mislabelled` must have one shape (n,); got "
+            "`self_influence` and `is_mislabelled` must have the same shape (n,); got "
             f"{values.shape} and {flags.shape}."
         )
     num, others = int(flags.sum()), int((~flags).sum())

@@ -246,7 +246,7 @@ def checked_weights(weights: Any, reduction: str, num: int) -> np.ndarray | None
     if weights is None:
         return np.ones((1, num)) if reduction == "sum" else None
     if reduction == "sum":
-        raise ValueError("give `weights`, or reduction='sum', which is weights of 1; got both.")
+        raise ValueError("pass `weights`, or reduction='sum', which means weights of 1; got both.")
     W = np.asarray(to_host(weights) if is_array(weights) else weights, dtype=np.float64)
     if W.ndim not in (1, 2) or W.shape[-1] != num or W.size == 0:
         raise ValueError(

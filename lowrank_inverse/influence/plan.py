@@ -1,4 +1,4 @@
-"""What a computation will cost, before it is done, and the solver that costs least."""
+"""The predicted cost of a computation, and the cheapest solver for it."""
 
 from __future__ import annotations
 
@@ -58,27 +58,29 @@ class UnitCosts(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What scores, top k or self-influence will take.
+    """The predicted cost of scores, top k or self-influence.
 
     Attributes
     ----------
     solver, why : str
-        Its settings, for the default those chosen for so many right-hand sides; and the reason.
+        Settings of the solver, and the reason for them. The default depends on the number of
+        right-hand sides.
     method : str
         How scores are computed: "jvp" or "gradients".
     num_params, num_train, num_solves, width : int
-        Size of the system, training examples, right-hand sides, and how many of them at a time.
+        Size of the system, number of training examples, number of right-hand sides, and number of
+        them solved at a time.
     num_products : int
-        Products of curvature and vector; for conjugate gradients with 20 steps a right-hand side.
+        Number of products with the curvature; for conjugate gradients, 20 per right-hand side.
     num_passes : int
-        Over the training set: for those products, a block at a time, and for the scores.
+        Number of passes over the training set, for the products of each block and for the scores.
     num_bytes : dict of int
-        Of each stage: ``data`` that is kept, ``columns`` of the solver or its pairs, ``solve`` of
-        a block of right-hand sides, ``batch`` of a product with the curvature of one, as measured,
-        ``scores``.
+        Memory of each stage: ``data`` kept, ``columns`` or pairs of the solver, ``solve`` of a
+        block of right-hand sides, ``batch`` for a product with the curvature of one batch (as
+        measured), ``scores``.
     seconds : dict of float
-        From measured unit costs: ``product``, of one; ``columns``, ``solve`` and ``scores``, of
-        the stages.
+        From measured times: ``product`` for a single one; ``columns``, ``solve`` and ``scores``
+        for the stages.
     """
 
     solver: str

@@ -1,4 +1,4 @@
-"""What is written of an influence function: files, checkpoints and pickles."""
+"""Influence functions in files, checkpoints and pickles."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ FILE = Format("InfluenceFunction.save")
 
 
 class Recorded(Workings):
-    """An influence function that can be written, and made again from what was written."""
+    """An influence function that can be saved and restored."""
 
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
     """What the subclass was called with, apart from `_settings`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write settings, columns and what they depend on to one file.
+        """Write settings, columns and fingerprints of model and data to one file.
 
         Parameters
         ----------
         path : path
-            Ends in ``.npz``, or in ``.safetensors``: plain arrays, without pickle.
+            Ends in ``.npz`` or ``.safetensors``. The file holds plain arrays, without pickle.
 
         Notes
         -----
-        What they depend on: hashes of the weights, frozen ones and buffers too, and of the training
-        set, the loss of each training example, and a product with the curvature.
+        The fingerprints are hashes of all weights, buffers and the training set, the loss of each
+        training example, and a product with the curvature. Loading compares them.
         """
         self._alone("save")
         self._check_unchanged()
@@ -54,8 +54,8 @@ class Recorded(Workings):
         influence = cls(*arguments, **(settings | options))
         if other := differences(saved["key"], influence._key()):
             raise ValueError(
-                f"{str(path)!r} was saved with other {' and '.join(other)} than those given. Load "
-                "those of that time first, or make the influence function anew."
+                f"{str(path)!r} was saved with other {' and '.join(other)} than those passed. "
+                "Restore those first, or create a new influence function."
             )
         return influence._with_columns(*saved["kept"])
 
@@ -82,7 +82,7 @@ class Recorded(Workings):
         if self._group.size > 1:
             raise ValueError(
                 f"`{name}` is for an influence function of one process; this one has a `mesh`. "
-                "Make one without it, of all training examples."
+                "Create one without it, with all training examples."
             )
 
     def _settings(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Recorded(Workings):
         sampled = isinstance(self._solver, (Nystrom, NystromCG))
         if sampled and not self._seeded and self._solver.indices is None:
             raise ValueError(
-                "`checkpoint` needs a seed, so that a later run draws the same columns: give `rng`."
+                "`checkpoint` needs a seed, so that a later run draws the same columns: pass `rng`."
             )
         settings = self._settings() | {"solver": to_record(self._solver)}
         key = self._key() | {

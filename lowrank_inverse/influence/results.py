@@ -1,4 +1,4 @@
-"""What influence functions return, and the largest scores of a stream."""
+"""The results of influence functions, and the largest scores of a stream."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ KINDS = ("helpful", "harmful", "absolute")
 
 
 class TopK(NamedTuple):
-    """The most influential examples of each query, the first ones the most.
+    """The most influential examples of each query, in decreasing order.
 
     Attributes
     ----------
     indices : numpy.ndarray of int64, shape (n_query, k)
-        Places in the training set.
+        Indices in the training set.
     scores : array, shape (n_query, k)
-        Of the library of the parameters.
+        Their scores, in the library of the parameters.
     """
 
     indices: np.ndarray
@@ -27,31 +27,31 @@ class TopK(NamedTuple):
 
 
 class InfluenceInfo(NamedTuple):
-    """What an influence function cost, and how far it is to be trusted.
+    """Cost and accuracy of an influence function.
 
     Attributes
     ----------
     num_train, num_params : int
-        Training examples, and numbers in the parameters.
+        Number of training examples and of parameters.
     curvature, solver : str
-        The solver's settings; for the default, those chosen for the latest call.
+        The curvature, and the settings of the solver (those of the last call for the default).
     ridge, damping : float
-        Both are added to the mean curvature. The ridge may be an array, shape (n,); `damping` is
-        the number found for "auto".
+        Added to the mean curvature. The ridge may be an array, shape (n,). For "auto", `damping`
+        is the number that was chosen.
     loss, gradient_norm : float
         Mean loss on the training set, and norm of the gradient of ``mean loss + ridge / 2 *
-        sum(params ** 2)``: the formula assumes 0.
+        sum(params ** 2)``, which the formula assumes to be 0.
     rank : int or None
-        Columns that the solver kept, where it has any.
+        Number of columns that the solver kept; None if it keeps none.
     num_products : int
-        Products of curvature and vector so far.
+        Number of products with the curvature so far.
     relative_residual : numpy.ndarray, shape (n_query,)
-        Of the last solve: norm of the true residual over that of the right-hand side. None
-        before the first, and where it was read from a checkpoint.
+        Relative norm of the true residual in the last solve. None before the first solve, and if
+        the result came from a checkpoint.
     num_steps : numpy.ndarray of int, shape (n_query,)
-        Steps of that solve.
+        Number of steps of the last solve.
     message : str
-        How that solve ended, in words.
+        How the last solve ended.
     """
 
     num_train: int

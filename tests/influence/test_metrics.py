@@ -80,7 +80,7 @@ def test_the_area_counts_the_pairs_in_their_right_order(eager):
 
 def test_bad_input_is_named():
     x, flags = np.arange(4.0), np.array([True, False, True, False])
-    with pytest.raises(ValueError, match=r"must have one shape; got \(4,\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"must have the same shape; got \(4,\) and \(3,\)"):
         leave_one_out(x, x[:3])
     with pytest.raises(ValueError, match="at least two entries"):
         leave_one_out(x[:1], x[:1])
@@ -92,7 +92,7 @@ def test_bad_input_is_named():
         mislabel_auc(x, x)
     with pytest.raises(ValueError, match="both kinds; got 0 True and 4 False"):
         mislabel_auc(x, flags & ~flags)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         mislabel_auc(x[:3], flags)
     subsets, losses = np.ones((2, 4), dtype=bool), np.array([[1.0], [2.0]])
     with pytest.raises(ValueError, match="must have the shapes"):

@@ -1,1 +1,1 @@
-"""What is asked of an influence function beside the score of each example."""
+"""Further queries of influence functions: groups, tokens and ensembles."""

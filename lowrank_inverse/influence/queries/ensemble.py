@@ -1,4 +1,4 @@
-"""The mean influence over several trained models."""
+"""Mean influence over several trained models."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lowrank_inverse.influence.results import TopK, top
 
 
 class Ensemble:
-    """The mean influence over models from several seeds, or checkpoints of one training [1]_.
+    """Mean influence over models from several seeds, or checkpoints of one training [1]_.
 
-    What a single trained model owes to chance is averaged out.
+    The mean reduces the randomness of a single training.
 
     Parameters
     ----------
     members : iterable of influence functions
-        On the same training set, each with a trained model of its own.
+        On the same training set, each with its own trained model.
 
     References
     ----------
@@ -54,11 +54,11 @@ class Ensemble:
         sizes = {member.info.num_train for member in self.members}
         if len(sizes) > 1:
             raise ValueError(
-                f"`members` must have one training set; got sets of {sorted(sizes)} examples."
+                f"`members` must have the same training set; got sets of {sorted(sizes)} examples."
             )
 
     def scores(self, query: Any, train: Any = None, **options: Any) -> Array:
-        """Return the mean of the scores of all members; arguments as theirs, without `out`."""
+        """Return the mean scores of all members; takes their arguments, except `out`."""
         parts = (member.scores(query, train, **options) for member in self.members)
         total: Array = reduce(lambda a, b: a + b, parts)
         return total / len(self.members)
@@ -68,7 +68,7 @@ class Ensemble:
     ) -> TopK:
         """Find the k most influential training examples of each query by the mean scores.
 
-        All scores are held: ``n_query * n_train`` numbers.
+        Memory: all scores, ``n_query * n_train`` numbers.
         """
         scores = self.scores(query, train, **options)
         check_count("k", k, most=int(scores.shape[1]))

@@ -1,4 +1,4 @@
-"""The influence of groups of training examples, and of their removal."""
+"""The influence of groups of training examples, and the effect of removing them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 class GroupScores(Passes):
-    """Influence of several training examples together."""
+    """The influence of several training examples together."""
 
     def group_scores(
         self, query: Any, groups: Any, train: Any = None, **options: Unpack[Options]
     ) -> Array:
-        """Sum the influence of the training examples of each group, such as a source or a class.
+        """Sum the scores of the training examples in each group, such as a source or a class.
 
         Parameters
         ----------
         groups : integer array, shape (n_train,)
-            The group of each training example, from 0 on.
+            Group of each training example, numbered from 0.
         query, train, query_loss, reduction, weights, normalize, method, checkpoint
-            As in `scores`.
+            See `scores`.
 
         Returns
         -------
@@ -40,8 +40,8 @@ class GroupScores(Passes):
 
         Notes
         -----
-        The scores of one batch are held at a time. First order in the group: `removal_effect` with
-        ``leverage=True`` is a Newton step.
+        Only the scores of one batch are in memory. The sum is a first-order prediction for the
+        group; `removal_effect` with ``leverage=True`` takes a Newton step.
         """
         self._alone("group_scores")
         asked = self._asked(query, train, **options)
@@ -62,29 +62,30 @@ class GroupScores(Passes):
         *,
         query_loss: Callable[..., Any] | None = None,
     ) -> Array:
-        """Predict by how much the loss of each query rises when training examples are removed.
+        """Predict how much the loss of each query rises when training examples are removed.
 
         Parameters
         ----------
         query : examples
+            In any form that `train` may have.
         indices : sequence of int
-            The examples to remove, all at once.
+            Training examples to remove together.
         leverage : bool
-            Let the curvature of the removed examples go too: one Newton step of the problem
-            without them. It is exact for a quadratic loss, and better for large or unusual groups.
+            Also remove their curvature: one Newton step on the problem without them. This is exact
+            for a quadratic loss, and more accurate for large or unusual groups.
         query_loss : callable, optional
-            As in `scores`.
+            See `scores`.
 
         Returns
         -------
         array, shape (n_query,)
-            In units of the loss, to first order in the step of the parameters. Positive where the
+            Change of the loss, to first order in the step of the parameters. Positive if the
             examples were helpful.
 
         Notes
         -----
         The problem without them is ``1 / num_train * sum of the others + ridge / 2 * sum(params **
-        2)``: neither divisor nor ridge change. One solve, however many queries.
+        2)``, with the same `num_train` and ridge. Cost: one solve for any number of queries.
         """
         self._alone("removal_effect")
         chosen = check_indices(indices, self._train.num)
@@ -113,5 +114,5 @@ def _checked_groups(groups: Any, num: int) -> np.ndarray:
             f"{labels.shape} and dtype {labels.dtype}."
         )
     if labels.min() < 0:
-        raise ValueError(f"`groups` must be numbered from 0 on; got {labels.min()}.")
+        raise ValueError(f"`groups` must be numbered from 0; got {labels.min()}.")
     return labels

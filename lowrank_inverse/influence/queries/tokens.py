@@ -1,4 +1,4 @@
-"""Influence token by token, of training sequences or on queries."""
+"""Influence by token of training sequences or queries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowrank_inverse.influence.results import check_choice
 
 
 class TokenScores(Passes):
-    """Scores of the tokens of sequences, for a loss that returns one number for each."""
+    """Scores by token, for a loss that returns one number per token."""
 
     def token_scores(
         self,
@@ -29,31 +29,31 @@ class TokenScores(Passes):
         of: str = "train",
         query_loss: Callable[..., Any] | None = None,
     ) -> Array:
-        """Split the influence of training sequences into that of their tokens, or of a query's.
+        """Split the influence of training sequences by their tokens, or by the tokens of a query.
 
         Parameters
         ----------
         query, train, query_loss
-            As in `scores`. The loss, or `query_loss` for ``of="query"``, returns one number for
-            each token, shape (size, tokens), and 0 for those that are ignored.
+            See `scores`. The loss (for ``of="query"``, the `query_loss`) returns one number per
+            token, shape (size, tokens), with 0 for ignored tokens.
         of : {"train", "query"}
-            Which tokens: the influence of the loss of each training token on the loss of the
-            query, or that of each training sequence on the loss of each token of the query.
+            "train" gives the influence of the loss of each training token on the loss of the query;
+            "query" that of each training sequence on the loss of each token of the query.
 
         Returns
         -------
         array, shape (n_query, n_train, tokens) or (n_query, tokens, n_train)
-            Summed over the tokens, the scores. Shorter sequences end in zeros.
+            Their sum over the tokens is the score. Shorter sequences are padded with zeros.
 
         Raises
         ------
         ValueError
-            If the loss does not tell tokens apart.
+            If the loss does not return one number per token.
 
         Notes
         -----
-        For training tokens, the cost of `scores`. For the tokens of a query, one solve each. The
-        result is held: give as `train` the sequences that `top_k` found.
+        Training tokens cost as much as `scores`; tokens of a query cost one solve each. The result
+        is kept in memory, so pass as `train` the sequences that `top_k` found.
 
         References
         ----------

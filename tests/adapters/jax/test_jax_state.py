@@ -130,5 +130,5 @@ def test_the_record_explains_itself_outside_of_jit_only():
     with pytest.raises(TypeError, match="while jax traces"):
         jax.jit(lambda h: step(h).explain())(start())
     batch = jax.tree.map(lambda x: jnp.stack([x, x]), out.info)
-    with pytest.raises(ValueError, match=r"one of a batch.*jax\.tree\.map"):
+    with pytest.raises(ValueError, match=r"that of a batch.*jax\.tree\.map"):
         batch.explain()

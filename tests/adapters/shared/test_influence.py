@@ -497,7 +497,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "loss of all": (
         {"loss": lambda z, y: cross_entropy(z, y) - array_namespace(z).mean(z)},
-        "must depend on each example alone",
+        "must not depend on other examples",
     ),
     "no batches": ({"train": []}, "`train` must hold at least one example"),
     "read once": ({"train": iter([])}, "can be iterated only once"),

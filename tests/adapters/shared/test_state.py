@@ -103,7 +103,7 @@ def test_an_inner_problem_far_from_its_minimum_is_reported(framework):
 def test_a_ridge_that_was_forgotten_is_reported(framework):
     out = Loop(framework).step(START, ridge=None, solver=li.CG(damping=RIDGE))
     assert "not_stationary" in names(out)
-    assert "give it as `ridge`" in out.explain()
+    assert "pass it as `ridge`" in out.explain()
 
 
 def pair(framework: Any, inner: Any, outer: Any, theta: float) -> Any:

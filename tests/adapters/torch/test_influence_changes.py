@@ -233,7 +233,7 @@ def test_data_that_change_later_are_noticed():
     live = InfluenceFunction(
         network(), cross_entropy, Drifting(), memory_budget=1, solver=li.CG(damping=0.1)
     )
-    changed = "others each time they are read|returned the loss"
+    changed = "differ each time they are read|returned the loss"
     with pytest.raises(RuntimeError, match=changed):
         for _ in range(3):
             live.scores(QUERY)
