@@ -1,4 +1,4 @@
-"""The peak of the memory of tensors in a block, on any device."""
+"""Peak memory of the tensors in a block of code, on any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solvers in the form that TorchOpt takes."""
+"""Solvers in the form that TorchOpt expects."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["as_solve"]
 def as_solve(
     solver: Solver | SolveFunction | None = None, *, rng: RNG = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
-    """Return ``solve(matvec, b) -> x`` on structures of tensors, such as TorchOpt takes.
+    """Return a function ``solve(matvec, b) -> x`` on structures of tensors, as TorchOpt expects it.
 
     Parameters
     ----------
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, optional
         Default: CG.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns.
+        Seed of the sampled columns.
     sign : 1 or -1, optional
-        That of the matrix. ``torchopt.diff.implicit.custom_root`` of a gradient has the Hessian:
-        1. The residual of a fixed point of gradient descent has minus the Hessian times the step:
-        -1, and the damping of the solver then is that of the matrix with its sign changed.
+        Sign of the matrix. ``torchopt.diff.implicit.custom_root`` of a gradient passes the Hessian:
+        1. The residual of a fixed point of gradient descent passes the negative Hessian times the
+        step size: -1; the damping of the solver is then added to the matrix with its sign changed.
         Default: the sign of ``b.T A b``.
 
     Returns
     -------
     callable (matvec, b, **ignored) -> x
-        Two products go before, and warn of a matrix that is not symmetric.
+        Two extra products test the symmetry of the matrix; it warns if they differ.
 
     Examples
     --------

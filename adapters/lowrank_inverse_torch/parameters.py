@@ -1,4 +1,4 @@
-"""Parameters as one vector: a live module, a tensor or any pytree, flattened and put back."""
+"""Parameters of a module, tensor or pytree as one flat vector, and back."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["Parameters", "as_parameters"]
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """The distinct tensors that require grad in a structure, and the way back to it.
+    """The distinct tensors that require grad in a structure, and conversions to a flat vector.
 
-    Made by `as_parameters`. The flat vector holds `tensors` one after the other, each in row-major
-    order; its length is ``n``.
+    Created by `as_parameters`. The flat vector of length ``n`` holds `tensors` one after the other,
+    each in row-major order.
 
     Attributes
     ----------
     tensors : tuple of Tensor
-        The user's own tensors, live: those that require grad, a tied one once, in the order met.
+        The user's own tensors that require grad, in order; a tied tensor appears once.
     names : tuple of str
-        Where each of them was first met, such as ``"0.weight"``; for messages.
+        Where each of them was first found, such as ``"0.weight"``; for messages.
     modules : tuple of Module
-        The modules in the structure, whose buffers and mode are to be guarded.
+        The modules in the structure, whose buffers and mode are to be restored.
     offsets : tuple of int
-        ``offsets[i]:offsets[i + 1]`` is the place of tensor ``i`` in the vector; the last is ``n``.
+        Tensor ``i`` occupies ``offsets[i]:offsets[i + 1]`` of the vector; the last offset is ``n``.
     sharded : tuple of Tensor
-        The user's own tensors where those are DTensors and `tensors` hold all their values.
+        The user's own DTensors, in which case `tensors` hold their full values.
     """
 
     tensors: tuple[Tensor, ...]
@@ -59,30 +59,30 @@ class Parameters:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The one dtype of all tensors."""
+        """The common dtype of all tensors."""
         return self.tensors[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """The one device of all tensors."""
+        """The common device of all tensors."""
         return self.tensors[0].device
 
     def flatten(
         self, tensors: Sequence[Tensor | None], *, num_columns: int | None = None
     ) -> Tensor:
-        """Write tensors into one vector, or stacks of tensors into a block.
+        """Copy tensors into one vector, or stacks of tensors into a block.
 
         Parameters
         ----------
         tensors : sequence of Tensor or None
-            One for each of `self.tensors`, of its shape; None stands for zeros.
+            One for each of `self.tensors`, of the same shape; None means zeros.
         num_columns : int, optional
-            When given, each tensor has this many stacked along a new first axis.
+            If given, each tensor has this many slices along a new first axis.
 
         Returns
         -------
         Tensor, shape (n,), or (n, num_columns)
-            Detached, in memory of its own.
+            A detached copy.
         """
         rows = torch.zeros(num_columns or 1, self.n, dtype=self.dtype, device=self.device)
         if num_columns is None:
@@ -114,8 +114,8 @@ class Parameters:
         Returns
         -------
         list of Tensor
-            Shaped like `self.tensors`, as views where that can be; for a block each has its m
-            columns stacked along a new first axis.
+            Shaped like `self.tensors`, as views if possible. For a block, each has its m columns
+            stacked along a new first axis.
         """
         shapes = [tensor.shape for tensor in self.tensors]
         places = zip(shapes, self.offsets[:-1], self.offsets[1:], strict=True)
@@ -125,7 +125,7 @@ class Parameters:
         return [vector[start:stop].mT.reshape(m, *shape) for shape, start, stop in places]
 
     def restore(self, values: Tensor | Sequence[Tensor | None]) -> Any:
-        """Give values the structure that the user gave.
+        """Put values into the structure of `params`.
 
         Parameters
         ----------
@@ -135,9 +135,9 @@ class Parameters:
         Returns
         -------
         structure
-            As given to `as_parameters`, a module being a dict with the keys of its
-            ``named_parameters()`` and an iterator a list. Frozen tensors have None; tied ones share
-            one value.
+            The structure given to `as_parameters`. A module becomes a dict with the keys of its
+            ``named_parameters()``, and an iterator a list. Frozen tensors become None, and tied
+            ones share a value.
         """
         wanted = (self.n,) if isinstance(values, Tensor) else (len(self.tensors),)
         got = tuple(values.shape) if isinstance(values, Tensor) else (len(values),)
@@ -150,16 +150,17 @@ class Parameters:
         return tree_map(lambda i: None if i is None else tensors[i], self._positions)
 
     def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> list[Tensor | None]:
-        """Undo `restore`: one value for each of `self.tensors` from a structure like the user's.
+        """Invert `restore`: return a value for each of `self.tensors` from a structure.
 
-        With `expand` a number, or a tensor of shape (), stands for all entries of a tensor.
+        With `expand`, a number or a tensor of shape () stands for all entries of a tensor.
 
         Raises
         ------
         ValueError
-            Another structure or shape; a value for a frozen tensor; tied places that differ.
+            If the structure or a shape differs, a frozen tensor has a value, or tied tensors have
+            different ones.
         TypeError
-            A value that is no tensor, or one of another dtype.
+            If a value is not a tensor, or has another dtype.
         """
         tree = expand_modules(tree)[0]
         values: list[Tensor | None] = [None] * len(self.tensors)
@@ -186,7 +187,7 @@ class Parameters:
         return values
 
     def check_vector(self, v: Any, *, name: str = "v", block: bool = True) -> Tensor:
-        """Return `v` detached if it is a vector (n,), or block (n, m), to multiply; else raise."""
+        """Return `v` detached if it is a vector (n,) or a block (n, m); raise otherwise."""
         check_alike(v, self.tensors[0], f"`{name}`")
         if v.ndim not in ((1, 2) if block else (1,)) or v.shape[0] != self.n:
             wanted = f"({self.n},) or ({self.n}, m)" if block else f"({self.n},)"
@@ -205,26 +206,25 @@ def as_parameters(
     Parameters
     ----------
     params : Module, Tensor, iterable of tensors, or pytree of tensors and modules
-        Live: nothing is copied. A used-up iterator is no trouble, so ``model.parameters()`` will
-        do. Tensors that do not require grad are frozen, and left out; a tensor met twice (tied
-        weights) counts once. Tensors that are not leaves of the graph are welcome. None is kept.
+        Nothing is copied. An iterator such as ``model.parameters()`` is accepted. Tensors that do
+        not require grad are frozen and ignored; a tensor found twice (tied weights) counts once.
+        Tensors need not be leaves of the graph. None is kept in its place.
     name : str
-        What messages call the argument.
+        Name of the argument in messages.
     spread, gather : bool
-        Whether DTensors are welcome; and whether whole tensors stand for them, which all processes
-        then gather.
+        Whether DTensors are accepted, and whether all processes gather them into full tensors.
 
     Returns
     -------
     parameters : Parameters
-        The tensors, and the way between them, one flat vector and the structure of `params`.
+        The tensors, and conversions between them, a flat vector and the structure of `params`.
 
     Raises
     ------
     TypeError
-        Something that is no tensor; complex tensors; tensors of several dtypes.
+        If something is not a tensor, is complex, or the dtypes differ.
     ValueError
-        No tensor that requires grad; tensors on several devices.
+        If no tensor requires grad, or the devices differ.
 
     Examples
     --------

@@ -1,1 +1,1 @@
-"""Hypergradients, minimisers and bilevel problems of live torch models."""
+"""Hypergradients and bilevel problems of PyTorch models."""

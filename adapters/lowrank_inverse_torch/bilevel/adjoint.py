@@ -1,4 +1,4 @@
-"""The derivative of a minimiser, for torch's autograd."""
+"""The derivative of a minimiser, for autograd."""
 
 from __future__ import annotations
 

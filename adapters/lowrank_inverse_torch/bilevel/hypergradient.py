@@ -1,4 +1,4 @@
-"""Hypergradients of live torch models by implicit differentiation."""
+"""Hypergradients of PyTorch models by implicit differentiation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Hypergradient", "hypergradient"]
 
 
 class Hypergradient(NamedTuple):
-    """What `hypergradient` returns.
+    """The result of `hypergradient`.
 
     Attributes
     ----------
@@ -41,15 +41,15 @@ class Hypergradient(NamedTuple):
     direct : structure of `hparams`
         Gradient of the outer loss at fixed parameters.
     implicit : structure of `hparams`
-        What comes through the parameters.
+        Contribution through the parameters.
     ihvp : structure of `params`
-        ``(H + ridge + damping)^{-1}`` times the outer gradient.
+        ``(H + ridge + damping)^{-1}`` times the outer gradient (inverse-Hessian-vector product).
     state : HypergradientState
-        Give it to the next call as `state`: a warm start, and pairs that precondition.
+        Pass it to the next call as `state`, for a warm start and a preconditioner.
     info : HypergradientInfo
-        Cost and trust, as Python numbers.
+        Cost and accuracy, as Python numbers.
     solution : Solution
-        Of the linear system.
+        Solution of the linear system.
     """
 
     grads: Any
@@ -61,7 +61,7 @@ class Hypergradient(NamedTuple):
     solution: Solution
 
     def explain(self) -> str:
-        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        """Describe cost and accuracy, the problems found, and what to do about them."""
         return self.info.explain()
 
 
@@ -80,47 +80,47 @@ def hypergradient(
     module: Modules | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Hypergradient:
-    """Differentiate the outer loss at the minimiser of the inner one by hyperparameters.
+    """Differentiate the outer loss at the inner minimiser with respect to hyperparameters.
 
-    With f the inner loss, g the outer one and ``θ(φ) = argmin f``: ``dg/dφ = ∂g/∂φ - ∂g/∂θ (∂²f/∂θ²
+    For the inner loss f, the outer loss g and ``θ(φ) = argmin f``: ``dg/dφ = ∂g/∂φ - ∂g/∂θ (∂²f/∂θ²
     + damping I)^{-1} ∂²f/∂θ∂φ`` (Eq. 3 of [1]_).
 
     Parameters
     ----------
     inner_loss, outer_loss : closure () -> scalar, scalar Tensor with its graph, or list of closures
-        A list is averaged, one graph in memory at a time. The closures read the live `params` and
-        `hparams`.
+        The closures read `params` and `hparams`. A list stands for the mean; only one graph at a
+        time is in memory.
     params : Module, Tensor, iterable of tensors, or pytree
-        θ, at (or near) the minimum of the inner loss. Frozen tensors are left out, tied ones count
-        once.
+        θ, at or near the minimum of the inner loss. Frozen tensors are ignored, and tied ones
+        count once.
     hparams : Module, Tensor, iterable of tensors, or pytree
-        φ. Those that neither loss depends on get zeros, and are named in the info.
+        φ. If neither loss depends on one of them, its gradient is zero and the info names it.
     solver : settings such as ``lowrank_inverse.Nystrom(...)``, or callable ``solve(matvec, b)``
-        With the damping it adds to the Hessian. Default: ``CG(max_steps=40)``.
+        Solves the linear system; its damping is added to the Hessian. Default:
+        ``CG(max_steps=40)``.
     ridge : float, Tensor, or structure of `params`, optional
         Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
-        `inner_loss` leaves out: one number, one for each parameter as a flat (n,) tensor, or the
-        structure of `params` with a number or tensor for each tensor, None for zero. It is treated
-        exactly, never sampled, and may depend on `hparams`.
+        `inner_loss` does not include: a number, a flat tensor of shape (n,), or the structure of
+        `params` with a number or tensor for each tensor, where None means zero. The solver treats
+        it exactly. It may depend on `hparams`.
     state : HypergradientState, optional
-        For a sequence of outer steps: ``HypergradientState()`` at first, then the ``.state`` of the
-        step before. CG and NystromCG start from it and recycle its pairs. The Solution of a similar
-        system is a start too. Without a state no pairs are kept, and nothing is paid for them.
+        For a sequence of outer steps: ``HypergradientState()`` in the first call, then the
+        ``.state`` of the previous result. CG and NystromCG start from it and recycle its pairs.
+        The Solution of a similar system also serves as a start. None keeps no pairs.
     accumulate_grad : bool
-        Also add the result to ``.grad`` of the hyperparameters, as ``backward()`` would.
+        Also add the result to ``.grad`` of the hyperparameters, like ``backward()``.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns that the solver samples: the same call gives the same answer. None
-        for fresh entropy.
+        Seed of the sampled columns: the same seed gives the same result. None draws a new one.
     chunk_size : int
-        Hessian products taken at a time; see `HessianOperator`.
+        Hessian products computed at a time; see `HessianOperator`.
     module : Module or iterable of Modules, optional
-        Modules to guard beside those in `params` and `hparams`; see `HessianOperator`.
+        Further modules that the losses run; see `HessianOperator`.
     mesh : DeviceMesh, optional
-        Of one dimension, over the processes of a data-parallel training, each with the closures of
-        its own data; see `HessianOperator`. The losses are then the means over the closures of all
-        processes. Hyperparameters are equal in all processes, or DTensors, of which each process
-        has its own part, such as one weight for each of its examples. Gradients and `ihvp` come
-        as the hyperparameters and parameters are; `state` and `solution` are spread.
+        One-dimensional mesh of data-parallel processes, each with closures over its own data; see
+        `HessianOperator`. The losses are the means over the closures of all processes.
+        Hyperparameters are either the same in all processes, or DTensors, such as one weight for
+        each example of a process. `grads` and `ihvp` are distributed like `hparams` and `params`;
+        `state` and `solution` are sharded.
 
     Returns
     -------
@@ -129,15 +129,15 @@ def hypergradient(
     Raises
     ------
     ValueError
-        If a loss is no finite scalar or does not depend on `params`, no hyperparameter reaches a
-        loss, or a tensor is both parameter and hyperparameter.
+        If a loss is not a finite scalar or does not depend on `params`, neither loss depends on
+        any hyperparameter, or a tensor is both parameter and hyperparameter.
 
     Notes
     -----
-    Two gradients, the products of the solver (about two gradients each; see ``info``), and one
-    more for the mixed derivative; another and two gradients to check an inner loss that detaches
-    what it depends on. Training mode, buffers, random state and ``.grad`` of the parameters come
-    back as they were.
+    Cost: two gradients, the products of the solver at about two gradients each (see ``info``), and
+    one product for the mixed derivative. If the inner loss detaches a tensor that depends on the
+    parameters, a check takes one more product and two gradients. Training mode, buffers, random
+    state and ``.grad`` of the parameters are restored.
 
     References
     ----------

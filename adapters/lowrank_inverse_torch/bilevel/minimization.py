@@ -1,4 +1,4 @@
-"""Bilevel problems of live torch models, to the optimum."""
+"""Minimisation of bilevel problems of PyTorch models."""
 
 from __future__ import annotations
 
@@ -46,74 +46,74 @@ def minimize_bilevel(
     module: Modules | None = None,
     mesh: DeviceMesh | None = None,
 ) -> BilevelMinimum:
-    """Minimise the outer loss at the minimiser of the inner one by hyperparameters.
+    """Minimise the outer loss over the hyperparameters, at the minimiser of the inner loss.
 
-    With f the inner loss and g the outer one: ``min_φ g(θ(φ), φ)``, ``θ(φ) = argmin_θ f(θ, φ)``.
-    By default L-BFGS-B takes the outer steps [1]_, on hypergradients whose inner and linear
-    tolerances fall with the outer gradient [2]_.
+    For the inner loss f and the outer loss g: ``min_φ g(θ(φ), φ)`` with ``θ(φ) = argmin_θ f(θ,
+    φ)``. By default, L-BFGS-B [1]_ takes the outer steps. The tolerances of the inner problem and
+    of the linear system tighten as the outer gradient falls [2]_.
 
     Parameters
     ----------
     inner_loss, outer_loss : closure () -> scalar, or list of closures
-        They read the live `params` and `hparams`. A list is averaged.
+        The closures read `params` and `hparams`. A list stands for the mean.
     params, hparams : Module, Tensor, iterable of tensors, or pytree
-        θ and φ, leaves of the graph. Where they are is the start; the result is written to them.
+        θ and φ, leaf tensors. Their values are the start, and receive the result.
     inner : "lbfgs", torch.optim.Optimizer, or callable (rng)
-        What minimises the inner loss, from where it was last. SciPy's L-BFGS, preconditioned by
-        the pairs that the hypergradients keep; an optimizer of `params`, which starts afresh
-        each time and takes at most `inner_steps` steps; or a function of your own that trains
-        `params` in place. It is given a NumPy Generator, seeded by `rng` and the number of the
-        evaluation.
+        Minimises the inner loss, starting from the previous inner minimum. "lbfgs" is SciPy's
+        L-BFGS, preconditioned by the pairs that the hypergradients keep. An optimizer of `params`
+        is reset for each inner problem and takes at most `inner_steps` steps. Your own function
+        trains `params` in place; its argument is a NumPy Generator, seeded by `rng` and the number
+        of the evaluation.
     outer : "lbfgs" or torch.optim.Optimizer
-        What minimises the outer loss: SciPy's L-BFGS-B, or an optimizer of `hparams`.
+        Minimises the outer loss: SciPy's L-BFGS-B, or an optimizer of `hparams`.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable ``solve(matvec, b)``
-        Of the linear systems. Default: CG with recycled pairs, to the tolerance that is needed.
+        Solves the linear systems. Default: CG with recycled pairs, to the required tolerance.
     ridge : float, structure of `params`, or closure () -> one of these, optional
-        As in `hypergradient`. Give a closure where it depends on `hparams`.
+        See `hypergradient`. If it depends on `hparams`, pass a closure.
     bounds : pair of float or structure of `hparams`, optional
-        Least and largest values of the hyperparameters, ``±inf`` where there are none.
+        Lower and upper bounds of the hyperparameters, ``±inf`` for none.
     tol : float
-        It ends when the norm of the gradient, without the part that points out of the bounds, has
-        fallen by this factor. The scale of the losses has no part in it.
+        Stop when the norm of the projected gradient has fallen by this factor. The projected
+        gradient has no components that point out of the bounds.
     max_evaluations : int
-        Hypergradients, at most.
+        Maximum number of hypergradients.
     inner_steps : int
-        Steps for one inner problem, at most.
+        Maximum number of steps for one inner problem.
     callback : callable (evaluation, params, hparams), optional
-        Called after each `Evaluation`. It ends the minimisation where it returns True.
+        Called after each `Evaluation`. Return True to stop.
     progress : bool
-        Show a bar (needs tqdm).
+        Show a progress bar (needs tqdm).
     checkpoint : path, optional
-        A folder for the evaluations. A call that finds some there goes on from them, bit for bit
-        as if it had never stopped, if all else is the same.
+        Folder for the evaluations. A later call with the same arguments continues from them, with
+        bitwise the same result as without interruption.
     rng : int or numpy.random.Generator, optional
-        Seed of what is drawn; None for fresh entropy.
+        Seed of all random numbers; None draws a new one.
     chunk_size, module, mesh
-        As in `hypergradient`; a checkpoint is then a file for each process. What `inner` and
-        `outer` do must be the same in all processes.
+        See `hypergradient`. With a mesh, the checkpoint has a file for each process, and `inner`
+        and `outer` must do the same in all processes.
 
     Returns
     -------
     BilevelMinimum
-        With `reason` and ``explain()``. Numerical trouble is a reason, and not an exception.
+        With `reason` and ``explain()``. Numerical failures are reasons, not exceptions.
 
     Raises
     ------
     ValueError
-        As `hypergradient`; for tensors that are no leaves; for bounds out of order; for a
-        checkpoint of another minimisation.
+        See `hypergradient`. Also if a tensor is not a leaf, the bounds are not in order, or the
+        checkpoint belongs to another minimisation.
     TypeError
-        An `inner` or `outer` of another kind.
+        If `inner` or `outer` has the wrong type.
 
     Notes
     -----
-    The value of an evaluation is the outer loss less ``<q, r>``, with q the inverse product and r
-    the inner gradient: the error of the inner solve, to first order [3]_. Differences of values
-    that are below the rounding are taken from the gradients. Steps to where a loss is not finite,
-    or the inner problem has no minimum, are rejected, and a shorter one is taken.
+    The value of an evaluation is the outer loss minus ``<q, r>``, with q the inverse product and r
+    the inner gradient. This removes the error of the inner solve to first order [3]_. Differences
+    of values below the rounding are computed from gradients. A step to a point where a loss is not
+    finite or the inner problem has no minimum is rejected and shortened.
 
-    Training mode, buffers, random state and ``.grad`` come back as they were, but for what an
-    `inner` of your own does.
+    Training mode, buffers, random state and ``.grad`` are restored, except for what your own
+    `inner` changes.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Minimisers that are differentiated by the implicit function theorem."""
+"""Minimisers with derivatives by the implicit function theorem."""
 
 from __future__ import annotations
 
@@ -26,55 +26,58 @@ def implicit_minimizer(
     ridge: Any = None,
     keep_state: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the result of a training function differentiable by its hyperparameters.
+    """Make a training function differentiable with respect to its hyperparameters [1]_.
 
     Parameters
     ----------
     inner_loss : callable (params, hparams, *args) -> scalar
-        What the function minimises. It may read further tensors and modules.
+        The loss that the training function minimises. It may read further tensors and modules.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``
         Inverts the Hessian of the inner loss.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns.
+        Seed of the sampled columns.
     chunk_size : int
-        Hessian products taken at a time.
+        Hessian products computed at a time.
     module : Module or iterable of Modules, optional
-        What the inner loss runs, so that its buffers and mode are left as they are.
+        Modules that the inner loss runs, whose buffers and mode are to be restored.
     ridge : float, Tensor, structure of the parameters, or callable (hparams) -> one of these
-        Weight decay that `inner_loss` leaves out; see :func:`lowrank_inverse_torch.hypergradient`.
+        Weight decay that `inner_loss` does not include; see
+        :func:`lowrank_inverse_torch.hypergradient`.
     keep_state : bool
-        Start each solve from that of the backward pass before: for a loop over one problem.
+        Start each solve from the state of the previous backward pass, for a loop over one problem.
 
     Returns
     -------
     decorator
-        For a function ``train(init, hparams, *args, **options) -> params``, all of them tensors or
-        structures of tensors. Its derivative by `hparams`, by `args`, and by every leaf tensor
-        that the inner loss reads beside them, becomes ``-(∂²f/∂θ² + damping I)^{-1} ∂²f/∂θ∂φ``,
-        whatever the function does inside; the derivative by `init` is zero. `train` is given
-        `hparams` and `args` detached; `options` go to it alone, and have no derivative.
+        For a function ``train(init, hparams, *args, **options) -> params``, with tensors or
+        structures of tensors. The derivative of its result with respect to `hparams`, `args` and
+        every leaf tensor that the inner loss reads becomes ``-(∂²f/∂θ² + damping I)^{-1}
+        ∂²f/∂θ∂φ``, whatever the function does inside. The derivative with respect to `init` is
+        zero. `train` receives `hparams` and `args` detached. `options` are passed to it only, and
+        have no derivative.
 
-        The attribute `minimizer` of the decorated function has `info`, the HypergradientInfo of
-        the latest backward pass, and `state`, with which it ended. What `info.findings()` says is
-        warned of, once of each kind.
+        The decorated function has an attribute `minimizer`, with the HypergradientInfo of the last
+        backward pass as `info` and its final state as `state`. Each kind of problem in
+        `info.findings()` raises a warning once.
 
     Raises
     ------
     RuntimeError
-        For a second derivative, and for forward mode; where the inner loss has another value in
-        the backward pass than at the end of training, for something that it reads has changed.
+        For second derivatives and forward mode. Also if the value of the inner loss in the backward
+        pass differs from that at the end of training, because something that it reads has changed.
     TypeError, ValueError
-        As :func:`lowrank_inverse_torch.HessianOperator`, when differentiated.
+        During differentiation; see :func:`lowrank_inverse_torch.HessianOperator`.
 
     Notes
     -----
-    The backward pass costs a gradient, the products of the solver, and one more. One evaluation
-    of the loss at the result finds the tensors that it reads; under ``torch.no_grad()`` there is
-    none.
+    The backward pass costs a gradient, the products of the solver, and one more product. The
+    forward pass evaluates the loss once at the result, to find the tensors that it reads, except
+    under ``torch.no_grad()``.
 
-    ``torch.func.grad``, ``vjp``, ``jacrev`` and ``vmap`` work, the last by a loop. They see
-    arguments alone, never what the loss reads beside them. A training function that calls
-    ``backward()`` should name its ``inputs``, or it fills ``.grad`` of all that the loss reads.
+    ``torch.func.grad``, ``vjp``, ``jacrev`` and ``vmap`` are supported, the last by a loop. They
+    differentiate with respect to arguments only, not other tensors that the loss reads. A training
+    function that calls ``backward()`` should pass ``inputs``; otherwise it fills ``.grad`` of every
+    tensor that the loss reads.
 
     References
     ----------

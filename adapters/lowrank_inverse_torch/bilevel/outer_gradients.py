@@ -1,4 +1,4 @@
-"""Gradients of the outer loss by parameters and by hyperparameters."""
+"""Gradients of the outer loss with respect to parameters and hyperparameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def outer_gradients(
     modules: Sequence[nn.Module],
     mesh: DeviceMesh | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the gradient of the outer loss by `params`, flat, and by `hparams`."""
+    """Return the gradients of the outer loss with respect to `params`, flat, and `hparams`."""
     losses = list(outer_loss) if isinstance(outer_loss, (list, tuple)) else [outer_loss]
     if mesh is not None:
         return _shared_outer_gradients(losses, params, hparams, modules, mesh)

@@ -1,1 +1,1 @@
-"""Hessians and Gauss-Newton matrices of live models."""
+"""Hessians and Gauss-Newton matrices of PyTorch models."""

@@ -1,4 +1,4 @@
-"""Whether the second derivative that torch has of a loss is that of the loss."""
+"""A check that PyTorch's second derivative of a loss is correct."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ __all__ = ["check_along", "check_hessian"]
 def check_hessian(
     loss: Loss | Sequence[Loss], params: Any, *, seed: int = 0, module: Modules | None = None
 ) -> HessianCheck:
-    """Compare a product with the Hessian of a loss with a difference of its gradients.
+    """Compare a product with the Hessian of a loss to a difference of its gradients.
 
-    Double backward differentiates what it sees. A gradient may depend on more: weights computed
-    from a detached loss, numbers that a custom Function saved, buffers that a forward pass writes.
-    The hypergradient then is that of another problem, with a residual that looks right.
+    Double backward differentiates only what autograd records. A gradient may depend on more:
+    weights computed from a detached loss, tensors that a custom Function saved, buffers that the
+    forward pass writes. The hypergradient is then that of another problem, although its residual is
+    small.
 
     Parameters
     ----------
     loss : closure () -> scalar, or list of closures
-        As in `HessianOperator`, but no evaluated tensor.
+        See `HessianOperator`; an evaluated tensor is not accepted.
     params : Module, Tensor, iterable of tensors, or pytree of tensors
-        Leaf tensors; they are moved, and come back as they were.
+        Leaf tensors. They are changed during the check and then restored.
     seed : int
-        Of the random direction.
+        Seed of the random direction.
     module : Module or iterable of Modules, optional
-        As in `HessianOperator`.
+        See `HessianOperator`.
 
     Returns
     -------
@@ -46,12 +47,11 @@ def check_hessian(
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `HessianOperator`; for a tensor in the place of a closure, and parameters that are no
-        leaves.
+        See `HessianOperator`. Also if `loss` is a tensor, or `params` are not leaf tensors.
 
     Notes
     -----
-    Three gradients and one product. Errors below about 2 % are seen in float64 alone.
+    Cost: three gradients and one product. Errors below about 2 % are detected in float64 only.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix as an operator, with the loss of the outputs a piece at a time."""
+"""The Gauss-Newton matrix as an operator, with the loss of the outputs computed in pieces."""
 
 from __future__ import annotations
 
@@ -136,18 +136,19 @@ def _graph(loss: Callable[[Tensor], Tensor], at: Tensor) -> GradientGraph:
 class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
     """The Gauss-Newton matrix ``J^T H_L J`` of ``loss(outputs)`` as an operator [1]_.
 
-    J is the Jacobian of the outputs by the parameters and ``H_L`` the Hessian of the loss by the
-    outputs. Positive semidefinite where the loss is convex in the outputs.
+    J is the Jacobian of the outputs with respect to the parameters, and ``H_L`` the Hessian of the
+    loss with respect to the outputs. The matrix is positive semidefinite if the loss is convex in
+    the outputs.
 
     Parameters
     ----------
     loss : callable (outputs) -> scalar, or list of callables
         The loss of the outputs.
     outputs : closure () -> Tensor, or list of closures
-        The outputs of the network. Lists pair up with those of `loss`, and the operator is the
-        plain mean over the pairs, one graph at a time as in `HessianOperator`.
+        The outputs of the network. With lists, the operator is the mean over the pairs of `loss`
+        and `outputs`, with one graph at a time as in `HessianOperator`.
     params, chunk_size, module, mesh
-        As in `HessianOperator`, and so are the attributes and the errors.
+        See `HessianOperator`, also for attributes and errors.
 
     Notes
     -----

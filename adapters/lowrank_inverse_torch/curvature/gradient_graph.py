@@ -72,36 +72,35 @@ class Graph(Protocol):
 
 
 class GradientGraph:
-    """The gradient of an evaluated loss, with the graph that differentiates it again.
+    """The gradient of an evaluated loss, with a graph for second derivatives.
 
     Parameters
     ----------
     loss : scalar Tensor
         With its graph, which is kept.
     tensors : sequence of Tensor
-        Tensors that require grad, to differentiate by.
+        Tensors that require grad, with respect to which to differentiate.
     name, by : str
-        What messages call the two.
+        Names of the two in messages.
 
     Attributes
     ----------
     loss : scalar Tensor
         Its value, detached.
     grads : tuple of Tensor or None
-        The gradient, one for each of `tensors`, with graph; None where the loss does not depend on
-        it.
+        The gradient with respect to each of `tensors`, with graph; None if the loss does not
+        depend on it.
 
     Raises
     ------
     ValueError
-        The loss depends on none of the tensors.
+        If the loss depends on none of the tensors.
     RuntimeError
-        Part of its graph cannot be differentiated twice.
+        If part of its graph cannot be differentiated twice.
 
     Notes
     -----
-    One backward pass. The activations of the loss and of its gradient are held for as long as this
-    object lives.
+    Cost: one backward pass. The object keeps the activations of the loss and of its gradient.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The Hessian of a live torch model as an operator, by double backward on one graph."""
+"""The Hessian of a PyTorch model as an operator, by double backward on one graph."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
     Parameters
     ----------
     loss : closure, Tensor, or list of closures
-        A closure () -> scalar is called once. A scalar tensor is taken with its graph. With a list,
-        H is the plain mean over the closures (batches), with one graph in memory at a time: each is
-        built again for each block of products, its random state put back, so that a dropout mask
-        does not change. For batches of unequal size scale the losses.
+        A closure () -> scalar is called once. A scalar tensor is used with its graph. For a list,
+        H is the mean over the closures (batches), with one graph at a time in memory. Each graph is
+        built again for each block of products with the same random state, so that a dropout mask
+        does not change. Scale the losses if batches differ in size.
     params : Module, Tensor, iterable of tensors, or pytree of tensors
-        What to differentiate by; see `as_parameters`.
+        Parameters with respect to which to differentiate; see `as_parameters`.
     chunk_size : int
-        Products taken at a time, batched by vmap at the memory of so many. 1 always works; more is
-        faster where one product is too small to keep the machine busy, and gains nothing for wide
-        layers on a CPU.
+        Products computed at a time by vmap; memory grows in proportion. 1 always works. More is
+        faster if a single product is too small to occupy the device; wide layers on a CPU gain
+        nothing.
     module : Module or iterable of Modules, optional
-        Further modules that the loss runs. Those in `params` are known. Bare tensors tell nothing
-        of their module, so that its buffers and mode are guarded only when it is named here.
+        Further modules that the loss runs, whose buffers and mode are to be restored. Those in
+        `params` are known, but the module of a bare tensor is not.
     create_graph : bool
-        Whether products have a graph, to the parameters and to whatever else the loss reads. Then
-        so does the solution of a system with the operator, for first derivatives. The graph of the
-        loss is built again for each block of such products.
+        Whether products have a graph, with respect to the parameters and all else that the loss
+        reads. Solutions of systems with the operator then have first derivatives. Each block of
+        products builds the graph of the loss again.
     mesh : DeviceMesh, optional
-        Of one dimension, over the processes of a data-parallel training: each calls this with the
-        closures of its own data and the same parameters. H is then the mean over the closures of
-        all processes, and a process may have an empty list. Vectors, columns and `gradient` are
-        DTensors of placement ``Shard(0)``: of n rows a process has n / size. A vector that is
-        whole on each process is multiplied too.
+        One-dimensional mesh of data-parallel processes. Each process passes closures over its own
+        data, possibly an empty list, and the same parameters. H is then the mean over the closures
+        of all processes. Vectors, columns and `gradient` are DTensors of placement ``Shard(0)``,
+        with n / size rows in each process. Plain vectors, the same in each process, are accepted
+        too.
 
     Attributes
     ----------
@@ -65,31 +65,31 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
     loss : scalar Tensor
         Mean value of the loss.
     gradient : Tensor, shape (n,)
-        Its gradient.
+        Gradient of the loss.
     num_products : int
-        Products with one vector so far; a column counts as one.
+        Number of products with a vector so far; a column counts as one.
     params : Parameters
-        With `restore` and `flatten` between vectors and the user's structure.
+        Converts between vectors and the user's structure, by `restore` and `flatten`.
     detached : bool
-        Whether the loss detached a tensor that requires grad, so that its second derivative may
-        be another one than that of the gradient; `check_hessian` tells.
+        Whether the loss detached a tensor that requires grad. Its second derivative may then not
+        be the derivative of the gradient that training follows; `check_hessian` tests this.
 
     Raises
     ------
     TypeError, ValueError
-        A loss that is no scalar, not finite, or depends on none of the parameters.
+        If the loss is not a finite scalar, or depends on none of the parameters.
     RuntimeError
-        From torch, where an operation has no second derivative; inside ``torch.inference_mode()``;
-        on products after the parameters changed in place, or when a closure changed its loss;
-        in every process, where the processes disagree on parameters, columns or vectors, and where
-        a closure of one of them raises.
+        If an operation has no second derivative; inside ``torch.inference_mode()``; in a product
+        after the parameters changed in place, or a closure changed its loss. With a mesh, in every
+        process, if a closure of one process raises, or the processes disagree on parameters,
+        columns or vectors.
 
     Notes
     -----
-    One gradient to set up; a product costs about two. Each closure of a list costs a gradient more
-    for each block. Training mode, buffers, ``.grad`` and random state come back as they were.
-    Random numbers that a closure draws from NumPy or Python are not held fixed. Autocast belongs
-    inside the closure. With a `mesh`, a product sends 2 n numbers a process: n gathered, n reduced.
+    Cost: one gradient for the setup and about two per product; for a list, one more gradient per
+    closure for each block of products. Training mode, buffers, ``.grad`` and random state are
+    restored. Random numbers from NumPy or Python are not controlled. Use autocast inside the
+    closure. With a `mesh`, a product sends 2 n numbers per process: n gathered and n reduced.
 
     References
     ----------
@@ -175,22 +175,23 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
                 tensor.data = value
 
     def vjp(self, v: Tensor, wrt: Sequence[Tensor]) -> Values:
-        """Differentiate ``<v, gradient>`` by any tensors that the loss uses.
+        """Return the gradients of ``<v, gradient>`` with respect to tensors that the loss uses.
 
         Parameters
         ----------
         v : Tensor, shape (n,)
+            Fixed vector.
         wrt : sequence of Tensor
-            Tensors that require grad; they need not be parameters.
+            Tensors that require grad, whether parameters or not.
 
         Returns
         -------
         list of Tensor or None
-            One for each of `wrt`, detached; None where the gradient does not depend on it.
+            One for each of `wrt`, detached; None if the gradient does not depend on it.
 
         Notes
         -----
-        The cost of one product; it is not counted as one.
+        Costs as much as a product, but does not count as one.
         """
         vectors = self.params.unflatten(gathered(self.params.check_vector(v, block=False)))
         totals: Values = [None] * len(wrt)
@@ -210,14 +211,14 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
 
 
 def hvp(loss: Loss | Sequence[Loss], params: Any, v: Any, *, module: Modules | None = None) -> Any:
-    """Multiply the Hessian of a loss with one vector, or with a block of them.
+    """Multiply the Hessian of a loss by a vector or a block of vectors.
 
     Parameters
     ----------
     loss, params, module
-        As in `HessianOperator`, and so are the errors.
+        See `HessianOperator`, also for errors.
     v : Tensor, shape (n,) or (n, m), or the structure of `params`
-        For a module: a dict with the keys of its ``named_parameters()``, None where frozen.
+        For a module, a dict with the keys of its ``named_parameters()``, and None for frozen ones.
 
     Returns
     -------
@@ -226,7 +227,8 @@ def hvp(loss: Loss | Sequence[Loss], params: Any, v: Any, *, module: Modules | N
 
     Notes
     -----
-    About three gradients. For several products make a `HessianOperator`, which keeps the graph.
+    Costs about three gradients. For several products use a `HessianOperator`, which keeps the
+    graph.
 
     Examples
     --------
@@ -252,7 +254,7 @@ def hessian_columns(
 ) -> Tensor:
     """Compute columns of the Hessian of a loss, shape (n, k).
 
-    Arguments, costs and errors are those of `HessianOperator` and of its `columns`.
+    For arguments, costs and errors see `HessianOperator` and its `columns`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The mean of the curvature over batches as an operator, with one graph in memory at a time."""
+"""The mean curvature over batches as an operator, with one graph in memory at a time."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ Stack = Callable[[Sequence[int]], Sequence[Tensor | None]]
 
 
 class CurvatureOperator(Operator, Generic[G]):
-    """What the Hessian and the Gauss-Newton operator have in common.
+    """The common base of the Hessian and the Gauss-Newton operator.
 
     Parameters
     ----------
     builders : sequence of callables () -> graph
-        One for each batch. The graph of a single one is kept; of several, each is built again for
-        each block of products, and gone before the next is built.
+        One for each batch. The graph of a single batch is kept. With several, each graph is built
+        for each block of products and freed before the next is built.
     params : Parameters
+        The parameters.
     chunk_size : int
-        Products taken at a time.
+        Products computed at a time.
     module : Module or iterable of Modules, optional
-        Modules to guard beside those in `params`.
+        Modules to restore besides those in `params`.
     mesh : DeviceMesh, optional
-        Of the processes over whose closures the mean is taken.
+        Mesh of the processes over whose closures the mean is taken.
     """
 
     _parts: tuple[str, ...] | None = ()  # products are constants
@@ -105,11 +106,11 @@ class CurvatureOperator(Operator, Generic[G]):
 
     @property
     def num_products(self) -> int:
-        """Products with one vector so far; a column counts as one."""
+        """Number of products with a vector so far; a column counts as one."""
         return self._count[0]
 
     def laid(self, vector: Tensor) -> Tensor:
-        """Return a plain vector in the layout of those of the operator; a number as it is."""
+        """Shard a plain vector like the vectors of the operator; return a number unchanged."""
         if self.processes is None or vector.ndim == 0:
             return vector
         return self.processes.laid(vector)
@@ -140,20 +141,19 @@ class CurvatureOperator(Operator, Generic[G]):
         Returns
         -------
         Tensor, shape (n, k)
-            Column ``indices[j]`` at place j.
+            Column j of the result is column ``indices[j]`` of the operator.
 
         Raises
         ------
         TypeError
-            Indices that are no integers.
+            If the indices are not integers.
         ValueError
-            Indices out of range, or repeated.
+            If indices are out of range or repeated.
 
         Notes
         -----
-        k products, cheaper than others: a unit vector lies in one tensor, so that only its part of
-        the gradient is differentiated. Beside the result, memory of one chunk of unit vectors and
-        of products.
+        Cost: k products, cheaper than others, since a unit vector selects the gradient of a single
+        tensor. Memory besides the result: one chunk of unit vectors and products.
         """
         wanted = _host_indices(indices, self.params.n)
         if self.processes is not None:

@@ -1,1 +1,1 @@
-"""Influence functions of torch models."""
+"""Influence functions of PyTorch models."""

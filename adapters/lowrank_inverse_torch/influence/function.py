@@ -1,4 +1,4 @@
-"""Influence functions of live torch models."""
+"""Influence functions of PyTorch models."""
 
 from __future__ import annotations
 
@@ -21,82 +21,81 @@ __all__ = ["InfluenceFunction"]
 
 
 class InfluenceFunction(InfluenceBase):
-    """Which training examples helped or harmed a prediction [1]_.
+    """Find the training examples that helped or harmed a prediction [1]_.
 
-    With g_q the gradient of the loss of a query, g_i that of a training example and H the mean
-    curvature of the training set: ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``.
-    Positive is helpful: without example i the loss of the query would rise, by about
+    Let g_q be the gradient of the loss of a query, g_i that of a training example, and H the mean
+    curvature of the training set. Then ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``.
+    A positive score is helpful: without example i, the loss of the query would rise by about
     ``score / num_train``.
 
     Parameters
     ----------
     model : Module
-        Trained. It is put to evaluation for each call, and comes back as it was: mode, buffers,
-        ``.grad`` and random state. Its outputs may be of any structure. Attention is computed in
-        the form that has a second derivative; of weights in less than float32 a copy in float32
-        is taken.
+        A trained model. Each call runs it in evaluation mode and restores mode, buffers, ``.grad``
+        and random state. Its outputs may have any structure. Attention is computed in a form that
+        has second derivatives. Weights of less than float32 are copied to float32.
     loss : callable (output, target) -> Tensor, shape (size,)
-        One number for each example, such as ``cross_entropy(..., reduction="none")``.
+        One number per example, such as ``cross_entropy(..., reduction="none")``.
     train : DataLoader, Dataset, tuple of tensors, or list of batches or examples
-        A batch is a pair (inputs, targets); inputs in a tuple or a mapping are spread over the
-        arguments of the model. A batch that is a mapping, such as a tokenizer's, is given whole:
-        ``model(**batch)`` and ``loss(output, batch)``. NumPy's arrays are taken too. Examples are
+        A batch is a pair (inputs, targets). Inputs in a tuple or mapping become the arguments of
+        the model. A batch that is a mapping, such as a tokenizer's, is passed as
+        ``model(**batch)`` and ``loss(output, batch)``. NumPy arrays are accepted. Examples are
         numbered in the order of the data set: a shuffled loader is read in order, and
-        ``drop_last`` drops nothing. A mean over all examples, to which batch size and order make
-        no difference.
+        ``drop_last`` is ignored. Batch size and order do not change the result.
     params : Module, Tensor or iterable of tensors, optional
-        Parameters of the model to differentiate by. Default: all that require grad.
+        Parameters with respect to which to differentiate. Default: all that require grad.
     curvature : {"ggn", "hessian", "empirical_fisher"}
-        Gauss-Newton, never negative for a loss that is convex in the outputs; the Hessian, exact
-        near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
+        "ggn" is the Gauss-Newton matrix, which is positive semidefinite if the loss is convex in
+        the outputs. "hessian" is exact near a minimum. "empirical_fisher" is the mean of
+        ``g_i g_i.T``, which estimates neither well.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
-        With the damping of the mean curvature. Default: ``CG()``, one Krylov space for a block of
-        queries, preconditioned by Ritz pairs of those before, and ``Exact()`` for so many queries
-        that all columns of a model of up to 2000 parameters cost less; damping 0 where there is a
-        `ridge` everywhere and "auto" elsewhere. NystromCG takes the columns for the Hessian from
-        the Gauss-Newton matrix.
+        Its damping is added to the mean curvature. Default: ``CG()`` with one Krylov space for a
+        block of queries, preconditioned by Ritz pairs of earlier blocks; or ``Exact()``, if the
+        model has at most 2000 parameters and there are so many queries that all columns cost less.
+        The default damping is 0 if `ridge` is positive everywhere, and otherwise "auto". For the
+        Hessian, NystromCG samples the columns of its preconditioner from the Gauss-Newton matrix.
     ridge : float, array of shape (n,), or dict by name of parameter
         Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
-        decay), treated exactly. One for all parameters, or one for each.
+        decay), for all parameters or for each. It is treated exactly.
     damping : float or "auto", optional
-        In place of that of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
-        [2]_, from 16 products; see ``info.damping``.
+        Replaces the damping of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
+        [2]_, estimated from 16 products; see ``info.damping``.
     batch_size : int, optional
-        Examples in a graph. Default: where batches can be cut anew, 512, or up to
-        4096 small ones that hold a MiB together; else as they come.
+        Examples per graph. Default: 512 (up to 4096 small ones that hold a MiB together), or
+        the batches of `train` if they cannot be cut.
     split : callable (batch) -> (inputs, targets), optional
         For batches that are neither a pair nor the arguments of the model.
     chunk_size : int
-        Products taken at a time by vmap; more than 1 may pay on an accelerator.
+        Products computed at a time by vmap; more than 1 may be faster on an accelerator.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns.
+        Seed of the sampled columns.
     memory_budget : int
-        Bytes for the batches to keep, as much again for the right-hand sides of a solve, and a
+        Bytes for batches kept in memory, as much again for the right-hand sides of a solve, and a
         quarter of it for the pairs of the default solver. Other batches are read again for each
         product.
     progress : bool
         Show progress bars, which need tqdm, and print the plan before each computation.
     mesh : DeviceMesh, optional
-        Of one dimension, over processes that each give their own part of the training set as
-        `train`, of any size, and otherwise the same. Each makes the same calls. `scores` returns
-        the columns of the own examples; `top_k` is that of all, numbered process by process; a
-        checkpoint is a folder for each process. `self_influence`, `removal_effect` and `save` are
-        for one process.
+        One-dimensional mesh of processes, each with its own part of the training set as `train`,
+        of any size, and otherwise equal arguments. All make the same calls. `scores` returns the
+        columns of the process's own examples; `top_k` covers all examples, numbered process by
+        process; a checkpoint has a folder per process. `self_influence`, `removal_effect` and
+        `save` need a single process.
 
     Raises
     ------
     TypeError, ValueError
-        A loss that is not one finite number for each example, of it alone, with a finite gradient
-        and the same at each evaluation; labels out of range; data without examples, or that can be
-        read only once.
+        If the loss of an example is not one finite number with a finite gradient, depends on other
+        examples, or changes from call to call; if a label is out of range; if the data are empty
+        or can be read only once.
     RuntimeError
-        Data that are others when they are read again; in later calls, weights, buffers, data or
-        constants of the loss that were changed in place.
+        If the data change when they are read again; in later calls, if weights, buffers, data or
+        constants of the loss were changed in place.
 
     Notes
     -----
-    A product costs about two gradients of the mean loss. See `info` for the cost, the residual of
-    each query, and the norm of the gradient, which the formula assumes to be 0.
+    A product costs about two gradients of the mean loss. `info` has the cost, the residual of each
+    query, and the norm of the gradient, which the formula assumes to be 0.
 
     References
     ----------
@@ -107,8 +106,8 @@ class InfluenceFunction(InfluenceBase):
 
     Examples
     --------
-    The model is the mean of three numbers. Where it should be 1, the training example 0 helps and 4
-    harms.
+    The model is the mean of three numbers. For the query 1, the training example 0 is helpful and 4
+    is harmful.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -166,13 +165,14 @@ class InfluenceFunction(InfluenceBase):
         train: Any,
         **options: Any,
     ) -> InfluenceFunction:
-        """Read what `save` wrote, without computing its columns again.
+        """Read a file of `save`, without computing its columns again.
 
         Parameters
         ----------
         path : path
+            The file.
         model, loss, train
-            As they were: weights, data and the loss of each training example are checked.
+            The same as before; weights, data and the loss of each training example are checked.
         **options
             `params`, `batch_size`, `split`, `chunk_size`, `memory_budget` and `progress`.
         """

@@ -1,4 +1,4 @@
-"""KFAC and EK-FAC of live torch models, as a preconditioner and as a solver."""
+"""KFAC and EK-FAC of PyTorch models, as a solver and as a preconditioner."""
 
 from __future__ import annotations
 
@@ -28,66 +28,67 @@ NUMBERS = 2**22
 
 
 class KFAC:
-    """The Gauss-Newton matrix of a network by Kronecker factors [1]_, eigenvalue-corrected [2]_.
+    """A Kronecker-factored Gauss-Newton matrix: KFAC [1]_ with corrected eigenvalues, EK-FAC [2]_.
 
-    A solver of an influence function, ``solver=kfac``: the approximate inverse is taken for the
-    inverse, as EK-FAC influence does [3]_, and the residual says how far that is off. It is a
-    preconditioner too, ``solver=li.CG(preconditioner=kfac)``, which ends at the same answer; but a
-    network that is trained to the end has a few examples with large curvature, which no Kronecker
-    product tells from the others, and conjugate gradients took more products with it than without.
-    :class:`lowrank_inverse_torch.SubsampledGaussNewton` is the preconditioner that saves them.
+    As the solver of an influence function, ``solver=kfac``, its approximate inverse replaces the
+    inverse, as in EK-FAC influence [3]_; the residual measures the error. It is also a
+    preconditioner, ``solver=li.CG(preconditioner=kfac)``, which leads to the exact answer. A fully
+    trained network however has a few examples of large curvature, which a Kronecker product cannot
+    separate from the others: there, conjugate gradients took more products with this preconditioner
+    than without. :class:`lowrank_inverse_torch.SubsampledGaussNewton` is the preconditioner for
+    that case.
 
-    Each linear map and each convolution whose weight is used by it alone has a block ``G x A``:
-    A is the mean of ``a a.T`` over its inputs, a 1 appended for the bias, G the mean of ``g g.T``
-    over the gradients by its outputs, which the Hessian of the loss by the outputs of the network
-    determines. Positions in an image [4]_ or a sequence are taken for independent [5]_. The
-    correction replaces the eigenvalues by the diagonal of the Gauss-Newton matrix in the basis of
-    eigenvectors, which no other diagonal there is closer to. All other parameters, such as those
-    of norms and embeddings, have the diagonal of the Gauss-Newton matrix, estimated without bias.
+    Each linear layer and convolution whose weight is used nowhere else has a block ``G x A``. A is
+    the mean of ``a a.T`` over its inputs, with a 1 appended for the bias. G is the mean of ``g
+    g.T`` over the gradients with respect to its outputs, as given by the Hessian of the loss with
+    respect to the outputs of the network. Positions in an image [4]_ or a sequence are treated as
+    independent [5]_. The correction replaces the eigenvalues by the diagonal of the Gauss-Newton
+    matrix in the basis of eigenvectors, which is the best diagonal there. All other parameters,
+    such as those of normalisations and embeddings, get an unbiased estimate of the diagonal of the
+    Gauss-Newton matrix.
 
     Parameters
     ----------
     model, loss, train, params, batch_size, split, memory_budget
-        As in :class:`lowrank_inverse_torch.InfluenceFunction`; the mean is over the same examples.
+        See :class:`lowrank_inverse_torch.InfluenceFunction`; the mean is over the same examples.
     eigenvalue_correction : bool
-        False: KFAC, at half the cost.
+        False gives KFAC, at half the cost.
     num_samples : int, optional
-        Random vectors at the outputs in each pass, a backward pass each. Default: the unit vectors
-        of all outputs of an example, which leaves nothing to chance in the blocks, and one random
-        vector for more than 64 outputs.
+        Number of random vectors at the outputs in each pass, at one backward pass each. Default:
+        the unit vectors of all outputs of an example, which makes the blocks exact; one random
+        vector if there are more than 64 outputs.
     rng : int or numpy.random.Generator, optional
         Seed of the random vectors.
 
     Attributes
     ----------
     blocks : list of Block
-        One for each layer.
+        One per layer.
     diagonal : Tensor, shape (n,)
-        Of the parameters that are in no block.
+        Diagonal for the parameters outside the blocks.
     names : list of str
-        Those parameters.
+        Names of those parameters.
     num_bytes : int
-        For eigenvectors, eigenvalues and diagonal; as much again for each damping.
+        Memory of eigenvectors, eigenvalues and diagonal; the latter two again for each damping.
 
     Raises
     ------
     TypeError, ValueError
-        As in `InfluenceFunction`; a loss with more than 64 outputs of an example and a Hessian
-        that is neither diagonal nor that of a softmax over the last axis; a factor that is not
-        finite.
+        See `InfluenceFunction`. Also if a loss has more than 64 outputs per example and its Hessian
+        is neither diagonal nor that of a softmax over the last axis, or a factor is not finite.
 
     Notes
     -----
-    Two passes over the examples, or one without the correction, each of one forward pass and one
-    backward pass for each vector at the outputs; and the eigenvectors of two factors a layer.
-    Memory: factors and eigenvectors, ``o**2 + i**2`` numbers for a layer of shape (o, i), its
-    eigenvalues, ``o i``, and the inputs of all layers for a batch, within a quarter of
-    `memory_budget`. Of a factor of more than 4096 rows the diagonal alone is kept.
+    Cost: two passes over the examples, or one without the correction, each with one forward pass
+    and one backward pass per vector at the outputs; and the eigenvectors of two factors per layer.
+    Memory for a layer of shape (o, i): ``o**2 + i**2`` numbers for factors and eigenvectors, ``o
+    i`` for eigenvalues, and the inputs of all layers for a batch, within a quarter of
+    `memory_budget`. For a factor of more than 4096 rows, only the diagonal is kept.
 
-    A ridge that differs within a block is replaced by its mean there: conjugate gradients end at
-    the same answer; without them the residual tells.
+    A ridge that varies within a block is replaced by its mean there. Conjugate gradients still
+    reach the exact answer; otherwise the residual shows the difference.
 
-    The first axis of a layer's input counts the examples, or examples and positions.
+    The first axis of a layer's input must count the examples, or examples and positions.
 
     References
     ----------
@@ -104,13 +105,14 @@ class KFAC:
 
     Examples
     --------
-    For a linear model with a squared loss nothing is approximate.
+    For a linear model with a squared loss, EK-FAC is exact.
 
     >>> import torch
     >>> import lowrank_inverse as li
     >>> import lowrank_inverse_torch as lit
     >>> model = torch.nn.Linear(2, 1)
-    >>> train = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.zeros(3, 1)
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> train = x, torch.zeros(3, 1)
     >>> def loss(output, target):
     ...     return ((output - target) ** 2).sum(dim=1) / 2
     >>> kfac = lit.KFAC(model, loss, train)
@@ -193,7 +195,7 @@ class KFAC:
 
     @property
     def num_bytes(self) -> int:
-        """For eigenvectors, eigenvalues and the diagonal; eigenvalues again for each damping."""
+        """Memory of eigenvectors, eigenvalues and diagonal; eigenvalues again for each damping."""
         parts = [self.diagonal]
         for block in self.blocks:
             parts += [x for x in (block.left, block.right, block.eigenvalues) if x is not None]
@@ -219,9 +221,9 @@ class KFAC:
 
     @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
-        """Return the inverse with what `A` was shifted by in the place of ``A^{-1}``.
+        """Return the inverse of the approximate curvature plus the shift of `A`.
 
-        A solve takes one product with `A`, for its residual.
+        A solve takes one product with `A`, for the residual.
         """
         shift = A.shift if isinstance(A, ShiftedOperator) else 0.0
         inverse = self.inverse(shift)

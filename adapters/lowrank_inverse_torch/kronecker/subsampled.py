@@ -1,4 +1,4 @@
-"""The largest terms of the Gauss-Newton matrix of a live torch model, as a preconditioner."""
+"""The largest terms of the Gauss-Newton matrix of a PyTorch model, as a preconditioner."""
 
 from __future__ import annotations
 
@@ -27,42 +27,43 @@ __all__ = ["SubsampledGaussNewton"]
 
 
 class SubsampledGaussNewton:
-    """The largest terms of the Gauss-Newton matrix, exactly: a preconditioner [1]_, [2]_.
+    """The largest terms of the Gauss-Newton matrix, as a preconditioner [1]_, [2]_.
 
-    With J_i the Jacobian of the outputs of example i by the parameters, and ``S_i S_i.T`` the
-    Hessian of its loss by the outputs, the Gauss-Newton matrix is the mean of ``J_i.T S_i S_i.T
-    J_i``: a sum of one term ``u u.T`` for each example and column of S_i. A network that is trained
-    to the end has few large ones, those of examples that it is not sure of. The `rank` terms with
-    the largest columns of S_i are kept, and ``solver=li.CG(preconditioner=...)`` of an influence
-    function takes a fraction of the products, to the same residual. ``solver=`` takes the inverse
-    of these terms and the damping for the inverse; the residual says how far that is off.
+    Let J_i be the Jacobian of the outputs of example i with respect to the parameters, and ``S_i
+    S_i.T`` the Hessian of its loss with respect to the outputs. The Gauss-Newton matrix is the mean
+    of ``J_i.T S_i S_i.T J_i``, a sum of one term ``u u.T`` for each example and each column of S_i.
+    In a fully trained network few terms are large: those of examples that it is uncertain about.
+    The `rank` terms with the largest columns of S_i are kept. With
+    ``solver=li.CG(preconditioner=...)``, an influence function takes a fraction of the products to
+    the same residual. As ``solver=`` itself, the inverse of these terms plus damping replaces the
+    inverse; the residual measures the error.
 
     Parameters
     ----------
     model, loss, train, params, batch_size, split, memory_budget
-        As in :class:`lowrank_inverse_torch.InfluenceFunction`; the mean is over the same examples.
+        See :class:`lowrank_inverse_torch.InfluenceFunction`; the mean is over the same examples.
     rank : int
-        Terms: ``rank`` gradients, and as many numbers for each parameter.
+        Number of terms, each at the cost of one gradient and n numbers.
     rng : int or numpy.random.Generator, optional
-        Seed of what stands for the columns of S_i where an example has more than 64 outputs.
+        Seed of the random vectors that replace the columns of S_i for more than 64 outputs.
 
     Attributes
     ----------
     columns : Tensor, shape (n, rank)
-        The vectors u, divided by the root of the number of examples.
+        The vectors u, divided by the square root of the number of examples.
 
     Raises
     ------
     TypeError, ValueError
-        As in :class:`lowrank_inverse_torch.KFAC`.
+        See :class:`lowrank_inverse_torch.KFAC`.
 
     Notes
     -----
-    Two passes over the examples and a gradient for each term: a product takes two gradients of
+    Cost: two passes over the examples and a gradient per term; a product takes two gradients of
     *all* examples. The preconditioned ``C + damping * I`` has a condition number of at most ``(g +
-    R + damping) / damping`` [2]_, with g the least eigenvalue of the terms kept together, and R the
-    largest of those left out. Applying the preconditioner takes ``4 n rank`` operations for each
-    column, beside ``6 n num_train`` and more for a product. Memory: ``3 n rank`` numbers.
+    R + damping) / damping`` [2]_, with g the smallest eigenvalue of the terms kept, and R the
+    largest eigenvalue of the others. The preconditioner takes ``4 n rank`` operations per column,
+    compared with ``6 n num_train`` or more for a product. Memory: ``3 n rank`` numbers.
 
     References
     ----------
@@ -73,13 +74,14 @@ class SubsampledGaussNewton:
 
     Examples
     --------
-    With all terms of a linear model conjugate gradients end after one step.
+    With all terms of a linear model, conjugate gradients converge in one step.
 
     >>> import torch
     >>> import lowrank_inverse as li
     >>> import lowrank_inverse_torch as lit
     >>> model = torch.nn.Linear(2, 1)
-    >>> train = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.zeros(3, 1)
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> train = x, torch.zeros(3, 1)
     >>> def loss(output, target):
     ...     return ((output - target) ** 2).sum(dim=1) / 2
     >>> terms = lit.SubsampledGaussNewton(model, loss, train, rank=3)
@@ -139,9 +141,9 @@ class SubsampledGaussNewton:
 
     @differentiable
     def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
-        """Return the inverse with these terms in the place of `A` less what it was shifted by.
+        """Return the inverse of these terms plus the shift of `A`, in place of ``A^{-1}``.
 
-        A solve takes one product with `A`, for its residual.
+        A solve takes one product with `A`, for the residual.
         """
         _, damping, s = split_diagonal(A, 0.0)
         C: Any = scaled(self.columns, s)

@@ -1,1 +1,1 @@
-"""Several processes, each with its own part of the data, as one."""
+"""Several processes, each with its own part of the data."""
