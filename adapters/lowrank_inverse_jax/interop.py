@@ -1,4 +1,4 @@
-"""Solvers in the form that jaxopt and lineax take."""
+"""Solvers in the form that jaxopt and lineax expect."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ __all__ = ["as_lineax", "as_solve"]
 def as_solve(
     solver: Solver | SolveFunction | None = None, *, rng: RNG = 0, sign: int | None = None
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
-    """Return ``solve(matvec, b) -> x`` on pytrees, such as jaxopt's implicit differentiation takes.
+    """Return a function ``solve(matvec, b) -> x`` on pytrees, as jaxopt expects it.
 
     Parameters
     ----------
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, optional
         Default: CG.
     rng : int or numpy.random.Generator, optional
-        Host seed of the columns.
+        Host seed of the sampled columns.
     sign : 1 or -1, optional
-        That of the matrix. ``jaxopt.implicit_diff.custom_root`` of a gradient has the Hessian: 1.
-        ``custom_fixed_point`` of a gradient step has minus the Hessian times the step: -1, and the
-        damping of the solver then is that of the matrix with its sign changed. Default: the sign
-        of ``b.T A b``.
+        Sign of the matrix. ``jaxopt.implicit_diff.custom_root`` of a gradient passes the Hessian:
+        1. ``custom_fixed_point`` of a gradient step passes the negative Hessian times the step
+        size: -1; the damping of the solver is then added to the matrix with its sign changed.
+        Default: the sign of ``b.T A b``.
 
     Returns
     -------
     callable (matvec, b, **ignored) -> x
-        Two products go before, and warn of a matrix that is not symmetric (not while jax traces).
+        Two extra products test the symmetry of the matrix (not while JAX traces); it warns if they
+        differ.
 
     Examples
     --------
@@ -66,9 +67,9 @@ def as_lineax(solver: Solver | SolveFunction, *, rng: RNG = 0) -> Any:
     Parameters
     ----------
     solver : settings such as ``lowrank_inverse.NystromCG(...)``
-        Their damping is added to the operator.
+        Its damping is added to the operator.
     rng : int or numpy.random.Generator, optional
-        Host seed of the columns.
+        Host seed of the sampled columns.
 
     Returns
     -------
@@ -78,7 +79,7 @@ def as_lineax(solver: Solver | SolveFunction, *, rng: RNG = 0) -> Any:
     Raises
     ------
     ImportError
-        Without lineax.
+        If lineax is not installed.
 
     Examples
     --------

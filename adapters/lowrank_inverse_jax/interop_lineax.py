@@ -32,8 +32,8 @@ FAILURES = (
 class LineaxSolver(lineax.AbstractLinearSolver):
     """Settings as a lineax solver for semidefinite operators.
 
-    A solver that ends as its settings say (`max_steps`, `num_terms`, `rank`) counts as successful;
-    `reason` and `residual_norm` are among the statistics.
+    A solver that runs to a fixed amount of work (`max_steps`, `num_terms`, `rank`) counts as
+    successful. The statistics include `reason` and `residual_norm`.
     """
 
     settings: Any = eqx.field(static=True)

@@ -1,4 +1,4 @@
-"""Parameters as one vector: the float leaves of any pytree, flattened and put back."""
+"""The float leaves of a pytree as one flat vector, and back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Parameters", "as_parameters"]
 
 
 class Parameters:
-    """The float arrays among the leaves of a pytree as one vector, and the way back.
+    """The float arrays among the leaves of a pytree as one vector, and conversions back.
 
-    Made by `as_parameters`. Other leaves (integers, functions, None) are carried along and never
+    Created by `as_parameters`. Other leaves (integers, functions, None) are kept but never
     differentiated.
 
     Attributes
@@ -26,11 +26,11 @@ class Parameters:
     vector : jax.Array, shape (n,)
         The float leaves one after the other, each in row-major order.
     names : tuple of str
-        Where each float leaf lies, such as ``"['w']"``.
+        Path of each float leaf, such as ``"['w']"``.
     n : int
         Length of the vector.
     layout : Layout
-        Of the vector, and of what has its length.
+        Sharding of the vector and of others of its length.
     """
 
     def __init__(self, tree: Any, *, name: str = "params", mesh: Mesh | None = None) -> None:
@@ -83,10 +83,10 @@ class Parameters:
         return arrays
 
     def joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        """Undo `arrays`.
+        """Invert `arrays`.
 
-        Each is written to its place: on a CPU a compiled concatenation of matrix products takes up
-        to four times as long as the products.
+        Each array is written to its place: on a CPU, a compiled concatenation of matrix products
+        takes up to four times as long as the products.
         """
         if self.layout.mesh is not None:  # where such writes would gather the vector
             return self.layout.join(arrays)
@@ -97,7 +97,7 @@ class Parameters:
         return vector
 
     def gradient(self, function: Callable[[Any], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-        """Return the gradient of a function of the user's structure, as one of vectors."""
+        """Return the gradient of a function of the user's structure, as a function of vectors."""
         by_arrays = jax.grad(lambda arrays: function(self.build(arrays)))
         return lambda vector: self.joined(by_arrays(self.arrays(vector)))
 
@@ -113,21 +113,21 @@ class Parameters:
         return jax.tree_util.tree_unflatten(self._structure, leaves)
 
     def restore(self, vector: jax.Array) -> Any:
-        """Return values in the user's structure, None in the place of what is no float array."""
+        """Return values in the user's structure, with None for leaves that are not float arrays."""
         leaves: list[Any] = [None] * len(self._leaves)
         for i, array in zip(self._floats, self.arrays(vector), strict=True):
             leaves[i] = self.layout.alike(array, self._leaves[i])
         return jax.tree_util.tree_unflatten(self._structure, leaves)
 
     def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> jax.Array:
-        """Undo `restore`: the vector, shape (n,), of a structure like the user's.
+        """Invert `restore`: return the vector, shape (n,), of a structure like the user's.
 
-        With `expand` a number stands for all entries of an array.
+        With `expand`, a number stands for all entries of an array.
 
         Raises
         ------
         ValueError
-            Another structure or shape.
+            If the structure or a shape differs.
         """
         leaves = jax.tree_util.tree_leaves(tree)
         structure: Any = jax.tree_util.tree_structure(tree)
@@ -157,25 +157,24 @@ def as_parameters(params: Any, *, name: str = "params", mesh: Mesh | None = None
     Parameters
     ----------
     params : pytree
-        Arrays of floats are differentiated by; other leaves are left as they are. A bare Python
-        float counts as an array.
+        Arrays of floats are differentiated; other leaves are left alone. A Python float counts as
+        an array.
     name : str
-        What messages call the argument.
+        Name of the argument in messages.
     mesh : jax.sharding.Mesh, optional
-        Over whose devices the vector is to be cut.
+        Devices over which to shard the vector.
 
     Returns
     -------
     parameters : Parameters
-        Their values as a vector, and the way back to the structure of `params`.
+        Their values as a vector, and conversions to the structure of `params`.
 
     Raises
     ------
     ValueError
-        No leaf is an array of floats.
-        Arrays on other devices than those of `mesh`, or on another mesh of them.
+        If no leaf is an array of floats, or an array is not on the devices and axes of `mesh`.
     TypeError
-        Complex arrays, or arrays of several dtypes; a mesh with explicit axes.
+        If arrays are complex, their dtypes differ, or a mesh has explicit axes.
 
     Examples
     --------

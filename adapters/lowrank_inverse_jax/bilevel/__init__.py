@@ -1,1 +1,1 @@
-"""Hypergradients, minimisers and bilevel problems of functions of pytrees."""
+"""Hypergradients and bilevel problems of functions of pytrees."""

@@ -36,24 +36,24 @@ jax.tree_util.register_dataclass(
 
 
 class Hypergradient(NamedTuple):
-    """What `hypergradient` returns: a pytree.
+    """The result of `hypergradient`, a pytree.
 
     Attributes
     ----------
     grads : structure of `hparams`
-        The hypergradient, ``direct + implicit``; None where a leaf is no array of floats.
+        The hypergradient, ``direct + implicit``; None if a leaf is not an array of floats.
     direct, implicit : structure of `hparams`
-        Gradient of the outer loss at fixed parameters, and what comes through the parameters.
+        Gradient of the outer loss at fixed parameters, and contribution through the parameters.
     ihvp : structure of `params`
-        ``(H + ridge + damping)^{-1}`` times the outer gradient.
+        ``(H + ridge + damping)^{-1}`` times the outer gradient (inverse-Hessian-vector product).
     state : HypergradientState
-        Give it to the next call as `state`: a warm start, and pairs that precondition.
+        Pass it to the next call as `state`, for a warm start and a preconditioner.
     info : HypergradientInfo
-        Cost and trust.
+        Cost and accuracy.
     solution : Solution
-        Of the linear system.
+        Solution of the linear system.
     aux : tuple
-        With `has_aux`, what the inner and the outer loss returned beside their values, else ().
+        With `has_aux`, the auxiliary outputs of the inner and the outer loss, else ().
     """
 
     grads: Any
@@ -66,7 +66,7 @@ class Hypergradient(NamedTuple):
     aux: Any = ()
 
     def explain(self) -> str:
-        """Say in a few lines how it went, what is wrong, and what to do about it."""
+        """Describe cost and accuracy, the problems found, and what to do about them."""
         return self.info.explain()
 
 
@@ -87,43 +87,46 @@ def hypergradient(
     chunk_size: int = 8,
     mesh: Mesh | None = None,
 ) -> Hypergradient:
-    """Differentiate the outer loss at the minimiser of the inner one by hyperparameters.
+    """Differentiate the outer loss at the inner minimiser with respect to hyperparameters.
 
-    With f the inner loss, g the outer one and ``θ(φ) = argmin f``: ``dg/dφ = ∂g/∂φ - ∂g/∂θ (∂²f/∂θ²
-    + damping I)^{-1} ∂²f/∂θ∂φ`` (Eq. 3 of [1]_). Pure: for ``jax.jit`` and ``jax.vmap``.
+    For the inner loss f, the outer loss g and ``θ(φ) = argmin f``: ``dg/dφ = ∂g/∂φ - ∂g/∂θ (∂²f/∂θ²
+    + damping I)^{-1} ∂²f/∂θ∂φ`` (Eq. 3 of [1]_). The function is pure and supports ``jax.jit`` and
+    ``jax.vmap``.
 
     Parameters
     ----------
     inner_loss : callable (params, hparams, *inner_args) -> scalar
-        What the training minimises.
+        The loss that training minimises.
     outer_loss : callable (params, hparams, *outer_args) -> scalar
-        What to differentiate with respect to the hyperparameters.
+        The loss to differentiate.
     params, hparams : pytree
-        θ, at (or near) the minimum of the inner loss, and φ. Arrays of floats are differentiated
-        by; all else is left as it is.
+        θ, at or near the minimum of the inner loss, and φ. Arrays of floats are differentiated;
+        other leaves are left alone.
     has_aux : bool
-        The losses return ``(scalar, aux)``.
+        Whether the losses return ``(scalar, aux)``.
     solver : settings such as ``lowrank_inverse.Nystrom(...)``, or callable ``solve(matvec, b)``
-        With the damping it adds to the Hessian. Default: ``CG(max_steps=40)``.
+        Solves the linear system; its damping is added to the Hessian. Default:
+        ``CG(max_steps=40)``.
     ridge : float, array, structure of `params`, or callable (hparams) -> one of these, optional
         Coefficient r of a term ``r / 2 * sum(θ ** 2)`` of the inner problem (weight decay) that
-        `inner_loss` leaves out: one number, or one for each parameter as a flat (n,) array or in
-        the structure of `params`. It is treated exactly, never sampled. Give a callable where it
-        depends on the hyperparameters.
+        `inner_loss` does not include: a number, a flat array of shape (n,), or the structure of
+        `params`. The solver treats it exactly. If it depends on the hyperparameters, pass a
+        callable.
     state : HypergradientState, optional
-        For a sequence of outer steps: ``HypergradientState()`` at first, then the ``.state`` of the
-        step before. CG and NystromCG start from it and recycle its pairs. The Solution of a similar
-        system is a start too. Without a state no pairs are kept, and nothing is paid for them.
+        For a sequence of outer steps: ``HypergradientState()`` in the first call, then the
+        ``.state`` of the previous result. CG and NystromCG start from it and recycle its pairs.
+        The Solution of a similar system also serves as a start. None keeps no pairs.
     key : jax PRNG key, optional
-        From which columns are drawn uniformly, also inside ``jax.jit``.
+        Draws columns uniformly, also inside ``jax.jit``.
     rng : int or numpy.random.Generator, optional
-        Host seed of the columns: the same as in NumPy and torch. Default: 0. Inside
-        ``jax.jit`` they are drawn once, when the function is traced.
+        Host seed of the sampled columns, which are the same as in NumPy and PyTorch. Default: 0.
+        Inside ``jax.jit`` they are drawn once, during tracing.
     chunk_size : int
-        Hessian products taken at a time; see `HessianOperator`.
+        Hessian products computed at a time; see `HessianOperator`.
     mesh : jax.sharding.Mesh, optional
-        Of the devices that vectors and columns of the solver are cut over. Parameters,
-        hyperparameters and data lie on it as they like; what is returned lies as they do.
+        Devices over which vectors and columns of the solver are sharded by rows. Parameters,
+        hyperparameters and data may have any sharding on this mesh; the results are sharded like
+        them.
 
     Returns
     -------
@@ -132,13 +135,13 @@ def hypergradient(
     Raises
     ------
     ValueError
-        If a loss is no scalar, or not finite (unchecked while tracing), no hyperparameter reaches
-        a loss, or both `key` and `rng` are given; for arrays that are not on `mesh`.
+        If a loss is not a finite scalar (not checked while tracing), neither loss depends on any
+        hyperparameter, both `key` and `rng` are given, or an array is not on `mesh`.
 
     Notes
     -----
-    Two gradients, the products of the solver (about two gradients each), and one more for the
-    mixed derivative.
+    Cost: two gradients, the products of the solver at about two gradients each, and one product for
+    the mixed derivative.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Bilevel problems of functions of pytrees, to the optimum."""
+"""Minimisation of bilevel problems of functions of pytrees."""
 
 from __future__ import annotations
 
@@ -41,72 +41,75 @@ def minimize_bilevel(
     chunk_size: int = 8,
     mesh: Mesh | None = None,
 ) -> BilevelMinimum:
-    """Minimise the outer loss at the minimiser of the inner one by hyperparameters.
+    """Minimise the outer loss over the hyperparameters, at the minimiser of the inner loss.
 
-    With f the inner loss and g the outer one: ``min_φ g(θ(φ), φ)``, ``θ(φ) = argmin_θ f(θ, φ)``.
-    By default L-BFGS-B takes the outer steps [1]_, on hypergradients whose inner and linear
-    tolerances fall with the outer gradient [2]_. The losses are compiled; the loop is not, and so
-    it is not for ``jax.jit``.
+    For the inner loss f and the outer loss g: ``min_φ g(θ(φ), φ)`` with ``θ(φ) = argmin_θ f(θ,
+    φ)``. By default, L-BFGS-B [1]_ takes the outer steps. The tolerances of the inner problem and
+    of the linear system tighten as the outer gradient falls [2]_. The losses are compiled. The loop
+    is not, and cannot be called inside ``jax.jit``.
 
     Parameters
     ----------
     inner_loss : callable (params, hparams, *inner_args) -> scalar
+        The loss that training minimises.
     outer_loss : callable (params, hparams, *outer_args) -> scalar
-        Give large arrays of data as arguments: what a loss reads beside them is compiled in.
+        The loss to minimise. Pass large data as arguments: other arrays that a loss reads are
+        compiled in as constants.
     params, hparams : pytree
-        Where θ and φ start.
+        Starting points of θ and φ.
     inner : "lbfgs", optax optimizer, or callable (params, hparams, rng) -> params
-        What minimises the inner loss, from where it was last. SciPy's L-BFGS, preconditioned by
-        the pairs that the hypergradients keep; an optimizer, which starts afresh each time and
-        takes at most `inner_steps` steps; or a function of your own. It is given a NumPy Generator,
-        seeded by `rng` and the number of the evaluation.
+        Minimises the inner loss, starting from the previous inner minimum. "lbfgs" is SciPy's
+        L-BFGS, preconditioned by the pairs that the hypergradients keep. An optimizer is reset for
+        each inner problem and takes at most `inner_steps` steps. Your own function also gets a
+        NumPy Generator, seeded by `rng` and the number of the evaluation.
     outer : "lbfgs" or optax optimizer
-        What minimises the outer loss; "lbfgs" is SciPy's L-BFGS-B.
+        Minimises the outer loss; "lbfgs" is SciPy's L-BFGS-B.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable ``solve(matvec, b)``
-        Of the linear systems. Default: CG with recycled pairs, to the tolerance that is needed.
+        Solves the linear systems. Default: CG with recycled pairs, to the required tolerance.
     ridge : float, array, structure of `params`, or callable (hparams) -> one of these, optional
-        As in `hypergradient`.
+        See `hypergradient`.
     bounds : pair of float or structure of `hparams`, optional
-        Least and largest values of the hyperparameters, ``±inf`` where there are none.
+        Lower and upper bounds of the hyperparameters, ``±inf`` for none.
     tol : float
-        It ends when the norm of the gradient, without the part that points out of the bounds, has
-        fallen by this factor. The scale of the losses has no part in it.
+        Stop when the norm of the projected gradient has fallen by this factor. The projected
+        gradient has no components that point out of the bounds.
     max_evaluations : int
-        Hypergradients, at most.
+        Maximum number of hypergradients.
     inner_steps : int
-        Steps for one inner problem, at most.
+        Maximum number of steps for one inner problem.
     callback : callable (evaluation, params, hparams), optional
-        Called after each `Evaluation`. It ends the minimisation where it returns True.
+        Called after each `Evaluation`. Return True to stop.
     progress : bool
-        Show a bar (needs tqdm).
+        Show a progress bar (needs tqdm).
     checkpoint : path, optional
-        A folder for the evaluations. A call that finds some there goes on from them, bit for bit
-        as if it had never stopped, if all else is the same. Of several processes, each has a
-        folder in it.
+        Folder for the evaluations. A later call with the same arguments continues from them, with
+        bitwise the same result as without interruption. Each of several processes has a folder in
+        it.
     rng : int or numpy.random.Generator, optional
-        Seed of what is drawn; None for fresh entropy.
+        Seed of all random numbers; None draws a new one.
     chunk_size, mesh
-        As in `hypergradient`. The loop holds a few vectors of the parameters on the host, and each
-        process all of them.
+        See `hypergradient`. The loop keeps a few vectors of the parameters on the host, in each
+        process.
 
     Returns
     -------
     BilevelMinimum
-        With `reason` and ``explain()``. Numerical trouble is a reason, and not an exception.
+        With `reason` and ``explain()``. Numerical failures are reasons, not exceptions.
 
     Raises
     ------
     ValueError
-        As `hypergradient`; for bounds out of order; for a checkpoint of another minimisation.
+        See `hypergradient`. Also if the bounds are not in order, or the checkpoint belongs to
+        another minimisation.
     TypeError
-        An `inner` or `outer` of another kind.
+        If `inner` or `outer` has the wrong type.
 
     Notes
     -----
-    The value of an evaluation is the outer loss less ``<q, r>``, with q the inverse product and r
-    the inner gradient: the error of the inner solve, to first order [3]_. Differences of values
-    that are below the rounding are taken from the gradients. Steps to where a loss is not finite,
-    or the inner problem has no minimum, are rejected, and a shorter one is taken.
+    The value of an evaluation is the outer loss minus ``<q, r>``, with q the inverse product and r
+    the inner gradient. This removes the error of the inner solve to first order [3]_. Differences
+    of values below the rounding are computed from gradients. A step to a point where a loss is not
+    finite or the inner problem has no minimum is rejected and shortened.
 
     References
     ----------

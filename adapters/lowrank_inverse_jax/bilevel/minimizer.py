@@ -1,4 +1,4 @@
-"""Minimisers that are differentiated by the implicit function theorem."""
+"""Minimisers with derivatives by the implicit function theorem."""
 
 from __future__ import annotations
 
@@ -30,28 +30,30 @@ def implicit_minimizer(
     chunk_size: int = 8,
     ridge: Any = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the result of a training function differentiable by its hyperparameters.
+    """Make a training function differentiable with respect to its hyperparameters [1]_.
 
     Parameters
     ----------
     inner_loss : callable (params, hparams, *args) -> scalar
-        What the function minimises.
+        The loss that the training function minimises.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``
         Inverts the Hessian of the inner loss.
     rng : int or numpy.random.Generator, optional
-        Host seed of the columns.
+        Host seed of the sampled columns.
     chunk_size : int
-        Hessian products taken at a time.
+        Hessian products computed at a time.
     ridge : float, array, structure of the parameters, or callable (hparams) -> one of these
-        Weight decay that `inner_loss` leaves out; see :func:`lowrank_inverse_jax.hypergradient`.
+        Weight decay that `inner_loss` does not include; see
+        :func:`lowrank_inverse_jax.hypergradient`.
 
     Returns
     -------
     decorator
-        For a function ``train(init, hparams, *args, **options) -> params``. Its derivative by
-        `hparams` and `args` becomes ``-(∂²f/∂θ² + damping I)^{-1} ∂²f/∂θ∂φ``, in forward and in
-        reverse mode, whatever the function does inside; the derivative by `init` is zero.
-        `options` go to `train` alone, and have no derivative.
+        For a function ``train(init, hparams, *args, **options) -> params``. The derivative of its
+        result with respect to `hparams` and `args` becomes ``-(∂²f/∂θ² + damping I)^{-1}
+        ∂²f/∂θ∂φ``, in forward and in reverse mode, whatever the function does inside. The
+        derivative with respect to `init` is zero. `options` are passed to `train` only, and have
+        no derivative.
 
     Notes
     -----

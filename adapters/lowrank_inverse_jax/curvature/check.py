@@ -1,4 +1,4 @@
-"""Whether the second derivative that jax has of a loss is that of the loss."""
+"""A check that JAX's second derivative of a loss is correct."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ __all__ = ["check_hessian"]
 
 
 def check_hessian(loss: Any, params: Any, *, seed: int = 0) -> HessianCheck:
-    """Compare a product with the Hessian of a loss with a difference of its gradients.
+    """Compare a product with the Hessian of a loss to a difference of its gradients.
 
-    jax differentiates what it sees. A gradient may depend on more: weights computed from a stopped
-    gradient, numbers that a ``custom_vjp`` saved. The hypergradient then is that of another
-    problem, with a residual that looks right.
+    JAX differentiates only what it traces. A gradient may depend on more: weights computed from a
+    stopped gradient, or numbers that a ``custom_vjp`` saved. The hypergradient is then that of
+    another problem, although its residual is small.
 
     Parameters
     ----------
     loss : callable (params) -> scalar, or list of callables
+        See `HessianOperator`.
     params : pytree
-        As in `HessianOperator`. Not traced.
+        See `HessianOperator`; not traced.
     seed : int
-        Of the random direction.
+        Seed of the random direction.
 
     Returns
     -------
@@ -38,8 +39,8 @@ def check_hessian(loss: Any, params: Any, *, seed: int = 0) -> HessianCheck:
 
     Notes
     -----
-    Three gradients and one product, in float64 where the loss lets them be: arrays that it holds
-    in float32 are promoted. In float32, errors below about 2 % are not seen.
+    Cost: three gradients and one product. They are computed in float64 if the loss permits it:
+    float32 arrays inside it are promoted. In float32, errors below about 2 % are not detected.
 
     Examples
     --------

@@ -19,18 +19,19 @@ __all__ = ["GaussNewtonOperator"]
 class GaussNewtonOperator(CurvatureOperator):
     """The Gauss-Newton matrix ``J^T H_L J`` of ``loss(outputs(params))`` as an operator [1]_.
 
-    J is the Jacobian of the outputs by the parameters and ``H_L`` the Hessian of the loss by the
-    outputs. Positive semidefinite where the loss is convex in the outputs.
+    J is the Jacobian of the outputs with respect to the parameters, and ``H_L`` the Hessian of the
+    loss with respect to the outputs. The matrix is positive semidefinite if the loss is convex in
+    the outputs.
 
     Parameters
     ----------
     loss : callable (outputs) -> scalar, or list of callables
         The loss of the outputs.
     outputs : callable (params) -> array or pytree, or list of callables
-        The outputs of the network. Lists pair up with those of `loss`, and the operator is the
-        plain mean over the pairs.
+        The outputs of the network. With lists, the operator is the mean over the pairs of `loss`
+        and `outputs`.
     params, chunk_size, mesh
-        As in `HessianOperator`.
+        See `HessianOperator`.
 
     References
     ----------

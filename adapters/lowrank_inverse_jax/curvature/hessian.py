@@ -18,42 +18,42 @@ __all__ = ["HessianOperator", "hessian_columns", "hvp"]
 
 
 class HessianOperator(CurvatureOperator):
-    """The Hessian of a loss as an operator: one linearization of its gradient.
+    """The Hessian of a loss as an operator, by one linearization of its gradient [1]_.
 
     Parameters
     ----------
     loss : callable (params) -> scalar, or list of callables
-        H is the plain mean over a list (batches), which is linearized again for each product, so
-        that one linearization is in memory at a time.
+        For a list, H is the mean over the callables (batches). Each product then linearizes them
+        again, so that only one linearization is in memory at a time.
     params : pytree
-        Where to differentiate; see `as_parameters`.
+        Parameters at which to differentiate; see `as_parameters`.
     chunk_size : int
-        Products taken at a time, in one batch. Memory grows with it.
+        Products computed at a time, in one batch; memory grows in proportion.
     mesh : jax.sharding.Mesh, optional
-        Over whose devices vectors, products and columns are cut along their first axis, all axes
-        of the mesh taken together; `params` lie on it as they like.
+        Devices over which vectors, products and columns are sharded along their first axis, over
+        all axes of the mesh together. `params` may have any sharding on it.
 
     Attributes
     ----------
     shape, dtype : (n, n), dtype
+        Those of the parameters.
     gradient : jax.Array, shape (n,)
-        Of the loss.
+        Gradient of the loss.
     params : Parameters
-        With `restore` and `collect` between vectors and the user's structure.
+        Converts between vectors and the user's structure, by `restore` and `collect`.
 
     Raises
     ------
     TypeError, ValueError
-        A loss that is no real scalar, or not finite (unchecked while tracing); parameters without
-        a float array, or of several dtypes.
+        If the loss is not a real finite scalar (finiteness is not checked while tracing), the
+        parameters have no array of floats, or their dtypes differ.
 
     Notes
     -----
-    A product costs about two gradients; some more where the loss has a ``jax.custom_vjp``, which
-    has no forward mode: then it is taken in reverse over reverse. Matrix products inside have the
-    full precision of their operands, also on a GPU that would take TF32 by default. Outside
-    ``jax.jit`` each operation is dispatched by itself: wrap the function that makes and uses the
-    operator in ``jax.jit``.
+    A product costs about two gradients, and more if the loss has a ``jax.custom_vjp``: without a
+    forward mode, it is computed in reverse over reverse. Matrix products inside have the full
+    precision of their operands, also on a GPU with TF32 by default. Outside ``jax.jit`` each
+    operation is dispatched by itself: compile the function that creates and uses the operator.
 
     References
     ----------
@@ -80,13 +80,14 @@ class HessianOperator(CurvatureOperator):
 
 
 def hvp(loss: Any, params: Any, v: Any) -> Any:
-    """Multiply the Hessian of a loss with one vector.
+    """Multiply the Hessian of a loss by a vector or a block of vectors.
 
     Parameters
     ----------
     loss, params
-        As in `HessianOperator`.
+        See `HessianOperator`.
     v : jax.Array, shape (n,) or (n, m), or the structure of `params`
+        The vectors.
 
     Returns
     -------
@@ -108,7 +109,7 @@ def hvp(loss: Any, params: Any, v: Any) -> Any:
 def hessian_columns(loss: Any, params: Any, indices: Indices, *, chunk_size: int = 8) -> jax.Array:
     """Compute columns of the Hessian of a loss, shape (n, k).
 
-    Arguments, costs and errors are those of `HessianOperator` and of its `columns`.
+    For arguments, costs and errors see `HessianOperator` and its `columns`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The mean of the curvature over batches as an operator, with one linearization in memory."""
+"""The mean curvature over batches as an operator, with one linearization in memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ Linear = Callable[[jax.Array], jax.Array]
 
 
 class CurvatureOperator(Operator):
-    """What the Hessian and the Gauss-Newton operator have in common.
+    """The common base of the Hessian and the Gauss-Newton operator.
 
     Parameters
     ----------
     linearize : callable (vector) -> (gradient, product), or list of callables
-        For each batch. The linearization of a single one is kept; of several, each is made again
-        for each chunk of products.
+        One for each batch. The linearization of a single batch is kept. With several, each is
+        computed again for each chunk of products.
     params : Parameters
+        The parameters.
     chunk_size : int
-        Products taken at a time.
+        Products computed at a time.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class CurvatureOperator(Operator):
 
         Parameters
         ----------
-        indices : sequence of distinct ints, shape (k,), which may be traced
+        indices : sequence of distinct ints, shape (k,)
+            May be traced.
 
         Returns
         -------
@@ -77,7 +79,7 @@ class CurvatureOperator(Operator):
 
         Notes
         -----
-        k products, `chunk_size` at a time; unit vectors are made a chunk at a time too.
+        Cost: k products, `chunk_size` at a time, from as many unit vectors.
         """
         indices = check_indices(indices, self.shape[0])
         chosen = jnp.asarray(self.params.layout.put(indices, "indices"))

@@ -1,1 +1,1 @@
-"""Influence functions of jax models."""
+"""Influence functions of JAX models."""

@@ -19,74 +19,75 @@ __all__ = ["InfluenceFunction"]
 
 
 class InfluenceFunction(InfluenceBase):
-    """Which training examples helped or harmed a prediction [1]_.
+    """Find the training examples that helped or harmed a prediction [1]_.
 
-    With g_q the gradient of the loss of a query, g_i that of a training example and H the mean
-    curvature of the training set: ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``.
-    Positive is helpful: without example i the loss of the query would rise, by about
+    Let g_q be the gradient of the loss of a query, g_i that of a training example, and H the mean
+    curvature of the training set. Then ``score[q, i] = g_q.T (H + (ridge + damping) I)^{-1} g_i``.
+    A positive score is helpful: without example i, the loss of the query would rise by about
     ``score / num_train``.
 
     Parameters
     ----------
     loss : callable
-        Returns one number for each example, shape (size,): ``loss(params, batch)``, or
-        ``loss(outputs, batch)`` where `outputs` is given.
+        Returns one number per example, shape (size,): ``loss(params, batch)``, or
+        ``loss(outputs, batch)`` if `outputs` is given.
     params : pytree
-        Trained. Arrays of floats are differentiated by; those in less than float32 in float32.
+        Parameters of the trained model. Arrays of floats are differentiated, in at least float32.
     train : pytree of arrays, list of batches or examples, iterable of batches, or torch DataLoader
-        Arrays have one row for each example. A list, and what is no pytree of arrays, is taken for
-        batches, each a pytree of arrays, which are read again and again; or for single examples,
-        where one has a number in the place of an array. A shuffled loader is read in order. A mean
-        over all examples, to which batch size and order make no difference.
+        Arrays have one row per example. A list, or an iterable, holds batches, each a pytree of
+        arrays, and is read repeatedly; a list whose items hold numbers instead of arrays holds
+        single examples. A shuffled loader is read in order. Batch size and order do not change the
+        result.
     outputs : callable (params, batch) -> array or pytree, optional
-        Of the network, for the Gauss-Newton matrix.
+        Outputs of the network, for the Gauss-Newton matrix.
     curvature : {"ggn", "hessian", "empirical_fisher"}, optional
-        Gauss-Newton, never negative for a loss that is convex in the outputs; the Hessian, exact
-        near a minimum; or the mean of ``g_i g_i.T``, which is no good estimate of either.
-        Default: "ggn", which needs `outputs`.
+        "ggn" is the Gauss-Newton matrix, which is positive semidefinite if the loss is convex in
+        the outputs. "hessian" is exact near a minimum. "empirical_fisher" is the mean of
+        ``g_i g_i.T``, which estimates neither well. Default: "ggn", which needs `outputs`.
     solver : settings such as ``lowrank_inverse.NystromCG(...)``, or callable, optional
-        With the damping of the mean curvature. Default: ``CG()``, one Krylov space for a block of
-        queries, preconditioned by Ritz pairs of those before, and ``Exact()`` for so many queries
-        that all columns of a model of up to 2000 parameters cost less; damping 0 where there is a
-        `ridge` everywhere and "auto" elsewhere. NystromCG takes the columns for the Hessian from
-        the Gauss-Newton matrix, if there are `outputs`.
+        Its damping is added to the mean curvature. Default: ``CG()`` with one Krylov space for a
+        block of queries, preconditioned by Ritz pairs of earlier blocks; or ``Exact()``, if the
+        model has at most 2000 parameters and there are so many queries that all columns cost less.
+        The default damping is 0 if `ridge` is positive everywhere, and otherwise "auto". For the
+        Hessian, NystromCG samples the columns of its preconditioner from the Gauss-Newton matrix,
+        if `outputs` is given.
     ridge : float, array of shape (n,), or pytree like `params`
         Coefficient r of the term ``r / 2 * sum(params ** 2)`` of the training objective (weight
-        decay), treated exactly. One for all parameters, or one for each.
+        decay), for all parameters or for each. It is treated exactly.
     damping : float or "auto", optional
-        In place of that of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
-        [2]_, from 16 products; see ``info.damping``.
+        Replaces the damping of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
+        [2]_, estimated from 16 products; see ``info.damping``.
     batch_size : int, optional
-        Examples in a compiled call. Default: where batches can be cut anew, 512, or up to
-        4096 small ones that hold a MiB together; else as they come.
+        Examples per compiled call. Default: 512 (up to 4096 small ones that hold a MiB together), or
+        the batches of `train` if they cannot be cut.
     rng : int or numpy.random.Generator, optional
-        Seed of the columns.
+        Seed of the sampled columns.
     memory_budget : int
-        Bytes for the batches to keep, as much again for the right-hand sides of a solve, and a
+        Bytes for batches kept in memory, as much again for the right-hand sides of a solve, and a
         quarter of it for the pairs of the default solver. Other batches are read again for each
         product.
     progress : bool
         Show progress bars, which need tqdm, and print the plan before each computation.
     mesh : jax.sharding.Mesh, optional
-        Of the devices that vectors and columns are cut over, and the examples of each batch, in
-        any number. Every process gives the same `train`, or arrays whose parts lie with all of
-        them, and gets the same scores; in a `checkpoint` each has a folder of its own.
+        Devices over which vectors, columns and the examples of each batch are sharded. The number
+        of examples need not be divisible. Every process passes the same `train`, or arrays that
+        are sharded over all of them, and gets the same scores. In a `checkpoint` each has a folder.
 
     Raises
     ------
     TypeError, ValueError
-        A loss that is not one finite number for each example, of it alone, with a finite gradient
-        and the same at each evaluation; data without examples, or that can be read only once;
-        "ggn" without `outputs`.
+        If the loss of an example is not one finite number with a finite gradient, depends on other
+        examples, or changes from call to call; if the data are empty or can be read only once; if
+        "ggn" has no `outputs`.
     RuntimeError
-        Data that are others when they are read again; in later calls, data or constants of the
-        loss that were changed in place.
+        If the data change when they are read again; in later calls, if data or constants of the
+        loss were changed in place.
 
     Notes
     -----
-    A product costs about two gradients of the mean loss. Each shape of a batch is compiled once.
-    See `info` for the cost, the residual of each query, and the norm of the gradient, which the
-    formula assumes to be 0.
+    A product costs about two gradients of the mean loss. Each batch shape is compiled once. `info`
+    has the cost, the residual of each query, and the norm of the gradient, which the formula
+    assumes to be 0.
 
     References
     ----------
@@ -97,8 +98,8 @@ class InfluenceFunction(InfluenceBase):
 
     Examples
     --------
-    The parameter is the mean of three numbers. Where it should be 1, the training example 0 helps
-    and 4 harms.
+    The parameter is the mean of three numbers. For the query 1, the training example 0 is helpful
+    and 4 is harmful.
 
     >>> import jax.numpy as jnp
     >>> def loss(mean, batch):
@@ -156,13 +157,14 @@ class InfluenceFunction(InfluenceBase):
         train: Any,
         **options: Any,
     ) -> InfluenceFunction:
-        """Read what `save` wrote, without computing its columns again.
+        """Read a file of `save`, without computing its columns again.
 
         Parameters
         ----------
         path : path
+            The file.
         loss, params, train
-            As they were: weights, data and the loss of each training example are checked.
+            The same as before; weights, data and the loss of each training example are checked.
         **options
             `outputs`, `batch_size`, `memory_budget`, `progress` and `mesh`.
         """
