@@ -18,7 +18,7 @@ from lowrank_inverse.solvers.preconditioned import NystromCG
 def with_drawn_columns(solver: Solver | SolveFunction, key: Any, rng: RNG, n: int) -> Any:
     """Return the settings with `rank` columns drawn uniformly from a jax key."""
     if rng is not None:
-        raise ValueError("give one of `key` and `rng`, not both.")
+        raise ValueError("pass one of `key` and `rng`, not both.")
     if not isinstance(solver, (Nystrom, NystromCG)):
         raise TypeError(f"`key` needs Nystrom or NystromCG settings; got {describe(solver)}.")
     if solver.indices is not None:
@@ -30,8 +30,8 @@ def with_drawn_columns(solver: Solver | SolveFunction, key: Any, rng: RNG, n: in
         )
     if isinstance(solver.rank, str):
         raise ValueError(
-            f"`key` draws a number of columns that is known; got rank={solver.rank!r}. Find the "
-            "rank outside, or use `rng`."
+            f"`key` needs a fixed number of columns; got rank={solver.rank!r}. Compute the rank "
+            "outside, or use `rng`."
         )
     _check_key(key)
     drawn = jax.random.choice(key, n, (min(solver.rank, n),), replace=False)
@@ -43,6 +43,6 @@ def _check_key(key: Any) -> None:
     raw = isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32
     if not (typed and key.ndim == 0) and not (raw and key.ndim == 1):
         raise TypeError(
-            f"`key` must be one PRNG key, such as jax.random.key(0); got {describe(key)}. A seed "
-            "is given as `rng`, and several keys by jax.vmap."
+            f"`key` must be one PRNG key, such as jax.random.key(0); got {describe(key)}. Pass a "
+            "seed as `rng`, and several keys by jax.vmap."
         )

@@ -137,7 +137,7 @@ class Layout:
             raise ValueError(
                 f"`{name}` must lie on the devices and axes of `mesh`, {_shown(self.mesh)}; "
                 f"{jax.tree_util.keystr(path) or name!r} lies on {_place(leaf)}. Move it with "
-                "jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)), or give the mesh that "
+                "jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)), or pass the mesh that "
                 "it lies on."
             )
 

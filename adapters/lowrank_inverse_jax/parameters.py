@@ -51,13 +51,13 @@ class Parameters:
         arrays = [jnp.asarray(self.layout.put(self._leaves[i], name)) for i in self._floats]
         if sum(array.size for array in arrays) == 0:
             raise ValueError(
-                f"`{name}` must hold a floating-point array to differentiate by; of its "
-                f"{len(places)} leaves none is. Pass arrays such as jax.numpy.asarray(0.1)."
+                f"`{name}` must hold a floating-point array to differentiate; none of its "
+                f"{len(places)} leaves is one. Pass arrays such as jax.numpy.asarray(0.1)."
             )
         for array, place in zip(arrays, self.names, strict=True):
             if jnp.issubdtype(array.dtype, jnp.complexfloating):
                 raise TypeError(
-                    f"`{name}` must be real; {place!r} is {array.dtype}. Hold its real and "
+                    f"`{name}` must be real; {place!r} is {array.dtype}. Store its real and "
                     "imaginary parts as two arrays."
                 )
             if hasattr(jax, "typeof") and any(jax.typeof(array).sharding.spec):
@@ -201,7 +201,7 @@ def _refuse_collections(tree: Any, name: str) -> None:
     others = [key for key in tree if key in ("batch_stats", "cache", "intermediates")]
     if others:
         raise ValueError(
-            f"`{name}` must be what is differentiated by; it has flax's collections "
+            f"`{name}` must hold only what is differentiated; it has flax's collections "
             f"{', '.join(map(repr, others))} beside 'params'. Pass variables['params'], and put "
             "the others back inside the loss."
         )

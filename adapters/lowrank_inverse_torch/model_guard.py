@@ -25,7 +25,7 @@ _LOCK = threading.RLock()
 
 
 _COMPILED = (
-    "A compiled module has no second derivative. Evaluate the module that was given to "
+    "A compiled module has no second derivative. Evaluate the module that was passed to "
     "torch.compile (`compiled._orig_mod`)."
 )
 
@@ -47,17 +47,17 @@ _REMEDIES = (
     (
         "once_differentiable",
         "A custom autograd Function marked @once_differentiable has no second derivative. Write "
-        "its backward with differentiable operations, or leave it out of the loss.",
+        "its backward with differentiable operations, or remove it from the loss.",
     ),
     (
         "backward through the graph a second time",
-        "The graph of the loss was freed by a backward pass. Give a closure that returns the loss "
+        "The graph of the loss was freed by a backward pass. Pass a closure that returns the loss "
         "and does not call backward().",
     ),
     (
         "modified by an inplace operation",
-        "A tensor of the loss was changed in place after the loss was evaluated. Make the operator "
-        "anew after each change.",
+        "A tensor of the loss was changed in place after the loss was evaluated. Create a new "
+        "operator after each change.",
     ),
 )
 
@@ -88,8 +88,8 @@ def untouched(tensors: Sequence[Tensor], modules: Iterable[Module] = ()) -> Iter
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            "Derivatives cannot be taken inside torch.inference_mode(). Leave it for this call, or "
-            "use torch.no_grad(), which is no hindrance."
+            "Derivatives cannot be computed inside torch.inference_mode(). Make this call outside "
+            "of it, or use torch.no_grad() instead."
         )
     with nullcontext() if _in_engine() else _LOCK:
         yield from _untouched(tensors, modules)
@@ -235,9 +235,9 @@ def warn_of_ranks() -> None:
     num_ranks = distributed.get_world_size()
     if num_ranks > 1:
         warnings.warn(
-            f"Each of the {num_ranks} ranks differentiates its own losses. Where each has a part "
-            "of one batch, neither that nor the mean over ranks is the hypergradient of the whole "
-            "batch. Give `mesh`, such as "
+            f"Each of the {num_ranks} ranks differentiates its own losses. If each has a part of "
+            "one batch, neither the result nor its mean over the ranks is the hypergradient of the "
+            "whole batch. Pass `mesh`, such as "
             f"torch.distributed.device_mesh.init_device_mesh(device_type, ({num_ranks},)).",
             HypergradientWarning,
             stacklevel=3,

@@ -17,13 +17,13 @@ def check_one_kind(
         if hasattr(tensor, "full_tensor") and not spread:
             raise TypeError(
                 f"`{name}` must hold whole tensors; {place!r} is a DTensor, sharded over devices "
-                "(as FSDP and tensor parallelism do). Give `mesh`, that of the data, or gather it "
+                "(by FSDP or tensor parallelism). Pass the `mesh` of the data, or gather it "
                 "with full_tensor()."
             )
         if tensor.is_complex():
             raise TypeError(
                 f"`{name}` must be real; {place!r} is {tensor.dtype}. "
-                "Hold its real and imaginary parts as two tensors."
+                "Store its real and imaginary parts as two tensors."
             )
         if tensor.dtype != first.dtype:
             raise TypeError(

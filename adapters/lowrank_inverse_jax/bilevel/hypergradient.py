@@ -284,6 +284,7 @@ def _without_path(
         raise ValueError(
             "`hparams` must reach one of the losses; neither depends on any of "
             f"{', '.join(map(repr, missing))}. Use the argument `hparams` inside the losses. "
-            "A learning rate or an initial value moves no minimum, and has no hypergradient."
+            "A learning rate or an initial value does not move the minimum, so it has no "
+            "hypergradient."
         )
     return missing

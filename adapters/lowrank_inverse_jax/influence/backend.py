@@ -110,7 +110,7 @@ class JaxBackend:
         if curvature == "ggn" and not self.has_outputs:
             raise ValueError(
                 "curvature='ggn' needs `outputs`, a function (params, batch) -> outputs; the loss "
-                "is then called as loss(outputs, batch). Give it, or take curvature='hessian' or "
+                "is then called as loss(outputs, batch). Pass it, or use curvature='hessian' or "
                 "'empirical_fisher'."
             )
         w = np.ones(examples.num) if weights is None else weights

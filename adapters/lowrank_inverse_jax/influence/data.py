@@ -29,7 +29,7 @@ class Converted:
                 if isinstance(leaf, (str, bytes)) or np.dtype("O") == getattr(leaf, "dtype", None):
                     raise TypeError(
                         f"`{self.name}` must have batches of numbers, which jax compiles for; one "
-                        f"holds {leaf!r:.60}. Leave it out, or encode it."
+                        f"holds {leaf!r:.60}. Remove it, or encode it."
                     )
             yield jax.tree_util.tree_map(lambda x: to_host(x) if is_torch_array(x) else x, batch)
 

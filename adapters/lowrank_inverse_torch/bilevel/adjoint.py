@@ -19,11 +19,11 @@ from lowrank_inverse_torch.model_guard import (
 )
 
 _SECOND = (
-    "implicit_minimizer has no second derivative. Leave create_graph=True out; under torch.func, "
+    "implicit_minimizer has no second derivative. Omit create_graph=True; under torch.func, "
     "differentiate once."
 )
 _FORWARD = (
-    "implicit_minimizer has no forward mode in torch. Take reverse mode: torch.func.grad, vjp or "
+    "implicit_minimizer has no forward mode in torch. Use reverse mode: torch.func.grad, vjp or "
     "jacrev."
 )
 

@@ -192,9 +192,9 @@ def hypergradient(
     if len(without_path) == len(hparams.names):
         raise ValueError(
             "`hparams` must reach one of the losses; neither depends on any of "
-            f"{', '.join(map(repr, without_path))}. Use the live tensors inside the closures, "
-            "without detach(). A learning rate or an initial value moves no minimum, and has no "
-            "hypergradient."
+            f"{', '.join(map(repr, without_path))}. Use the tensors themselves inside the "
+            "closures, without detach(). A learning rate or an initial value does not move the "
+            "minimum, so it has no hypergradient."
         )
     if accumulate_grad:
         _accumulate(hparams.tensors, result.grads)
@@ -252,7 +252,7 @@ def _check_distinct(params: Parameters, hparams: Parameters) -> None:
         if id(tensor) in own:
             raise ValueError(
                 f"`hparams` and `params` must be distinct; {name!r} is in both. Freeze it in one "
-                "of them with requires_grad_(False), or leave it out."
+                "of them with requires_grad_(False), or remove it."
             )
 
 

@@ -102,7 +102,7 @@ def _settled(loss: Any, params: Parameters) -> Tensor:
     value = evaluate_loss(loss, name="outer_loss")
     if not torch.equal(params.flatten(params.tensors), before):
         raise RuntimeError(
-            "`outer_loss` changed `params` in place. Give a closure that returns the loss and "
+            "`outer_loss` changed `params` in place. Pass a closure that returns the loss and "
             "takes no step."
         )
     return value

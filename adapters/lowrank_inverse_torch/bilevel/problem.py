@@ -44,8 +44,8 @@ class Problem:
             for tensor, place in zip(part.tensors, part.names, strict=True):
                 if not tensor.is_leaf:
                     raise ValueError(
-                        f"`{name}` must be leaves, for the result is written to them; {place!r} "
-                        "was computed. Give what it was computed from, and compute it in the loss."
+                        f"`{name}` must be leaf tensors, which receive the result; {place!r} is "
+                        "not. Pass the tensors it was computed from, and compute it in the loss."
                     )
         self._theta, self._phi, self.seed = theta, phi, seed
         self._losses = [
@@ -222,5 +222,7 @@ def side(bound: Any, phi: Parameters) -> np.ndarray:
         return np.full(phi.n, float(bound))
     values = phi.collect(bound, name="bounds", expand=True)
     if any(value is None for value in values):
-        raise ValueError('`bounds` must have a value for each of `hparams`; float("inf") for none.')
+        raise ValueError(
+            '`bounds` must have a value for each of `hparams`; use float("inf") for none.'
+        )
     return _host(phi.flatten(values))

@@ -78,7 +78,7 @@ class Problem:
         for tensor in inputs:
             if tensor.is_complex():
                 raise TypeError(
-                    f"`hparams` and `args` must be real; one is {tensor.dtype}. Hold its real and "
+                    f"`hparams` and `args` must be real; one is {tensor.dtype}. Store its real and "
                     "imaginary parts as two tensors."
                 )
         self.by = [tensor.is_floating_point() for tensor in inputs]  # to differentiate by
@@ -110,7 +110,7 @@ class Problem:
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.is_complex():
                 raise TypeError(
-                    f"the parameters returned must be real; got {leaf.dtype}. Hold real and "
+                    f"the parameters returned must be real; got {leaf.dtype}. Store real and "
                     "imaginary parts as two tensors."
                 )
             floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
@@ -151,7 +151,7 @@ class Problem:
         if abs(now - before) > torch.finfo(loss.dtype).eps ** 0.5 * max(abs(before), abs(now)):
             raise RuntimeError(
                 f"`inner_loss` was {before:.6g} at the end of training and is {now:.6g} in the "
-                "backward pass: something that it reads beside its arguments has changed, such as "
+                "backward pass: something that it reads besides its arguments has changed, such as "
                 "a batch. Pass that as an argument, train(init, hparams, batch), or call "
                 "backward() before it changes."
             )

@@ -75,8 +75,8 @@ class BatchGraphs(Generic[G]):
         tensors = self._params.tensors
         if [tensor._version for tensor in tensors] != self._versions:
             raise RuntimeError(
-                "The parameters were changed in place after this operator was made, which holds "
-                "the curvature at the earlier ones. Make the operator anew after each step."
+                "The parameters were changed in place after this operator was made, so its "
+                "curvature is out of date. Create a new operator after each step."
             )
         # A checkpointed module runs again in backward.
         with untouched([*tensors, *by], self.modules), twice_differentiable_attention():
@@ -95,8 +95,8 @@ class BatchGraphs(Generic[G]):
         tolerance = torch.finfo(graph.loss.dtype).eps ** 0.5  # more than another order of sums
         if abs(now - before) > tolerance * max(abs(before), abs(now)):
             raise RuntimeError(
-                f"Closure {i} returned the loss {before:.6g} at first and {now:.6g} now. An "
-                "operator is frozen for the length of a solve: return the loss of the same batch "
-                "at each call."
+                f"Closure {i} returned the loss {before:.6g} at first and {now:.6g} now. It must "
+                "return the loss of the same batch at each call, since the operator must not "
+                "change during a solve."
             )
         return graph

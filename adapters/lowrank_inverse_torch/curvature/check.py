@@ -66,11 +66,12 @@ def check_hessian(
         isinstance(one, Tensor) for one in (loss if isinstance(loss, (list, tuple)) else [loss])
     ):
         raise TypeError(
-            "`loss` must be a closure, to be evaluated at other parameters; got a Tensor."
+            "`loss` must be a closure, since it is evaluated at other parameters; got a Tensor."
         )
     if not all(tensor.is_leaf for tensor in params.tensors):
         raise ValueError(
-            "`params` must be leaf tensors, which can be moved; some are results of operations."
+            "`params` must be leaf tensors, whose values are changed during the check; some are "
+            "results of operations."
         )
     theta = params.flatten(params.tensors)
     direction = directions(to_host(theta.double()), params.sizes, seed)

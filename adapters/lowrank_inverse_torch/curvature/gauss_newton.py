@@ -183,7 +183,7 @@ class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
         closures = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         if (not losses and mesh is None) or len(losses) != len(closures):
             raise ValueError(
-                "`loss` and `outputs` must be one each, or lists of one length; "
+                "`loss` and `outputs` must be one each, or lists of the same length; "
                 f"got {len(losses)} and {len(closures)}."
             )
         for name, given in (("loss", losses), ("outputs", closures)):

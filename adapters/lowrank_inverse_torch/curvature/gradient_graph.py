@@ -22,8 +22,8 @@ _CUTS = {
 
 
 _WEIGHT_NORM = (
-    "torch's weight_norm takes its norms for constants in a second derivative. Give a closure that "
-    "evaluates the loss, where the formula takes its place, or write ``g * v / v.norm(...)``."
+    "The second derivative of torch's weight_norm treats its norms as constants. Pass a closure "
+    "that evaluates the loss, in which it is replaced, or write ``g * v / v.norm(...)``."
 )
 
 
@@ -52,8 +52,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 _NO_GRAPH = (
-    "A gradient came without graph: the backward of a custom Function detaches it. Write that "
-    "backward with differentiable operations, or leave it out of the loss."
+    "A gradient has no graph, because the backward of a custom Function detaches it. Write that "
+    "backward with differentiable operations, or remove the Function from the loss."
 )
 
 

@@ -118,7 +118,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         params = as_parameters(params, gather=mesh is not None)
         losses: Sequence[Any] = loss if isinstance(loss, (list, tuple)) else [loss]
         if create_graph and mesh is not None:
-            raise ValueError("`create_graph` is for one process; leave out it or `mesh`.")
+            raise ValueError("`create_graph` is for one process; omit it or `mesh`.")
         if not losses and mesh is None:
             raise ValueError(f"`{name}` must hold at least one closure; got an empty list.")
 

@@ -95,7 +95,9 @@ class CurvatureOperator(Operator, Generic[G]):
         totals = processes.total(torch.tensor(mine, dtype=self.dtype, device=self.device))
         self._num_closures, self.detached = int(totals[0]), bool(totals[2] != 0)
         if self._num_closures == 0:
-            raise ValueError("some process must have a closure; all of them have an empty list.")
+            raise ValueError(
+                "at least one process must have a closure; all of them have an empty list."
+            )
         self.loss = totals[1] / self._num_closures
         share = num / self._num_closures
         self.gradient = processes.spread(processes.own_sum(share * gradient))

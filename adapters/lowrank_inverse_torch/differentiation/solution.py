@@ -26,8 +26,8 @@ from lowrank_inverse_torch.differentiation.recomputation import (
 
 _FIELDS = ("value", "residual_norm", "num_steps", "converged", "reason")
 _TWICE = (
-    "The solution with an operator that does not tell its tensors has first derivatives only. Give "
-    "FunctionOperator the tensors that its functions read as `parameters`."
+    "The solution with an operator of unknown tensors has first derivatives only. Pass the tensors "
+    "that the functions of a FunctionOperator read as `parameters`."
 )
 
 

@@ -37,8 +37,8 @@ def pair(batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise ValueError(
-            f"a batch must be a pair (inputs, targets); got {kind}. Give `split`, a function "
-            "(batch) -> (inputs, targets); a dict is given to model and loss as it is."
+            f"a batch must be a pair (inputs, targets); got {kind}. Pass `split`, a function "
+            "(batch) -> (inputs, targets). A dict is passed to model and loss unchanged."
         )
     return batch[0], batch[1]
 

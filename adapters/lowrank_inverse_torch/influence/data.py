@@ -119,8 +119,8 @@ def in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
         known = sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     if not known or (batch_sampler is not None and loader.batch_size is None):
         raise ValueError(
-            f"`{name}` draws its examples by a {type(sampler).__name__}, which gives no order to "
-            "number them by. Give its Dataset, or a loader with shuffle=False."
+            f"`{name}` draws its examples by a {type(sampler).__name__}, which does not define an "
+            "order to number them. Pass its Dataset, or a loader with shuffle=False."
         )
     return DataLoader(
         loader.dataset,
@@ -134,7 +134,7 @@ def in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
 def _check_length(data: Any, name: str) -> None:
     if not hasattr(data, "__len__"):
         raise TypeError(
-            f"`{name}` must have a length; {type(data).__name__} has none. Give a DataLoader."
+            f"`{name}` must have a length; {type(data).__name__} has none. Pass a DataLoader."
         )
 
 
@@ -170,7 +170,7 @@ def _stacked(examples: list[Any]) -> Any:
         return default_collate([plain(example) for example in examples])
     except RuntimeError as error:
         raise ValueError(
-            f"the examples cannot be stacked: {error}. Give a DataLoader with a `collate_fn` that "
+            f"the examples cannot be stacked: {error}. Pass a DataLoader with a `collate_fn` that "
             "pads them, such as transformers.DataCollatorWithPadding."
         ) from error
 

@@ -67,7 +67,7 @@ class ExampleLosses:
         if self.is_widened and self.params.sharded:
             raise TypeError(
                 f"fully sharded parameters must be float32 or float64; got {self.params.dtype}. "
-                "Keep them in float32, and give fully_shard a MixedPrecisionPolicy."
+                "Keep them in float32, and pass a MixedPrecisionPolicy to fully_shard."
             )
         if self.is_widened:
             self.model = in_float32(model)
@@ -85,7 +85,7 @@ class ExampleLosses:
         if [tensor._version for tensor in self._watched] != self._versions:
             raise RuntimeError(
                 "Parameters or buffers were changed in place after this influence function was "
-                "made, which holds the curvature at the earlier ones. Make it anew."
+                "made, so its curvature is out of date. Create a new one."
             )
         guard = untouched(self.params.tensors, self._guarded)
         with guard as states, twice_differentiable_attention():
@@ -188,8 +188,9 @@ class ExampleLosses:
             if inputs is not batch:
                 raise
             raise TypeError(
-                f"{error}. A batch that is a dict is given to the model as keywords, and to the "
-                "loss as it is: give `split`, a function (batch) -> (inputs, targets), for others."
+                f"{error}. A batch that is a dict is passed to the model as keyword arguments, "
+                "and to the loss unchanged. For others pass `split`, a function (batch) -> "
+                "(inputs, targets)."
             ) from error
 
     def _losses(self, batch: Any, values: dict[str, Tensor] | None = None) -> Any:
@@ -225,7 +226,7 @@ def _names(model: nn.Module, params: Parameters) -> list[str]:
     for tensor, place in zip(tensors, params.names, strict=True):
         if id(tensor) not in known:
             raise ValueError(
-                f"`params` must be parameters of `model`; {place!r} is none of them. Give a "
+                f"`params` must be parameters of `model`; {place!r} is none of them. Pass a "
                 "submodule, or a list of tensors from model.parameters()."
             )
         names.append(known[id(tensor)])

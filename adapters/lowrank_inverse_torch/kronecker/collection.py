@@ -241,7 +241,7 @@ def _read_by(losses: Tensor, leaves: list[Any]) -> list[int]:
     own = [i for i, grad in zip(live, grads, strict=True) if grad is not None]
     if not own:
         raise ValueError(
-            "`loss` must depend on `params` by the outputs of `model`; it depends on none of them. "
+            "`loss` must depend on `params` through the outputs of `model`; it does not. "
             "Were they evaluated under torch.no_grad(), or detached?"
         )
     for i in own:

@@ -66,8 +66,8 @@ class KroneckerInverse(ProductOnly):
         if shift.shape not in ((), (n,)) or not bool((shift > 0).all()):
             raise ValueError(
                 f"`damping`, with the ridge, must be positive, a number or of shape ({n},); got "
-                f"{damping if shift.ndim == 0 else tuple(shift.shape)}. Where the curvature is 0, "
-                "it has no other inverse."
+                f"{damping if shift.ndim == 0 else tuple(shift.shape)}. Without it, "
+                "a zero curvature has no inverse."
             )
         shift = shift.detach().expand(n)
         self._blocks, self._reciprocal = blocks, 1 / (diagonal + shift)

@@ -241,7 +241,7 @@ def _decomposed(M: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
     if not bool(torch.isfinite(M).all()):
         raise ValueError(
             f"the Kronecker factors of layer {layer.name!r} must be finite; some entries are not. "
-            "Look for a root, a norm or an absolute value at 0 in the loss, or take float64."
+            "Look for a root, a norm or an absolute value at 0 in the loss, or use float64."
         )
     if M.ndim == 1:
         return M, None

@@ -72,7 +72,7 @@ def output_root(losses: Callable[[Tensor], Tensor], z: Tensor, generator: torch.
         raise ValueError(
             f"`loss` must be a squared error, or a cross-entropy of the softmax over the last axis "
             f"of the outputs, for more than {MOST_OUTPUTS} outputs of an example; got {num} with "
-            "another Hessian. Precondition by NystromCG instead."
+            "another Hessian. Use NystromCG instead."
         )
     units = torch.eye(num, dtype=z.dtype, device=z.device)
     columns = [product(e.expand(size, num).reshape(z.shape)).reshape(size, num) for e in units]

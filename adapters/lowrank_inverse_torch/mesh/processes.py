@@ -48,8 +48,8 @@ class Processes:
             )
         if mesh.ndim != 1:
             raise ValueError(
-                f"`mesh` must have one dimension, along which the data are spread; got "
-                f'{mesh.ndim}. Give that dimension, such as mesh["dp"].'
+                f"`mesh` must have one dimension, that of the data-parallel processes; got "
+                f'{mesh.ndim}. Pass that dimension, such as mesh["dp"].'
             )
         self.mesh, self.group = mesh, mesh.get_group()
         self.size, self.rank = mesh.size(), mesh.get_local_rank()
@@ -192,7 +192,7 @@ class Processes:
                 what = name.replace("_", " ")
                 raise RuntimeError(
                     f"the processes disagree on the {what}: those of rank {odd} differ from rank "
-                    f"0. {_REMEDIES.get(name, 'Give all of them the same.')}"
+                    f"0. {_REMEDIES.get(name, 'Pass the same to all of them.')}"
                 )
 
 
@@ -200,8 +200,8 @@ _REMEDIES = {
     "parameters": "Load the same weights in all of them: torch.distributed.broadcast(p, src=0) "
     "for each, or wrap the module in DistributedDataParallel, which does that.",
     "columns": "Draw them with the same `rng` in all of them.",
-    "rng": "Give all of them the same whole number as `rng`.",
-    "vector": "Give all of them the same vector, or a DTensor, of which each has its own rows.",
+    "rng": "Pass the same whole number as `rng` to all of them.",
+    "vector": "Pass the same vector to all of them, or a DTensor of which each has its own rows.",
 }
 
 

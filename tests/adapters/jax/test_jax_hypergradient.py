@@ -222,7 +222,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "key and a rank that grows": (
         {"solver": li.NystromCG(rank="auto"), "key": jax.random.PRNGKey(0)},
         ValueError,
-        "`key` draws a number of columns",
+        "`key` needs a fixed number of columns",
     ),
 }
 

@@ -315,7 +315,7 @@ if auto is not None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": 0}, r"`key` must be one PRNG key, .* A seed is given as `rng`"),
+        ({"key": 0}, r"`key` must be one PRNG key, .* Pass a seed as `rng`"),
         ({"key": jnp.arange(2.0)}, "`key` must be one PRNG key"),
         ({"rng": jax.random.key(0)}, r"`rng` must be a whole number .* as `key`"),
         ({"rng": jax.random.PRNGKey(0)}, r"`rng` must be a whole number .* as `key`"),

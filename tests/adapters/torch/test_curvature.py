@@ -777,7 +777,7 @@ def test_a_tensor_of_the_loss_changed_in_place_raises_with_the_remedy():
     data = torch.ones(3)
     H = HessianOperator(lambda: ((W * data) ** 3).sum(), W)
     data += 1
-    with pytest.raises(RuntimeError, match="Make the operator anew"):
+    with pytest.raises(RuntimeError, match="Create a new operator"):
         H @ torch.ones(3)
 
 

@@ -140,7 +140,9 @@ def test_a_mapping_is_given_to_model_and_loss_as_it_is(kind):
     query = kind(labels=QUERY[1], x=QUERY[0])  # the order of the keys is no matter
     for method in ("jvp", "gradients"):
         assert_close(influence.scores(query, method=method), expected())
-    with pytest.raises(TypeError, match=r"given to the model as keywords, .* give `split`"):
+    with pytest.raises(
+        TypeError, match=r"passed to the model as keyword arguments, .* pass `split`"
+    ):
         InfluenceFunction(linear(), loss, data, solver=SOLVER)
 
 

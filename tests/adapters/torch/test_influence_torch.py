@@ -332,7 +332,7 @@ def test_losses_models_and_data_of_another_kind_are_refused():
     bad("must be a DataLoader, a Dataset", x)
     bad("must be a DataLoader, a Dataset", 3)
     bad("a batch must be a pair", [(x, y, y)])
-    bad("given to the model as keywords, .* give `split`", {"x": x, "y": y})
+    bad("passed to the model as keyword arguments, .* pass `split`", {"x": x, "y": y})
 
 
 def test_the_number_of_an_example_counts_through_the_batches():

@@ -97,7 +97,7 @@ def test_weight_norm_has_the_hessian_of_its_formula(kind, dim, num_closures):
 def test_an_evaluated_loss_of_a_weight_norm_is_refused_and_its_gauss_newton_matrix_is_right():
     layer, params = normalised("new", 0)
     x = torch.randn(6, 5, dtype=F64)
-    with pytest.raises(RuntimeError, match=r"weight_norm takes its norms for constants.*closure"):
+    with pytest.raises(RuntimeError, match=r"weight_norm treats its norms as constants.*closure"):
         HessianOperator(layer(x).square().sum(), layer)
     G = dense(GaussNewtonOperator(lambda z: z.square().sum() / 2, lambda: layer(x), layer))
     J = torch.autograd.functional.jacobian(

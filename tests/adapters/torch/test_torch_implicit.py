@@ -390,7 +390,7 @@ def test_keywords_go_to_the_training_function_alone():
 def test_a_second_derivative_and_forward_mode_are_refused():
     _, weights, log_decay = point()
     (grad,) = torch.autograd.grad(value(weights, log_decay), weights, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivative\. Leave create_graph=True out"):
+    with pytest.raises(RuntimeError, match=r"no second derivative\. Omit create_graph=True"):
         grad.sum().backward()
     with pytest.raises(RuntimeError, match="no forward mode in torch"):
         torch.func.jvp(lambda h: value(h, log_decay.detach()), (weights.detach(),), (X[:, 0],))
