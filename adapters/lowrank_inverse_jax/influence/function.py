@@ -58,8 +58,8 @@ class InfluenceFunction(InfluenceBase):
         Replaces the damping of `solver`. "auto" is a tenth of the mean eigenvalue of the curvature
         [2]_, estimated from 16 products; see ``info.damping``.
     batch_size : int, optional
-        Examples per compiled call. Default: 512 (up to 4096 small ones that hold a MiB together), or
-        the batches of `train` if they cannot be cut.
+        Examples per compiled call. Default: 512 (up to 4096 small ones that hold a MiB together),
+        or the batches of `train` if they cannot be cut.
     rng : int or numpy.random.Generator, optional
         Seed of the sampled columns.
     memory_budget : int
