@@ -24,6 +24,7 @@ from lowrank_inverse.arrays.conversion import (
     is_traced,
     on_cpu,
     scalar_like,
+    take,
     wide_dtype,
 )
 from lowrank_inverse.arrays.decompositions import eigh
@@ -118,6 +119,13 @@ def _can_write(*operands: Any) -> bool:
     if is_jax_array(operands[0]):
         return False
     return not any(getattr(x, "requires_grad", False) for x in operands)
+
+
+def with_columns(x: Array, columns: np.ndarray, part: Array) -> Array:
+    """Return a copy of `x`, of shape (n, m), with the columns in `part` in place of its own."""
+    rest = np.setdiff1d(np.arange(x.shape[1]), columns)
+    joined = array_namespace(x).concat([part, take(x, rest, axis=1)], axis=1)
+    return take(joined, np.argsort(np.concatenate([columns, rest])), axis=1)
 
 
 def choose(condition: Array, x: Array, y: Array) -> Array:

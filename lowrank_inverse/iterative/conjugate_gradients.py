@@ -18,7 +18,15 @@ from lowrank_inverse.arrays.scale import column_scale
 from lowrank_inverse.arrays.spread import reduced
 from lowrank_inverse.iterative.block_recursion import block_sweep
 from lowrank_inverse.iterative.preconditioning import checked_preconditioner
-from lowrank_inverse.iterative.recursion import RUNNING, Kept, Progress, System, column_sweep
+from lowrank_inverse.iterative.recursion import (
+    RUNNING,
+    Kept,
+    Progress,
+    System,
+    column_sweep,
+    residual,
+    true_residual,
+)
 from lowrank_inverse.operators.differentiation import constant, implicit
 from lowrank_inverse.operators.function import aslinearoperator
 from lowrank_inverse.operators.product import block_width
@@ -190,13 +198,10 @@ def conjugate_gradients(
     system = System(A, damping, preconditioner, max_steps, check_every, callback, keep)
     target = tolerance(b, rtol, atol)
 
-    def residual(x: Array) -> Array:
-        return b - add_scaled(A @ x, damping, x)
-
     x = xp.zeros_like(b)
     if x0 is not None:  # a zero right-hand side has the solution zero, wherever x0 lies
         x = xp.where(reduced(xp.any(b != 0, axis=0)), x0, x)
-    r = b if x0 is None else residual(x)
+    r = b if x0 is None else residual(system, b, x)
     norm = column_norm(r)
     if x0 is not None:  # a start whose residual overflows is none
         finite = xp.isfinite(norm)
@@ -212,7 +217,8 @@ def conjugate_gradients(
         else:  # without a copy: the steps to the best iterate are taken again
             back = (swept.flag != RUNNING) & (swept.best_steps < swept.num_steps)
         x = add_scaled(state.x, scale, d)
-        r = residual(x)
+        active = state.reason == RUNNING
+        r, num_products = true_residual(system, b, x, state.r, active)
         norm = column_norm(r)
         fell = norm < STAGNATION_FACTOR * state.norm
         reason = xp.where(fell, code(swept.flag, RUNNING), code(swept.flag, Reason.STAGNATED))
@@ -225,7 +231,6 @@ def conjugate_gradients(
         # A correction that made it worse is left out, where the recursion claimed the contrary.
         # Zero is no answer, though its residual may be smaller than that of an ill-conditioned one.
         sound = (norm < state.norm) | (state.num_products == 0) | ~ended(reason, Reason.STAGNATED)
-        active = state.reason == RUNNING
         back = active & back
         accepted = active & finite & sound & ~back
         reason = xp.where(back, code(reason, RUNNING), reason)
@@ -240,7 +245,7 @@ def conjugate_gradients(
             else xp.where(back, swept.best_steps, state.limit),
             xp.where(back, swept.flag, state.verdict),
             xp.where(active, reason, state.reason),
-            swept.num_products + block_width(b),
+            swept.num_products + num_products,
             swept.kept,
         )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.control_flow import while_loop
-from lowrank_inverse.arrays.conversion import astype, eps, is_traced
+from lowrank_inverse.arrays.conversion import astype, eps, is_traced, take, to_host
 from lowrank_inverse.arrays.linalg import (
+    add_scaled,
     add_to,
     choose,
     column_norm,
@@ -18,8 +20,10 @@ from lowrank_inverse.arrays.linalg import (
     dot,
     scale_and_add,
     set_rows,
+    with_columns,
 )
 from lowrank_inverse.arrays.scale import column_scale
+from lowrank_inverse.arrays.spread import is_spread
 from lowrank_inverse.iterative.preconditioning import apply_preconditioner
 from lowrank_inverse.operators.product import block_width
 from lowrank_inverse.results.solution import Reason, code
@@ -37,6 +41,25 @@ class System(NamedTuple):
     check_every: int
     callback: Callable[[Array, Array], object] | None
     num_kept: int
+
+
+def residual(system: System, b: Array, x: Array) -> Array:
+    """Return the true residual of `x`, by a product."""
+    return b - add_scaled(system.A @ x, system.damping, x)
+
+
+def true_residual(system: System, b: Array, x: Array, r: Array, active: Array) -> tuple[Array, int]:
+    """Return the residual of the `active` columns of `x`, that of others from `r`, and products.
+
+    All columns cost one where none are known: while jax traces, and where they are spread.
+    """
+    if b.ndim == 1 or is_traced(active) or is_spread(b):
+        return residual(system, b, x), block_width(b)
+    columns = np.flatnonzero(to_host(active))
+    if columns.size == b.shape[1]:
+        return residual(system, b, x), block_width(b)
+    part = residual(system, take(b, columns, axis=1), take(x, columns, axis=1))
+    return with_columns(r, columns, part), columns.size
 
 
 class Kept(NamedTuple):
