@@ -71,7 +71,10 @@ class Plan(NamedTuple):
         Size of the system, number of training examples, number of right-hand sides, and number of
         them solved at a time.
     num_products : int
-        Number of products with the curvature; for conjugate gradients, 20 per right-hand side.
+        Number of products with the curvature.
+    assumes_steps : bool
+        Whether it assumes 20 steps per right-hand side, because the settings of the solver do not
+        say how many.
     num_passes : int
         Number of passes over the training set, for the products of each block and for the scores.
     num_bytes : dict of int
@@ -91,6 +94,7 @@ class Plan(NamedTuple):
     num_solves: int
     width: int
     num_products: int
+    assumes_steps: bool
     num_passes: int
     num_bytes: dict[str, int]
     seconds: dict[str, float]
@@ -99,9 +103,10 @@ class Plan(NamedTuple):
         """Return it as a few lines."""
         sizes = ", ".join(f"{name} {size / 2**20:.4g}" for name, size in self.num_bytes.items())
         times = ", ".join(f"{name} {value:.2g}" for name, value in self.seconds.items())
+        assumed = f" ({TYPICAL_STEPS} steps each assumed)" if self.assumes_steps else ""
         return (
             f"{self.num_solves} right-hand sides of {self.num_params} parameters, {self.width} at "
-            f"a time, by {self.solver}: {self.why};\nabout {self.num_products} products, "
+            f"a time, by {self.solver}: {self.why};\nabout {self.num_products} products{assumed}, "
             f"{self.num_passes} passes over {self.num_train} examples, scores by {self.method};\n"
             f"MiB: {sizes};\nseconds: {times}"
         )
@@ -206,9 +211,10 @@ def make_plan(
     `product` is the time of one, and its bytes beside the vectors.
     """
     columns = num_columns(solver, n)
-    steps = 2 + (getattr(solver, "max_steps", None) or TYPICAL_STEPS)
+    told = getattr(solver, "max_steps", None) or getattr(solver, "num_terms", None)
+    steps, assumes_steps = 2 + (told or TYPICAL_STEPS), told is None
     if isinstance(solver, (Exact, Nystrom)):  # which multiply to know their residual
-        steps = 0 if isinstance(solver, Exact) else 1
+        steps, assumes_steps = 0 if isinstance(solver, Exact) else 1, False
     width = min(width, num_solves)
     groups = -(-num_solves // width)
     held = columns if getattr(solver, "memory", "stored") == "stored" else 0
@@ -222,6 +228,7 @@ def make_plan(
         num_solves=num_solves,
         width=width,
         num_products=columns + steps * num_solves,
+        assumes_steps=assumes_steps,
         num_passes=(columns > 0) + groups * (steps + 1),
         num_bytes={
             "data": train.num_bytes,

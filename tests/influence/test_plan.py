@@ -30,6 +30,10 @@ def test_all_columns_pay_for_many_right_hand_sides_of_a_small_model():
     assert not dense_pays(li.NystromCG(rank=50), 10_000, 10**6, 4, 2**40)
 
 
+def solve_of_ones_own(matvec, b):
+    return matvec(b)
+
+
 @pytest.mark.parametrize(
     ("solver", "products", "passes", "columns"),
     [
@@ -38,8 +42,10 @@ def test_all_columns_pay_for_many_right_hand_sides_of_a_small_model():
         (li.Nystrom(rank=7, damping=0.1, memory="streamed"), 7 + 10, 7, 0),
         (li.NystromCG(rank=7, max_steps=4), 7 + 60, 22, 2 * 7),
         (li.CG(), 220, 69, 4 * 3),
+        (li.Neumann(num_terms=6), 80, 27, 0),
+        (solve_of_ones_own, 220, 69, 0),
     ],
-    ids=lambda x: type(x).__name__,
+    ids=lambda x: getattr(x, "__name__", type(x).__name__),
 )
 def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, columns):
     train = SimpleNamespace(num=100, num_bytes=5)
@@ -49,6 +55,8 @@ def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, colum
     plan = make_plan(solver, 30, 8, train=train, recycle=recycle, **units, **sizes)
     assert plan.num_products == products
     assert plan.num_passes == passes
+    assert plan.assumes_steps == (" products (20 steps each assumed)," in str(plan))
+    assert plan.assumes_steps == (solver == li.CG() or callable(solver))
     assert plan.num_bytes == {
         "data": 5,
         "columns": columns * 30 * 8,
