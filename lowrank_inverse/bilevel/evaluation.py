@@ -231,8 +231,8 @@ class Evaluator:
             )
         except Stop:
             return *lowest, True
-        # A line search that fails has met the rounding of the values.
-        return *lowest, found.status == 2
+        # Anything but the end of all steps has met the rounding of the values.
+        return *lowest, found.status != 1
 
     def _stepped(
         self, stepper: Any, theta: np.ndarray, phi: np.ndarray, wanted: float

@@ -16,8 +16,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from lowrank_inverse.bilevel.evaluation import Evaluator
 from lowrank_inverse.sklearn import GroupLogisticRegressionCV, GroupRidgeCV
+from lowrank_inverse.sklearn.group_ridge import base, regression
 from lowrank_inverse.sklearn.group_ridge import problem as problems
-from lowrank_inverse.sklearn.group_ridge import regression
 from lowrank_inverse.sklearn.group_ridge.design import Design
 from lowrank_inverse.sklearn.group_ridge.losses import Logistic, Softmax, Squared
 from lowrank_inverse.sklearn.group_ridge.models import Gram, Rows, Split
@@ -292,6 +292,21 @@ def test_separable_classes_have_a_fit():
     X = X + 20 * y[:, None]
     fit = GroupLogisticRegressionCV().fit(X, y)
     assert fit.score(X, y) == 1.0 and np.all(np.isfinite(fit.coef_))
+
+
+@pytest.mark.parametrize("estimator", [GroupRidgeCV, GroupLogisticRegressionCV])
+def test_fits_of_more_features_than_examples_that_do_not_end_are_warned_of(estimator, monkeypatch):
+    X = np.random.default_rng(0).standard_normal((30, 80))
+    y = (X[:, 0] > 0) * 1
+    monkeypatch.setattr(problems, "DENSE", 0)  # as if there were many features
+    monkeypatch.setattr(base, "INNER_STEPS", 2)
+    with pytest.warns(ConvergenceWarning) as met:
+        model = estimator(early_stopping=False).fit(X, y)
+    assert model.reason_ == "inner_unsolved"
+    first, last = (str(warning.message) for warning in met)
+    assert first.startswith("the inner problem could not be minimised. Fits of more coefficients")
+    assert last.startswith("the last fit did not end within 2 steps.")
+    assert "raise the lower of `bounds`" in first and "raise the lower of `bounds`" in last
 
 
 def test_weights_of_examples_find_wrong_labels_and_of_classes_are_one_each():

@@ -35,6 +35,10 @@ PATIENCE = 3
 INNER_STEPS = 500
 REFIT = 1e-8
 """By which the gradient of the last fit falls, from that of no coefficients."""
+UNSOLVED = (
+    "Fits of more coefficients than examples are hard with hardly a penalty: take fewer features, "
+    "raise the lower of `bounds`, or give `X` in float64."
+)
 
 
 class GroupRidge(BaseEstimator):
@@ -166,12 +170,16 @@ class GroupRidge(BaseEstimator):
             phi, U = judge.best or (found.hparams, found.params)
         if not (found.converged or found.reason in ("flat", "callback")):
             remedy = "Raise `max_iter` or `tol`, scale the features, or narrow `bounds`."
+            remedy = UNSOLVED if found.reason == "inner_unsolved" else remedy
             why = f"{REMEDIES[found.reason][0]}. {remedy}"
             warnings.warn(why, ConvergenceWarning, stacklevel=3)
         self.history_, self.n_iter_, self.reason_ = history, len(history), found.reason
         self.alpha_ = total * unit * np.exp(phi[:num_penalties])
         self.num_at_bounds_ = int(np.sum(((phi <= lower) | (phi >= upper))[:num_penalties]))
-        U = _fitted(Problem(whole, groups, phi, U.mean(axis=1, keepdims=True), problem))
+        U, solved = _fitted(Problem(whole, groups, phi, U.mean(axis=1, keepdims=True), problem))
+        if not solved:
+            why = f"the last fit did not end within {INNER_STEPS} steps. {UNSOLVED}"
+            warnings.warn(why, ConvergenceWarning, stacklevel=3)
         return *design.original(U[:, 0]), np.exp(phi[num_penalties:])
 
     def _scores(self, X: Any) -> np.ndarray:
@@ -216,13 +224,14 @@ def _minimum(
     )
 
 
-def _fitted(problem: Problem) -> np.ndarray:
-    """Return the coefficients of the fits, shape (p, K, C), without an outer problem."""
+def _fitted(problem: Problem) -> tuple[np.ndarray, bool]:
+    """Return the coefficients of the fits, shape (p, K, C), and whether they are a minimum."""
     theta, phi = problem.params, problem.hparams
     evaluator = Evaluator(problem, None, INNER_STEPS, 0)
     evaluator.curvature = 1.0  # by the scaling of the parameters
     wanted = REFIT * float(np.linalg.norm(problem.inner(np.zeros_like(theta), phi)[1]))
-    return problem.coefficients(evaluator.minimised(theta, phi, wanted)[1], phi)
+    _, theta, _, solved = evaluator.minimised(theta, phi, wanted)
+    return problem.coefficients(theta, phi), solved
 
 
 def _logarithms(bounds: Any) -> tuple[float, float]:
