@@ -265,8 +265,8 @@ def as_parameters(
             names.append(place or name)
     if sum(tensor.numel() for tensor in tensors) == 0:
         raise ValueError(
-            f"`{name}` must hold a tensor that requires grad; none of its {num_leaves} leaves "
-            "does. Call requires_grad_() on the tensors to differentiate."
+            f"`{name}` must hold a tensor that requires grad; got {num_leaves} leaves, none of "
+            "which does. Call requires_grad_() on the tensors to differentiate."
         )
     check_one_kind(tensors, names, name, spread)
     offsets = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))

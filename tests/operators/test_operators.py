@@ -681,7 +681,7 @@ def test_operators_combine_under_transformations(backend):
 
 def test_what_cannot_be_added_or_multiplied_is_refused():
     A = li.aslinearoperator(np.eye(3))
-    with pytest.raises(ValueError, match=r"must have one shape; got \(3, 3\) and \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"must have the same shape; got \(3, 3\) and \(2, 2\)"):
         A + np.eye(2)
     for wrong in (lambda: A + li.DiagonalOperator(2), lambda: li.DiagonalOperator(2) + A):
         with pytest.raises(ValueError, match="must have the same shape"):
@@ -714,7 +714,7 @@ def test_summands_of_two_dtypes_or_libraries_are_refused():
         torch.eye(3, dtype=torch.float64),
         li.DiagonalOperator(3, torch.ones(3, dtype=torch.float64)),
     ):
-        with pytest.raises(TypeError, match="one library and dtype; got numpy float64 and"):
+        with pytest.raises(TypeError, match="the same library and dtype; got numpy float64 and"):
             A + other
 
 

@@ -178,7 +178,7 @@ def test_data_that_can_be_read_once_are_refused():
             while self.batches:
                 yield self.batches.pop()
 
-    with pytest.raises(RuntimeError, match=r"is gone when it is read again.*list\(train\)"):
+    with pytest.raises(RuntimeError, match=r"is gone when it was read again.*list\(train\)"):
         influence(network(), data=Once())
 
 

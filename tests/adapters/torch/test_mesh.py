@@ -153,7 +153,10 @@ def test_a_product_sends_two_vectors_and_a_step_four_numbers_more(two):
         ("raises 1", "RuntimeError: process 1 of 2: MemoryError: no memory for that"),
         ("raises 2", "RuntimeError: process 1 of 2: MemoryError: no memory for that"),
         ("nan", "ValueError: `b` must be finite; it holds NaN or Inf."),
-        ("no data", "ValueError: some process must have a closure; all of them have an empty"),
+        (
+            "no data",
+            "ValueError: at least one process must have a closure; all of them have an empty",
+        ),
     ],
 )
 def test_what_goes_wrong_in_one_process_is_said_in_all(two, what, message):
