@@ -161,8 +161,8 @@ def check_rng(rng: Any) -> np.random.Generator:
     except (TypeError, ValueError) as error:
         raise TypeError(
             "`rng` must be a whole number >= 0, a numpy.random.Generator, or None for fresh "
-            f"entropy; got {rng if isinstance(rng, int) else describe(rng)}. Give the seed itself; "
-            "jax takes a PRNG key as `key`."
+            f"entropy; got {rng if isinstance(rng, int) else describe(rng)}. Pass the seed itself; "
+            "a PRNG key of jax is passed as `key`."
         ) from error
 
 

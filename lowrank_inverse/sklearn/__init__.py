@@ -1,4 +1,4 @@
-"""Regressions as scikit-learn estimators; this package needs scikit-learn."""
+"""Regressions as scikit-learn estimators. This package needs scikit-learn."""
 
 try:
     from sklearn.utils.validation import validate_data  # noqa: F401 (came with 1.6)

@@ -1,4 +1,4 @@
-"""The covariance of the observations of a Gaussian process, factored."""
+"""The covariance matrix of the observations of a Gaussian process, by Cholesky factorization."""
 
 from __future__ import annotations
 

@@ -29,70 +29,71 @@ from lowrank_inverse.sklearn.regressor import KernelRegressor
 class GaussianProcessRegressor(KernelRegressor):
     """Gaussian process regression, exact for a few thousand points, iterative beyond.
 
-    The prior of f has mean 0 and covariance ``signal_variance * kernel((x - y) / lengthscale)``,
-    and ``y_i = f(x_i) + e_i`` with independent e_i of variance `noise` [1]_. `fit` maximises the
-    log marginal likelihood over the logarithms of the hyperparameters by L-BFGS-B.
+    The prior of f has mean 0 and covariance ``signal_variance * kernel((x - y) / lengthscale)``.
+    The observations are ``y_i = f(x_i) + e_i`` with independent e_i of variance `noise` [1]_. `fit`
+    maximises the log marginal likelihood over the logarithms of the hyperparameters by L-BFGS-B.
 
     Parameters
     ----------
     kernel : {"rbf", "matern"}
-        As in :class:`lowrank_inverse.KernelOperator`.
+        See :class:`lowrank_inverse.KernelOperator`.
     nu : {0.5, 1.5, 2.5}
         Order of the Matérn kernel.
     lengthscale : float, array of shape (d,), "scale" or "features"
-        Where the optimisation starts: one for all features, or one for each. ``"scale"``: the root
-        of the summed variances of the features, one for all. ``"features"``: for each feature its
-        standard deviation times ``sqrt(d)``.
+        Starting value. ``"scale"`` is the square root of the summed variances of the features, for
+        all of them; ``"features"`` is the standard deviation of each times ``sqrt(d)``.
     signal_variance, noise : float
-        Where the optimisation starts; variances, in units of those of y with `normalize_y`.
+        Starting values; with `normalize_y`, as fractions of the variance of y.
     fixed : sequence of str
-        Which of "signal_variance", "lengthscale" and "noise" stay where they start.
+        Which of "signal_variance", "lengthscale" and "noise" keep their starting values.
     bounds : pair of floats
-        The others stay within these factors of their start.
+        Factors that limit the others relative to their starting values.
     optimizer : "fmin_l_bfgs_b" or None
-        None: all stay where they start.
+        None keeps all starting values.
     n_restarts_optimizer : int
-        Optimisations from starts drawn within the bounds, log-uniformly, beside the first one.
+        Number of further optimisations, from starting values drawn log-uniformly within the bounds.
     normalize_y : bool
-        Model the targets less their means, over their standard deviations. Predictions are in the
-        units of y; the likelihood is that of the normalised targets.
+        Subtract the means of the targets and divide by their standard deviations. Predictions are
+        in the units of y; the likelihood is that of the normalised targets.
     memory_budget : int
-        In bytes. Up to a quarter of it, the covariance is factored; beyond, its systems are solved
-        by preconditioned conjugate gradients, and it is held if it takes no more than the budget.
+        Bytes. A covariance matrix of up to a quarter of it is factored. Beyond, preconditioned
+        conjugate gradients solve the systems, and the matrix is stored if it fits.
     rank : int
-        Columns of the preconditioner, and of the factor that variances come from.
+        Number of columns of the preconditioner, and of the factor for variances.
     tol : float
         Relative residual of the solves.
     max_iter : int
-        Steps of a solve.
+        Maximum number of steps of a solve.
     num_probes : int
-        Random vectors that the logarithm of the determinant and its derivatives are estimated from.
+        Number of random vectors that estimate the log determinant and its derivatives.
     exact_variance : bool
-        Solve for each prediction's variance where the covariance is not factored.
+        Solve a system for the variance of each prediction if the covariance is not factored.
     random_state : int, RandomState instance or None
-        Of restarts, columns and probes.
+        Seed of restarts, columns and probes.
 
     Attributes
     ----------
     signal_variance_, lengthscale_, noise_ : float or array
+        The fitted hyperparameters.
     theta_ : ndarray
-        Logarithms of the free ones, in this order.
+        Logarithms of those that are not fixed, in this order.
     log_marginal_likelihood_value_ : float
-        At `theta_`, of all targets together.
+        At `theta_`, for all targets together.
     log_marginal_likelihood_error_ : float
-        Its standard error: 0 where the covariance is factored.
+        Its standard error; 0 if the covariance is factored.
     X_fit_, dual_coef_ : ndarray, shape (n, d); (n,) or (n, m)
+        Training points, and coefficients of the mean.
     n_iter_ : int
-        Steps of the slowest solve at `theta_`.
+        Number of steps of the slowest solve at `theta_`.
 
     Notes
     -----
-    Factored: ``n**3`` operations for the likelihood and its derivatives, and four matrices. Else:
-    ``n**2 / 2`` kernel evaluations a product, for all targets and probes; ``n * rank`` numbers.
+    Factored: ``n**3`` operations for the likelihood and its derivatives, four n×n matrices. Else:
+    ``n**2 / 2`` kernel evaluations per product, for all targets and probes; ``n * rank`` numbers.
 
-    Not factored, the variance is that of the best predictor whose weights lie in a space of
-    dimension `rank`: never too small, and right for ``rank = n``. With `exact_variance`, weights
-    come from a solve: never too small either, and too large by ``norm(residual)**2 / noise``.
+    If the covariance is not factored, the variance is that of the best predictor with weights in
+    a space of dimension `rank`: never too small, and exact for ``rank = n``. With `exact_variance`
+    a solve gives the weights: never too small, too large by at most ``norm(residual)**2 / noise``.
 
     References
     ----------
@@ -157,7 +158,7 @@ class GaussianProcessRegressor(KernelRegressor):
     def fit(self, X: Any, y: Any) -> GaussianProcessRegressor:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
-        Warns with a ``ConvergenceWarning`` where the optimiser or a solve ended early.
+        Warns with a ``ConvergenceWarning`` if the optimiser or a solve ended early.
         """
         X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
         self._one_target = y.ndim == 1
@@ -202,18 +203,18 @@ class GaussianProcessRegressor(KernelRegressor):
         *,
         include_noise: bool = False,
     ) -> Any:
-        """Return the mean of f at points `X` (p, d), with its standard deviations or covariance.
+        """Return the mean of f at points `X` (p, d), and its standard deviations or covariance.
 
-        With `exact_variance`, warns with a ``ConvergenceWarning`` where a solve did not meet `tol`:
-        the result is too large then.
+        With `exact_variance`, warns if a solve did not meet `tol`; the result is then too large.
 
         Parameters
         ----------
         X : array, shape (p, d)
+            Points, one per row.
         return_std, return_cov : bool
-            At most one of them.
+            Also return standard deviations or the covariance, but not both.
         include_noise : bool
-            Of new observations in the place of f.
+            Return them for new observations instead of f.
 
         Returns
         -------
@@ -222,7 +223,7 @@ class GaussianProcessRegressor(KernelRegressor):
         """
         check_is_fitted(self)
         if return_std and return_cov:
-            raise ValueError("one of `return_std` and `return_cov` may be asked for; got both.")
+            raise ValueError("only one of `return_std` and `return_cov` may be True; got both.")
         X = validate_data(self, X, reset=False, dtype=np.float64)
         G = self._covariance
         mean = self.signal_variance_ * G.K.cross(X, G.coefficients)
@@ -254,15 +255,15 @@ class GaussianProcessRegressor(KernelRegressor):
         Parameters
         ----------
         theta : array, optional
-            Logarithms of the free ones of signal variance, lengthscale and noise, in this order.
-            Default: `theta_`.
+            Logarithms of signal variance, lengthscale and noise, in this order, without those that
+            are fixed. Default: `theta_`.
         eval_gradient : bool
-            Return the derivatives with respect to `theta` as well.
+            Also return the gradient with respect to `theta`.
 
         Returns
         -------
         float, or float and ndarray
-            ``-inf`` and zeros where the covariance is not positive definite in float64.
+            ``-inf`` and zeros if the covariance is not positive definite in float64.
         """
         check_is_fitted(self)
         if theta is None and not eval_gradient:

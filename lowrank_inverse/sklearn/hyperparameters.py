@@ -70,7 +70,9 @@ def checked_bounds(bounds: Any) -> tuple[float, float]:
     check_scalar("bounds", low, positive=True)
     check_scalar("bounds", high, positive=True)
     if not low <= 1 <= high:
-        raise ValueError(f"`bounds` must be two factors, one on each side of 1; got {bounds!r}.")
+        raise ValueError(
+            f"`bounds` must be two factors, one below and one above 1; got {bounds!r}."
+        )
     return math.log(low), math.log(high)
 
 

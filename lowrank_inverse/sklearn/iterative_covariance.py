@@ -1,4 +1,4 @@
-"""The covariance of the observations of a Gaussian process, by its products alone."""
+"""The covariance matrix of the observations of a Gaussian process, by its products."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class IterativeCovariance:
 
     @property
     def missed(self) -> str:
-        """Which solve did not meet its tolerance, if one did not."""
+        """Message if a solve did not meet its tolerance, else empty."""
         worst = float(np.max(self._quadrature.residual_norm))
         if self._missed or worst <= PROBE_RTOL:
             return self._missed
@@ -114,7 +114,7 @@ class IterativeCovariance:
 
     @property
     def log_likelihood(self) -> float:
-        """Of all targets together."""
+        """Log marginal likelihood of all targets together."""
         n, m = self.y.shape
         fit = float(np.sum(self.y * self.coefficients))
         known = self._P.function_trace(np.log(self._P.inside), np.log(self._P.tail))

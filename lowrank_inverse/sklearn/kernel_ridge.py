@@ -25,54 +25,59 @@ UNREACHABLE = 1e3
 
 
 class KernelRidge(KernelRegressor):
-    """Kernel ridge regression, solved to a tolerance without forming the kernel matrix.
+    """Kernel ridge regression, solved to a tolerance without storing the kernel matrix.
 
-    Minimises ``sum_i w_i (y_i - f(x_i))**2 + alpha * norm(f)**2``, as
-    ``sklearn.kernel_ridge.KernelRidge`` does, by Nyström-preconditioned conjugate gradients
-    where that one factorises the n×n matrix.
+    Minimises ``sum_i w_i (y_i - f(x_i))**2 + alpha * norm(f)**2``, like
+    ``sklearn.kernel_ridge.KernelRidge``. That estimator factors the n×n matrix; this one uses
+    conjugate gradients with a Nyström preconditioner.
 
     Parameters
     ----------
     alpha : float or array, shape (m,)
-        Strength of the ridge, or one for each target; positive.
+        Strength of the penalty, or one for each target; positive.
     kernel : str or callable
-        As in :class:`lowrank_inverse.KernelOperator`; or ``"linear"``, ``x @ y``, of which `X` may
-        be sparse; or ``"precomputed"``, where `X` is the kernel itself.
+        See :class:`lowrank_inverse.KernelOperator`. Also ``"linear"``, ``x @ y``, for which `X` may
+        be sparse, and ``"precomputed"``, for which `X` is the kernel matrix.
     nu, degree, coef0, chunk_size
-        As in :class:`lowrank_inverse.KernelOperator`.
+        See :class:`lowrank_inverse.KernelOperator`.
     lengthscale : float, array of shape (d,), or "scale"
-        ``"scale"``: the root of the summed variances of the features. Not of ``"linear"``.
+        ``"scale"`` is the square root of the summed variances of the features. Not used by
+        ``"linear"``.
     fit_intercept : bool
-        Add a constant to f, which costs nothing in the norm.
+        Add a constant to f, without a penalty.
     rank : int
-        Columns of the preconditioner. Up to that many points are solved directly.
+        Number of columns of the preconditioner. Up to that many points are solved directly.
     sampling : str
-        Which columns; see :func:`lowrank_inverse.nystrom`.
+        How to choose the columns; see :func:`lowrank_inverse.nystrom`.
     tol : float
-        Error of the fit at the training points that every target is solved to, relative to its
-        norm, whatever the weights; no less than 1e3 machine epsilons.
+        Relative error of the fit at the training points for each target, whatever the weights; at
+        least 1e3 machine epsilons.
     max_iter : int, optional
-        Default: ten for each point.
+        Maximum number of steps. Default: ``10 * n``.
     memory_budget : int
-        In bytes. A kernel matrix that takes no more is held, which makes the steps faster; one
-        that takes no more than an eighth is factored where the steps do not reach `tol`.
+        Bytes. A kernel matrix that fits is stored, which makes the steps faster. One of up to an
+        eighth of it is factored if the steps do not reach `tol`.
     random_state : int, RandomState instance or None
+        Seed of the sampled columns.
 
     Attributes
     ----------
     X_fit_ : ndarray or sparse matrix, shape (n, d)
-        Points with a positive weight. None is kept of a precomputed kernel.
+        Points with a positive weight; None for a precomputed kernel.
     dual_coef_ : ndarray, shape (n,) or (n, m)
         ``f(z) = sum_j kernel(z, X_fit_[j]) * dual_coef_[j] + intercept_``.
     intercept_ : float or ndarray of shape (m,)
+        The constant; 0 without `fit_intercept`.
     lengthscale_ : float or array
+        The lengthscale used.
     n_iter_ : int
-        Steps of the slowest target.
+        Number of steps of the slowest target.
 
     Notes
     -----
-    ``n * rank`` numbers, twice while the columns are chosen, and ``n**2 / 2`` kernel evaluations
-    a step for all targets at once; targets of another `alpha` are another solve.
+    Memory: ``n * rank`` numbers, and twice that while the columns are chosen. Cost: ``n**2 / 2``
+    kernel evaluations per step for all targets with the same `alpha`; each `alpha` is a solve of
+    its own.
 
     Examples
     --------
@@ -120,8 +125,8 @@ class KernelRidge(KernelRegressor):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelRidge:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
-        Zero weights leave their points out. With kernel="precomputed", `X` is the kernel of the
-        training points, shape (n, n). Warns with a ``ConvergenceWarning`` where `tol` was not met.
+        Points of zero weight are ignored. With kernel="precomputed", `X` is the kernel of the
+        training points, shape (n, n). Warns with a ``ConvergenceWarning`` if `tol` was not met.
         """
         X, y, root = self._training(X, y, sample_weight)
         alphas = _checked_alpha(self.alpha, y.shape[1])

@@ -1,4 +1,4 @@
-"""Kernel ridge regression whose strength is chosen by leaving points out."""
+"""Kernel ridge regression with a penalty chosen by leave-one-out validation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lowrank_inverse.sklearn.regressor import KernelRegressor, kernel_matrix
 class KernelRidgeCV(KernelRegressor):
     """Kernel ridge regression with the `alpha` that best predicts each point from the others.
 
-    To kernels what ``sklearn.linear_model.RidgeCV`` is to features: all strengths are compared by
-    the errors of leave-one-out in closed form [1]_, from one factorisation of the kernel matrix.
+    It is the counterpart of ``sklearn.linear_model.RidgeCV`` for kernels. One factorization of the
+    kernel matrix gives the leave-one-out errors of all penalties in closed form [1]_.
 
     Parameters
     ----------
     alphas : array of q positive numbers
-        Strengths to choose from.
+        Penalties to choose from.
     kernel, lengthscale, fit_intercept, nu, degree, coef0, chunk_size
-        As in :class:`KernelRidge`.
+        See :class:`KernelRidge`.
     alpha_per_target : bool
-        Choose one for each target.
+        Choose a penalty for each target.
     store_cv_results : bool
         Keep `cv_results_`.
 
@@ -32,18 +32,18 @@ class KernelRidgeCV(KernelRegressor):
     alpha_ : float, or ndarray of shape (m,) with `alpha_per_target`
         The best of `alphas`.
     best_score_ : float, or ndarray of shape (m,) with `alpha_per_target`
-        Minus the mean of the squared errors, each times the weight of its point.
+        Negative mean of the squared errors, each multiplied by the weight of its point.
     cv_results_ : ndarray, shape (n, q) or (n, m, q)
-        The squared errors, each times the weight of its point.
+        The squared errors, each multiplied by the weight of its point.
     X_fit_, dual_coef_, intercept_, lengthscale_
-        As in :class:`KernelRidge`.
+        See :class:`KernelRidge`.
 
     Notes
     -----
-    With ``P = G^{-1}``, ``G = K + alpha * I``, and ``P = G^{-1} - G^{-1} 1 1.T G^{-1} / (1.T G^{-1}
-    1)`` with an intercept, the error at a point left out is ``(P y)[i] / P[i, i]``. Eigenvalues of
-    K, about ``10 n**3`` operations and ``3 n**2`` numbers in float64, serve all strengths, which
-    take ``n**2`` operations each and ``n**2`` a target.
+    Let ``G = K + alpha * I`` and ``P = G^{-1}``, or with an intercept ``P = G^{-1} - G^{-1} 1 1.T
+    G^{-1} / (1.T G^{-1} 1)``. The error at a point that is left out is ``(P y)[i] / P[i, i]``. The
+    eigendecomposition of K takes about ``10 n**3`` operations and ``3 n**2`` numbers in float64;
+    each penalty then takes ``n**2`` operations, and ``n**2`` per target.
 
     References
     ----------
@@ -87,12 +87,14 @@ class KernelRidgeCV(KernelRegressor):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelRidgeCV:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
-        Zero weights leave their points out. With kernel="precomputed", `X` is the kernel of the
+        Points of zero weight are ignored. With kernel="precomputed", `X` is the kernel of the
         training points, shape (n, n).
         """
         X, y, root = self._training(X, y, sample_weight)
         if len(y) < 2:
-            raise ValueError("leave-one-out needs two points of positive weight; got n_samples=1.")
+            raise ValueError(
+                "leave-one-out needs at least two points of positive weight; got n_samples=1."
+            )
         alphas = np.atleast_1d(np.asarray(self.alphas, dtype=np.float64))
         if alphas.ndim != 1 or alphas.size == 0:
             raise ValueError(f"`alphas` must be of shape (q,), q > 0; got shape {alphas.shape}.")

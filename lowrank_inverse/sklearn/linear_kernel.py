@@ -13,9 +13,9 @@ from lowrank_inverse.operators.base import Operator
 
 
 class LinearKernel(Operator):
-    """``X @ X.T``, for `X` an array or a sparse matrix in rows, of shape (n, d).
+    """``X @ X.T`` for an array or a sparse matrix `X` of shape (n, d).
 
-    A product costs two with `X`.
+    A product takes two products with `X`.
     """
 
     def __init__(self, X: Any, chunk_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Kernel ridge regression on the functions that sampled points span."""
+"""Kernel ridge regression on the functions spanned by sampled points."""
 
 from __future__ import annotations
 
@@ -22,42 +22,45 @@ GRAM_ERROR = 1e-8
 class NystromRidge(KernelRegressor):
     """Kernel ridge regression on the functions spanned by the kernel at `rank` sampled points.
 
-    Minimises what :class:`KernelRidge` minimises, over ``f = sum_j c_j kernel(·, X[K_j])``
-    [1]_: the kernel matrix is replaced by its Nyström approximation from the columns K.
+    Minimises the objective of :class:`KernelRidge` over ``f = sum_j c_j kernel(·, X[K_j])`` [1]_.
+    This replaces the kernel matrix by its Nyström approximation from the columns K.
 
     Parameters
     ----------
     alpha : float
-        Strength of the ridge; positive.
+        Strength of the penalty; positive.
     rank : int
-        Points to sample; all, where there are fewer.
+        Number of points to sample; at most n are used.
     kernel : str or callable
-        As in :class:`lowrank_inverse.KernelOperator`; or ``"linear"``, ``x @ y``, of which `X` may
+        See :class:`lowrank_inverse.KernelOperator`. Also ``"linear"``, ``x @ y``, for which `X` may
         be sparse.
     nu, degree, coef0, chunk_size
-        As in :class:`lowrank_inverse.KernelOperator`.
+        See :class:`lowrank_inverse.KernelOperator`.
     lengthscale : float, array of shape (d,), or "scale"
-        ``"scale"``: the root of the summed variances of the features.
+        ``"scale"`` is the square root of the summed variances of the features.
     sampling : {"uniform", "diagonal", "diagonal_squared", "greedy", "rpcholesky"}
-        See :func:`lowrank_inverse.nystrom`.
+        How to choose the points; see :func:`lowrank_inverse.nystrom`.
     random_state : int, RandomState instance or None
+        Seed of the sampled points.
 
     Attributes
     ----------
     X_fit_ : ndarray, shape (k, d)
-        The points sampled.
+        The sampled points.
     indices_ : ndarray of int, shape (k,)
-        Their rows in the training set, among those with a positive weight.
+        Their rows in the training set, counting only points with a positive weight.
     dual_coef_ : ndarray of float64, shape (k,) or (k, m)
+        The coefficients c.
     lengthscale_ : float or array
+        The lengthscale used.
 
     Notes
     -----
-    ``n * rank`` kernel evaluations, ``2 n rank**2`` operations, and memory for blocks and
-    ``rank**2`` numbers; ``2 n rank`` numbers while "greedy" or "rpcholesky" choose. The algebra
-    is done in float64, without squaring the condition number of the kernel; nor that of the
-    least-squares problem, where `alpha` is less than 2e-8 of the weighted trace: then it is
-    solved by QR decompositions, the heaviest points first, in half the speed.
+    Cost: ``n * rank`` kernel evaluations and ``2 n rank**2`` operations. Memory: blocks of the
+    kernel and ``rank**2`` numbers; ``2 n rank`` numbers while "greedy" or "rpcholesky" choose.
+    Computations use float64 and do not square the condition number of the kernel. If `alpha` is
+    less than 2e-8 of the weighted trace, QR decompositions with the heaviest points first also
+    avoid squaring that of the least-squares problem, at half the speed.
 
     References
     ----------
@@ -102,11 +105,11 @@ class NystromRidge(KernelRegressor):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> NystromRidge:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
-        Zero weights leave their points out.
+        Points of zero weight are ignored.
         """
         if self._is("precomputed"):
             raise ValueError(
-                "`kernel` must be evaluated at few points here: 'precomputed' is for KernelRidge."
+                "`kernel`: 'precomputed' is for KernelRidge; here it is evaluated at few points."
             )
         X, y, root = self._training(X, y, sample_weight)
         check_scalar("alpha", self.alpha, positive=True)

@@ -1,4 +1,4 @@
-"""What the posterior of a Gaussian process says at new points, in the units of its prior."""
+"""The posterior of a Gaussian process at new points, in the units of its prior."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the regressions share: their kernel, and what they accept."""
+"""The common base of the regressions: kernel and input checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOATS = [np.float64, np.float32]
 
 
 class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
-    """What the regressions share: their kernel, and what they accept."""
+    """The common base of the regressions: kernel and input checks."""
 
     intercept_: Any = 0.0
 
@@ -63,7 +63,7 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             weight = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True)
         self._kept = np.flatnonzero(weight)
         if len(self._kept) == 0:
-            raise ValueError("`sample_weight` must be positive somewhere; it is zero throughout.")
+            raise ValueError("`sample_weight` must have positive entries; all are zero.")
         if len(self._kept) < len(y):
             X, y, weight = X[self._kept], y[self._kept], weight[self._kept]
             X = X[:, self._kept] if self._is("precomputed") else X
@@ -103,7 +103,7 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return X.astype(self._dtype, copy=False)
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the regression function, shape (p,) or (p, m), at points `X` (p, d).
+        """Return the regression function at points `X` (p, d), shape (p,) or (p, m).
 
         With kernel="precomputed", `X` is their kernel with all training points, shape (p, n).
         """

@@ -342,7 +342,10 @@ def test_a_class_may_be_missing_from_validation_but_not_from_training():
         ({"bounds": (0.0, 1.0)}, "`bounds` must be finite and > 0"),
         ({"tol": -1.0}, "`tol` must be finite and >= 0"),
         ({"max_iter": 0}, "`max_iter` must be at least 1"),
-        ({"early_stopping": True, "cv": 2}, "`early_stopping` takes the last of at least three"),
+        (
+            {"early_stopping": True, "cv": 2},
+            "`early_stopping` holds out the last of at least three",
+        ),
         ({"cv": [(np.arange(30), np.zeros(0, int))]}, "every validation set; that of split 0"),
     ],
 )

@@ -58,5 +58,5 @@ def test_strengths_that_make_no_sense_are_refused():
         KernelRidgeCV([1.0, -1.0]).fit(X, Y)
     with pytest.raises(ValueError, match="`alphas` must be of shape"):
         KernelRidgeCV([]).fit(X, Y)
-    with pytest.raises(ValueError, match="leave-one-out needs two points"):
+    with pytest.raises(ValueError, match="leave-one-out needs at least two points"):
         KernelRidgeCV().fit(X, Y, np.arange(len(X)) == 3)

@@ -1,1 +1,1 @@
-"""Linear models with a ridge penalty for each group of coefficients, learned by validation."""
+"""Linear models with a learned ridge penalty for each group of coefficients."""

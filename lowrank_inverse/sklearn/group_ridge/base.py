@@ -1,4 +1,4 @@
-"""What both estimators do."""
+"""The common base of the estimators with group penalties."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNSOLVED = (
 
 
 class GroupRidge(BaseEstimator):
-    """What both estimators do."""
+    """The common base of the estimators with group penalties."""
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -75,8 +75,8 @@ class GroupRidge(BaseEstimator):
             judged = len(pairs) > 2 and num_hparams > max(1, FEW * len(y))
         if judged and len(pairs) < 3:
             raise ValueError(
-                "`early_stopping` takes the last of at least three splits; `cv` has "
-                f"{len(pairs)}. Take more, or early_stopping=False."
+                "`early_stopping` holds out the last of at least three splits; `cv` has "
+                f"{len(pairs)}. Use more, or early_stopping=False."
             )
         if judged:
             held = validate[:, -1:].copy()
@@ -87,7 +87,7 @@ class GroupRidge(BaseEstimator):
             if empty.size:
                 raise ValueError(
                     f"`cv` must leave examples of positive weight in every {name} set; that of "
-                    f"split {empty[0]} has none. Take fewer splits, or others."
+                    f"split {empty[0]} has none. Use fewer splits, or others."
                 )
         everything = np.ones((len(y), 1))
         whole = Split(share, everything, held / (share @ held or 1.0))

@@ -17,47 +17,49 @@ from lowrank_inverse.sklearn.group_ridge.models import Rows
 
 
 class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
-    """Logistic regression with a penalty for each feature, class or group, learned by validation.
+    """Logistic regression with a penalty for each feature, class or group, chosen by validation.
 
-    Minimises ``sum_i s_i * loss_i + sum(alpha_ * coef_**2) / 2``, as
-    ``sklearn.linear_model.LogisticRegression(C=1 / alpha)`` does for one penalty, with the log
-    loss of two classes or of the softmax. The penalties are those that lower the log loss of
-    cross-validation: by L-BFGS-B on its gradient by their logarithms [1]_, from the best common
-    penalty, which ``LogisticRegressionCV`` would take of a fine grid.
+    Minimises ``sum_i s_i * loss_i + sum(alpha_ * coef_**2) / 2`` with the log loss of two classes
+    or of the softmax, like ``sklearn.linear_model.LogisticRegression(C=1 / alpha)`` for one
+    penalty. The penalties minimise the log loss of cross-validation, by L-BFGS-B over their
+    logarithms [1]_. The start is the best common penalty, as ``LogisticRegressionCV`` would find it
+    on a fine grid.
 
     Parameters
     ----------
     groups : {"features", "classes", "coefficients", "all"} or array, shape (d,)
-        What shares a penalty: each feature, class or coefficient has its own, all have one, or
-        features of equal labels do.
+        One penalty per feature, class or coefficient, one for all, or one for each label in the
+        array, shared by the features that have it.
     cv : int, splitter of scikit-learn, or iterable of (train, validation) indices
-        Five stratified folds by default, without shuffling. One split is
+        Default: five stratified folds without shuffling. For a single split use
         ``StratifiedShuffleSplit(1, test_size=0.2)``.
     learn_weights : {None, "classes", "examples"}
-        Learn weights of classes or examples in the fits too. Weights of examples find wrong
-        labels, with right ones in the validation set of one split given as `cv`.
+        Also learn weights of classes or examples in the fits. Weights of examples identify wrong
+        labels, if `cv` is one split with correct labels in the validation set.
     bounds, early_stopping, fit_intercept, tol, max_iter
-        As in :class:`GroupRidgeCV`; weights that are learned count as penalties.
+        See :class:`GroupRidgeCV`. Learned weights count as penalties.
 
     Attributes
     ----------
     classes_ : ndarray, shape (C,)
+        The class labels.
     coef_ : ndarray, shape (1, d) or (C, d)
+        Coefficients, fitted to all examples, including those of the validation sets.
     intercept_ : ndarray, shape (1,) or (C,)
-        Those of all examples, the ones set aside included.
+        Intercepts of that fit.
     alpha_ : ndarray
-        Penalties: shape (d,), (C,), that of `coef_`, or one for each label, sorted. The penalty of
-        two classes is one.
+        Penalties: shape (d,), (C,), that of `coef_`, or one per sorted label. Two classes have one
+        penalty.
     weights_ : ndarray, shape (C,) or (n,)
-        With `learn_weights`: factors from 1e-3 to 1, beside `sample_weight`.
+        With `learn_weights`: factors from 1e-3 to 1, multiplied by `sample_weight`.
     history_, n_iter_, num_at_bounds_, reason_
-        As in :class:`GroupRidgeCV`.
+        See :class:`GroupRidgeCV`.
 
     Notes
     -----
-    A step takes two products with `X` for all folds and classes at once. Up to 1500 coefficients
-    the folds are preconditioned by one Hessian, which is computed anew where that pays. For
-    scales, and sparse `X`, see :class:`GroupRidgeCV`.
+    A step takes two products with `X` for all folds and classes together. Up to 1500 coefficients,
+    one Hessian preconditions all folds; it is updated when this pays. For scaling and sparse `X`
+    see :class:`GroupRidgeCV`.
 
     References
     ----------
@@ -101,7 +103,7 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> GroupLogisticRegressionCV:
         """Fit to features `X` (n, d), dense or sparse, and labels `y` (n,).
 
-        Weights, shape (n,), weigh the losses of fits and validation.
+        The weights, shape (n,), multiply the losses of fits and validation.
         """
         X, y = self._validated(X, y)
         check_classification_targets(y)
@@ -126,8 +128,8 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
             if missing.size:
                 raise ValueError(
                     f"`cv` must leave every class in every training set; that of split "
-                    f"{missing[0]} has none of class {name!r}, or of weight 0. Take fewer splits, "
-                    "stratified ones, or leave the class out."
+                    f"{missing[0]} has none of class {name!r}, or of weight 0. Use fewer splits, "
+                    "stratified ones, or remove the class."
                 )
         design, share = Design(X, weight, self.fit_intercept), np.bincount(labels, split.share, C)
 
@@ -146,7 +148,7 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Return the scores of features `X`: log-odds (n,) of two classes, or (n, C)."""
+        """Return the scores for features `X`: log-odds (n,) for two classes, or (n, C)."""
         scores = self._scores(X)
         return scores[:, 0] if len(self.classes_) == 2 else scores
 

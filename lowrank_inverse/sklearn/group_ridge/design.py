@@ -1,4 +1,4 @@
-"""Features as the fits see them: standardised, with a column of ones."""
+"""Standardised features with a column of ones, as the fits use them."""
 
 from __future__ import annotations
 

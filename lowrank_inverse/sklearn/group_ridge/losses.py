@@ -1,6 +1,7 @@
-"""Losses of linear models: values, derivatives by the scores, and products with the second ones.
+"""Losses of linear models: values, first derivatives, and products with second derivatives.
 
-Scores have shape (n, K, C): of n examples, by K fits at once, with C outputs each.
+Derivatives are with respect to the scores, of shape (n, K, C): n examples, K fits at once, C
+outputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fits without their penalties: by products with the examples, or by matrices of inner products."""
+"""Fits without their penalties, by products with the examples or by Gram matrices."""
 
 from __future__ import annotations
 

@@ -17,56 +17,58 @@ MAX_GRAM = 1500
 
 
 class GroupRidgeCV(RegressorMixin, GroupRidge):
-    """Ridge regression with a penalty for each feature or group, learned by validation.
+    """Ridge regression with a penalty for each feature or group, chosen by validation.
 
-    Minimises ``sum_i s_i (y_i - x_i @ w - b)**2 + sum_j alpha_[group of j] * w_j**2``, as
-    ``sklearn.linear_model.Ridge`` does for one penalty, with the penalties that lower the error
-    of cross-validation: by L-BFGS-B on its gradient by the logarithms of the penalties [1]_, from
-    the best common penalty, which ``RidgeCV`` would take.
+    Minimises ``sum_i s_i (y_i - x_i @ w - b)**2 + sum_j alpha_[group of j] * w_j**2``, like
+    ``sklearn.linear_model.Ridge`` for one penalty. The penalties minimise the error of
+    cross-validation, by L-BFGS-B over their logarithms [1]_, [2]_. The start is the best common
+    penalty, as ``RidgeCV`` would find it.
 
     Parameters
     ----------
     groups : {"features", "all"} or array, shape (d,)
-        Features that share a penalty: each has its own, all have one, or those of equal labels.
+        One penalty per feature, one for all, or one for each label in the array, shared by the
+        features that have it.
     cv : int, splitter of scikit-learn, or iterable of (train, validation) indices
-        Five folds by default, without shuffling. One split is ``ShuffleSplit(1, test_size=0.2)``.
+        Default: five folds without shuffling. For a single split use
+        ``ShuffleSplit(1, test_size=0.2)``.
     bounds : pair of float
-        Least and largest penalty, over the best common one.
+        Smallest and largest penalty, relative to the best common one.
     early_stopping : bool or "auto"
-        Keep the last validation set out of the folds, and take the penalties by which it is
-        predicted best; end after three evaluations without a better one. Many penalties fit the
-        noise of the folds without. "auto": if there are more penalties than one for each 100
-        examples, and three splits or more.
+        Hold out the last validation set, select the penalties that predict it best, and stop after
+        three evaluations without improvement. Otherwise, many penalties overfit the folds. "auto"
+        holds it out if there is more than one penalty per 100 examples, and at least three splits.
     fit_intercept : bool
-        Add a constant, which has no penalty.
+        Add a constant, without a penalty.
     tol : float
-        It ends when the norm of the gradient by the logarithms has fallen by this factor.
+        Stop when the norm of the gradient with respect to the logarithms has fallen by this factor.
     max_iter : int
-        Evaluations of the gradient, at most.
+        Maximum number of evaluations of the gradient.
 
     Attributes
     ----------
     coef_ : ndarray, shape (d,)
+        Coefficients, fitted to all examples, including those of the validation sets.
     intercept_ : float
-        Those of all examples, the ones set aside included.
+        Intercept of that fit.
     alpha_ : ndarray, shape (number of groups,)
-        Penalties of the features or of the groups, by sorted label.
+        Penalties of the features, or of the groups by sorted label.
     history_ : tuple of Evaluation
-        Validation loss and gradient norm of each evaluation, and what it cost; see
+        Validation loss, gradient norm and cost of each evaluation; see
         :class:`lowrank_inverse.bilevel.minimum.Evaluation`. The common penalty comes first.
     n_iter_ : int
-        Evaluations.
+        Number of evaluations.
     num_at_bounds_ : int
-        Penalties at a bound.
+        Number of penalties at a bound.
     reason_ : str
         Why it ended: ``"converged"``, ``"callback"`` (early stopping), ``"max_evaluations"``, ….
 
     Notes
     -----
-    Standardise features of different units, as for any ridge. A sparse `X` is never dense, nor
-    centred but in what it is multiplied by; products with up to 1500 features are dense. With
-    these and n of more than d, all is done on matrices of inner products: ``n d**2`` operations
-    once, and ``cv * d**2`` for a step. Else a step takes two products with `X`.
+    Standardise features of different units, as for any ridge. A sparse `X` stays sparse, and
+    centring is applied to its products. Up to 1500 features, if n exceeds d, all computations use
+    Gram matrices: ``n d**2`` operations once, and ``cv * d**2`` per step. Otherwise a step takes
+    two products with `X`.
 
     References
     ----------
@@ -108,7 +110,7 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> GroupRidgeCV:
         """Fit to features `X` (n, d), dense or sparse, and targets `y` (n,).
 
-        Weights, shape (n,), weigh the errors of fits and validation.
+        The weights, shape (n,), multiply the errors of fits and validation.
         """
         X, y = self._validated(X, y, y_numeric=True)
         weight, y = self._weight(X, sample_weight), y.astype(np.float64)
@@ -125,7 +127,7 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the regression function at features `X`, shape (n, d) to (n,)."""
+        """Return the regression function at features `X` (n, d), shape (n,)."""
         return self._scores(X)
 
 
