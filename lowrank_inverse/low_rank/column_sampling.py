@@ -8,8 +8,9 @@ import numpy as np
 
 from lowrank_inverse._typing import RNG, Array, Sampling
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_rng
+from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import is_traced, to_host
-from lowrank_inverse.low_rank.pivoting.pivoted_cholesky import pivoted_cholesky
+from lowrank_inverse.low_rank.pivoting.factorization import Pivoting
 from lowrank_inverse.operators.columns import known_diagonal, known_or_none
 from lowrank_inverse.operators.function import aslinearoperator
 
@@ -97,8 +98,9 @@ def sample_columns(
     if sampling == "uniform":
         return generator.choice(n, rank, replace=False).astype(np.int64)
     if sampling not in DRAWN:
-        pivots = pivoted_cholesky(A, rank, method=sampling, rng=generator).pivots
-        return pivots if pivots.size else np.zeros(1, np.int64)
+        pivoting = Pivoting(aslinearoperator(A), sampling, rng=generator)
+        quietly(pivoting.grow)(rank)
+        return pivoting.pivots if pivoting.pivots.size else np.zeros(1, np.int64)
     if diagonal is None:
         d = known_diagonal(aslinearoperator(A), f"sampling={sampling!r}")
     else:

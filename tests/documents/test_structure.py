@@ -14,7 +14,7 @@ def test_imports_point_downwards_and_stand_at_the_top():
 
 
 def test_imports_have_no_circle():
-    assert structure.levels() <= 26
+    assert structure.levels() <= 25
 
 
 def test_no_folder_has_more_than_twelve_modules():
@@ -45,4 +45,4 @@ def test_frameworks_are_looked_up_in_one_place():
 def test_a_call_enters_few_files():
     entered = structure.files_entered(lambda: li.solve(matrix("linear"), rhs()))
     assert "lowrank_inverse/solvers/solve.py" in entered
-    assert len(entered) <= 17
+    assert len(entered) <= 18
