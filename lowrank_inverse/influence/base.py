@@ -152,8 +152,10 @@ class InfluenceBase(TokenScores, GroupScores):
             Number of examples.
         kind : {"helpful", "harmful", "absolute"}
             Return the largest scores, the smallest, or the largest absolute values.
-        query, train, query_loss, reduction, weights, normalize, method, checkpoint
+        query, train
             See `scores`.
+        **options
+            `query_loss`, `reduction`, `weights`, `normalize`, `method` and `checkpoint` of `scores`.
 
         Returns
         -------

@@ -31,8 +31,10 @@ class GroupScores(Passes):
         ----------
         groups : integer array, shape (n_train,)
             Group of each training example, numbered from 0.
-        query, train, query_loss, reduction, weights, normalize, method, checkpoint
+        query, train
             See `scores`.
+        **options
+            `query_loss`, `reduction`, `weights`, `normalize`, `method` and `checkpoint` of `scores`.
 
         Returns
         -------
