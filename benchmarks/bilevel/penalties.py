@@ -24,8 +24,9 @@ from benchmarks.harness.report import spread, table
 from lowrank_inverse.sklearn import GroupLogisticRegressionCV, GroupRidgeCV
 
 INFORMATIVE = 20
-CLASSIFIERS = ["LogisticRegressionCV", "ours, all", "ours, features", "ours, classes"]
-REGRESSIONS = ["RidgeCV", "ElasticNetCV", "ours, all", "ours, features"]
+OURS = ["ours, all", "ours, features", "ours, features, no prior"]
+CLASSIFIERS = ["LogisticRegressionCV", *OURS, "ours, classes"]
+REGRESSIONS = ["RidgeCV", "ElasticNetCV", *OURS]
 
 
 def examples(data: str, size: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,8 +45,9 @@ def examples(data: str, size: list[int], seed: int) -> tuple[np.ndarray, np.ndar
 def model(name: str, regression: bool) -> Any:
     """Return an estimator as it comes, but for the criterion of LogisticRegressionCV."""
     if name.startswith("ours"):
-        groups = name.removeprefix("ours, ")
-        return (GroupRidgeCV if regression else GroupLogisticRegressionCV)(groups)
+        groups, *free = name.removeprefix("ours, ").split(", ")
+        spread = {"spread": np.inf} if free else {}
+        return (GroupRidgeCV if regression else GroupLogisticRegressionCV)(groups, **spread)
     if name == "LogisticRegressionCV":
         return LogisticRegressionCV(scoring="neg_log_loss", max_iter=1000)
     return RidgeCV(np.logspace(-3, 6, 10), cv=5) if name == "RidgeCV" else ElasticNetCV()

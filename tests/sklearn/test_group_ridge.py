@@ -52,7 +52,7 @@ def examples(kind, seed=0):
     return X, np.asarray(y.get(kind, scores[:, 0])) * 1, weight, folds
 
 
-def bilevel(kind, learn_weights=False):
+def bilevel(kind, learn_weights=False, prior=0.0):
     """Return the problem of a penalty for each feature, and what it was made of."""
     X, y, weight, folds = examples(kind)
     design, share = Design(X, weight, True), weight / weight.sum()
@@ -73,7 +73,7 @@ def bilevel(kind, learn_weights=False):
     index = np.repeat(np.append(np.arange(D), 0)[:, None], C, axis=1)
     of_examples = D + np.arange(N) % 2 if learn_weights else None
     phi = np.log([0.1, 0.02, 0.3, 1.0] + [0.5, 0.8] * learn_weights)
-    return Problem(model, Groups(unit, index, of_examples), phi), phi
+    return Problem(model, Groups(unit, index, of_examples), phi, prior=prior), phi
 
 
 def validation_loss(kind, phi):
@@ -136,6 +136,16 @@ def test_the_gradient_is_that_of_dense_algebra(kind, dense, monkeypatch):
     np.testing.assert_allclose(found.gradient, wanted, atol=1e-9 * np.linalg.norm(wanted))
 
 
+def test_the_prior_adds_half_its_strength_times_squared_distances():
+    plain, phi = bilevel("gram")
+    prior = np.array([0.3, 0.0, 2.0, 1.0])
+    problem, _ = bilevel("gram", prior=prior)
+    far = phi + [1.0, 2.0, -0.5, 0.0]
+    before, after = (each.differentiate(each.params, far, None, 1e-12) for each in (plain, problem))
+    assert after.value - before.value == pytest.approx((0.3 * 1.0 + 2.0 * 0.25) / 2, rel=1e-9)
+    np.testing.assert_allclose(after.gradient - before.gradient, [0.3, 0, -1.0, 0], atol=1e-12)
+
+
 def noisy(seed=0, n=400, d=30):
     X, y = make_classification(
         n, d, n_informative=4, n_redundant=0, n_clusters_per_class=1, random_state=seed
@@ -186,7 +196,7 @@ def test_one_penalty_is_that_of_logistic_regression_at_the_minimum(num_classes):
 def test_the_fit_is_that_of_its_penalties(groups):
     X, y = noisy(2, 150, 6)
     y = y + (X[:, 1] > 0)
-    model = GroupLogisticRegressionCV(groups, max_iter=6, early_stopping=False)
+    model = GroupLogisticRegressionCV(groups, tol=0.0, max_iter=6)
     with pytest.warns(ConvergenceWarning, match="all evaluations were used"):
         model.fit(X, y)
     alpha = model.alpha_
@@ -208,7 +218,7 @@ def test_sparse_features_give_the_fit_of_dense_ones(estimator, shape):
     rng = np.random.default_rng(0)
     X = rng.standard_normal(shape) * (rng.random(shape) < 0.3) + (np.arange(shape[1]) == 2)
     y = (X[:, 0] + X[:, 1] + 0.5 * rng.standard_normal(shape[0]) > 0) * 1
-    model = estimator(max_iter=4, early_stopping=False)
+    model = estimator(tol=0.0, max_iter=4)
     with pytest.warns(ConvergenceWarning):
         dense = model.fit(X, y).coef_
     with pytest.warns(ConvergenceWarning):
@@ -243,19 +253,27 @@ def test_a_penalty_for_each_feature_predicts_better_than_one():
     assert each.alpha_[informative].max() < np.median(each.alpha_)
 
 
+@pytest.mark.parametrize("estimator", [GroupRidgeCV, GroupLogisticRegressionCV])
+def test_penalties_move_apart_with_their_spread_a_priori(estimator):
+    X, y = noisy(3, 300, 20)
+    fits = [estimator(spread=spread, tol=1e-3).fit(X, y) for spread in (1e-6, 0.3, 1.0, np.inf)]
+    apart = [np.std(np.log(fit.alpha_)) for fit in fits]
+    assert apart == sorted(apart) and apart[0] < 1e-6 < 0.01 < apart[1]
+    one = estimator("all", tol=1e-3).fit(X, y)
+    np.testing.assert_allclose(fits[0].alpha_, one.alpha_[0], rtol=1e-6)
+
+
 @pytest.mark.slow
-def test_early_stopping_keeps_many_penalties_from_fitting_noise():
+def test_the_prior_keeps_many_penalties_from_fitting_noise():
     X, y = noisy(3, 700, 60)
-    stopped, free = (
-        GroupLogisticRegressionCV("coefficients", early_stopping=early, tol=1e-3)
-        for early in (True, False)
+    kept, free = (
+        GroupLogisticRegressionCV("coefficients", spread=spread, tol=1e-3)
+        for spread in (0.5, np.inf)
     )
     losses = [
-        log_loss(y[150:], fit.fit(X[:150], y[:150]).predict_proba(X[150:]))
-        for fit in (stopped, free)
+        log_loss(y[150:], fit.fit(X[:150], y[:150]).predict_proba(X[150:])) for fit in (kept, free)
     ]
     assert losses[0] < losses[1]
-    assert stopped.reason_ == "callback" and free.reason_ == "converged"
 
 
 def test_the_scale_of_all_features_and_of_targets_changes_nothing():
@@ -280,7 +298,7 @@ def test_columns_of_other_scales_and_constant_ones_do_no_harm(dtype):
 
 def test_penalties_stay_within_the_bounds_and_those_at_one_are_counted():
     X, y = noisy(0, 400, 20)
-    fit = GroupLogisticRegressionCV(bounds=(0.5, 2.0), early_stopping=False, tol=1e-4).fit(X, y)
+    fit = GroupLogisticRegressionCV(bounds=(0.5, 2.0), spread=np.inf, tol=1e-4).fit(X, y)
     ratio = fit.alpha_ / fit.alpha_.min()
     assert ratio.max() == pytest.approx(4.0)
     at = np.isclose(ratio, 1.0, rtol=1e-9) | np.isclose(ratio, 4.0, rtol=1e-9)
@@ -342,10 +360,7 @@ def test_a_class_may_be_missing_from_validation_but_not_from_training():
         ({"bounds": (0.0, 1.0)}, "`bounds` must be finite and > 0"),
         ({"tol": -1.0}, "`tol` must be finite and >= 0"),
         ({"max_iter": 0}, "`max_iter` must be at least 1"),
-        (
-            {"early_stopping": True, "cv": 2},
-            "`early_stopping` holds out the last of at least three",
-        ),
+        ({"spread": 0.0}, "`spread` must be > 0, or inf for no prior; got 0.0"),
         ({"cv": [(np.arange(30), np.zeros(0, int))]}, "every validation set; that of split 0"),
     ],
 )

@@ -14,7 +14,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.bilevel.evaluation import Evaluator
 from lowrank_inverse.bilevel.minimization import minimize
-from lowrank_inverse.bilevel.minimum import REMEDIES, BilevelMinimum, Evaluation
+from lowrank_inverse.bilevel.minimum import REMEDIES, BilevelMinimum
 from lowrank_inverse.sklearn.group_ridge.design import Design
 from lowrank_inverse.sklearn.group_ridge.models import Model, Split
 from lowrank_inverse.sklearn.group_ridge.problem import Groups, Problem
@@ -24,14 +24,10 @@ START = 1e-2
 """Penalty where it begins, relative to the unit."""
 LIMITS = 1e-8, 1e4
 """Of one factor for all penalties, relative to the unit."""
-TIED, TIED_TOL = 20, 0.1
-"""Evaluations of one factor for all penalties, and the tolerance."""
+TIED = 20
+"""Evaluations of one factor for all penalties, at most."""
 LEAST_WEIGHT = 1e-3
 """Of an example, where weights are learned; the largest is 1."""
-FEW = 0.01
-"""Hyperparameters for each example that are too few to fit the noise of validation."""
-PATIENCE = 3
-"""Evaluations without a better prediction of the examples set aside."""
 INNER_STEPS = 500
 REFIT = 1e-8
 """By which the gradient of the last fit falls, from that of no coefficients."""
@@ -57,30 +53,14 @@ class GroupRidge(BaseEstimator):
         return weight.astype(np.float64)
 
     def _splits(
-        self, X: Any, y: np.ndarray, weight: np.ndarray, num_hparams: int, *, classifier: bool
+        self, X: Any, y: np.ndarray, weight: np.ndarray, *, classifier: bool
     ) -> tuple[Split, Split]:
-        """Return the examples of each fit, and all of them with those set aside to validate.
-
-        With `early_stopping` the last validation set judges the penalties that the other splits,
-        without it, lead to.
-        """
+        """Return the examples of each fit and its validation, and all in one fit."""
         pairs = list(check_cv(self.cv, y, classifier=classifier).split(X, y))
         train, validate = np.zeros((2, len(y), len(pairs)))
         for k, (first, second) in enumerate(pairs):
             np.add.at(train[:, k], first, 1)
             np.add.at(validate[:, k], second, 1)
-        held = np.zeros((len(y), 1))
-        judged = self.early_stopping
-        if judged == "auto":
-            judged = len(pairs) > 2 and num_hparams > max(1, FEW * len(y))
-        if judged and len(pairs) < 3:
-            raise ValueError(
-                "`early_stopping` holds out the last of at least three splits; `cv` has "
-                f"{len(pairs)}. Use more, or early_stopping=False."
-            )
-        if judged:
-            held = validate[:, -1:].copy()
-            train, validate = (part[:, :-1] * (held == 0) for part in (train, validate))
         share = weight / weight.sum()
         for name, part in (("training", train), ("validation", validate)):
             (empty,) = np.nonzero(share @ part == 0)
@@ -89,8 +69,7 @@ class GroupRidge(BaseEstimator):
                     f"`cv` must leave examples of positive weight in every {name} set; that of "
                     f"split {empty[0]} has none. Use fewer splits, or others."
                 )
-        everything = np.ones((len(y), 1))
-        whole = Split(share, everything, held / (share @ held or 1.0))
+        whole = Split(share, np.ones((len(y), 1)), np.zeros((len(y), 1)))
         return Split(share, train, validate / np.sum(share @ validate)), whole
 
     def _index(self, d: int, C: int) -> np.ndarray:
@@ -140,6 +119,8 @@ class GroupRidge(BaseEstimator):
         coefficients, intercept, weights : arrays, shape (d, C), (C,) and (number of weights,)
         """
         check_scalar("tol", self.tol)
+        if not self.spread > 0:
+            raise ValueError(f"`spread` must be > 0, or inf for no prior; got {self.spread!r}.")
         most = check_count("max_iter", self.max_iter)
         low, high = _logarithms(self.bounds)
         d, (p, _, C) = len(design.square), model.shape
@@ -155,20 +136,20 @@ class GroupRidge(BaseEstimator):
         tied = groups._replace(penalty=np.zeros_like(groups.penalty), examples=None)
         problem = Problem(model, tied, np.full(1, np.log(START)))
         more = num_penalties > 1 or examples is not None
-        few, tol = (min(TIED, most), TIED_TOL) if more else (most, self.tol)
-        found = _minimum(problem, np.log(LIMITS), tol, few)
+        found = _minimum(problem, np.log(LIMITS), self.tol, min(TIED, most) if more else most)
         history, common, U = found.history, found.hparams[0], found.params
         weights = np.zeros(0 if examples is None else int(examples.max()) + 1)
         phi = np.append(np.full(num_penalties, common), weights)
         lower = np.append(phi[:num_penalties] + low, weights + np.log(LEAST_WEIGHT))
         upper = np.append(phi[:num_penalties] + high, weights)
         if more:
-            judge = Judge(whole)
-            problem = Problem(model, groups, phi, U, problem)
-            found = _minimum(problem, (lower, upper), self.tol, most, judge)
+            strength = self._variance(found.value) / (total * self.spread**2)
+            prior = np.append(np.full(num_penalties, strength), np.zeros_like(weights))
+            problem = Problem(model, groups, phi, U, problem, prior)
+            found = _minimum(problem, (lower, upper), self.tol, most)
             history += found.history
-            phi, U = judge.best or (found.hparams, found.params)
-        if not (found.converged or found.reason in ("flat", "callback")):
+            phi, U = found.hparams, found.params
+        if not (found.converged or found.reason == "flat"):
             remedy = "Raise `max_iter` or `tol`, scale the features, or narrow `bounds`."
             remedy = UNSOLVED if found.reason == "inner_unsolved" else remedy
             why = f"{REMEDIES[found.reason][0]}. {remedy}"
@@ -182,33 +163,17 @@ class GroupRidge(BaseEstimator):
             warnings.warn(why, ConvergenceWarning, stacklevel=3)
         return *design.original(U[:, 0]), np.exp(phi[num_penalties:])
 
+    def _variance(self, loss: float) -> float:
+        """Return by what a loss is to be divided to be minus the logarithm of a likelihood."""
+        return 1.0
+
     def _scores(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
         X = self._validated(X, reset=False)
         return X @ self.coef_.T + self.intercept_
 
 
-class Judge:
-    """Keeps the penalties by which examples set aside are predicted best, and ends what is idle."""
-
-    def __init__(self, model: Model) -> None:
-        self._model, self._value, self._idle = model, np.inf, 0
-        self.best: tuple[np.ndarray, np.ndarray] | None = None
-
-    def __call__(self, record: Evaluation, U: np.ndarray, phi: np.ndarray) -> bool:
-        """Look at an evaluation; return whether several were no better than the best."""
-        if record.rejected or not self._model.judges:
-            return False
-        value = self._model.outer(U.mean(axis=1, keepdims=True))
-        self._idle += 1
-        if value < self._value:
-            self._value, self._idle, self.best = value, 0, (phi.copy(), U)
-        return self._idle >= PATIENCE
-
-
-def _minimum(
-    problem: Problem, bounds: Any, tol: float, most: int, callback: Any = None
-) -> BilevelMinimum:
+def _minimum(problem: Problem, bounds: Any, tol: float, most: int) -> BilevelMinimum:
     return minimize(
         problem,
         inner=None,
@@ -217,7 +182,7 @@ def _minimum(
         tol=tol,
         max_evaluations=most,
         inner_steps=INNER_STEPS,
-        callback=callback,
+        callback=None,
         progress=False,
         checkpoint=None,
         seed=0,

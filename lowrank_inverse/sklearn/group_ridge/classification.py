@@ -36,7 +36,7 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
     learn_weights : {None, "classes", "examples"}
         Also learn weights of classes or examples in the fits. Weights of examples identify wrong
         labels, if `cv` is one split with correct labels in the validation set.
-    bounds, early_stopping, fit_intercept, tol, max_iter
+    bounds, spread, fit_intercept, tol, max_iter
         See :class:`GroupRidgeCV`. Learned weights count as penalties.
 
     Attributes
@@ -86,16 +86,16 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
         cv: Any = None,
         learn_weights: str | None = None,
         bounds: tuple[float, float] = (1e-2, 1e4),
-        early_stopping: Any = "auto",
+        spread: float = 0.5,
         fit_intercept: bool = True,
-        tol: float = 1e-2,
+        tol: float = 0.1,
         max_iter: int = 100,
     ) -> None:
         self.groups = groups
         self.cv = cv
         self.learn_weights = learn_weights
         self.bounds = bounds
-        self.early_stopping = early_stopping
+        self.spread = spread
         self.fit_intercept = fit_intercept
         self.tol = tol
         self.max_iter = max_iter
@@ -121,8 +121,7 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
         examples = kinds[self.learn_weights]
         weight, num_outputs = self._weight(X, sample_weight), 1 if C == 2 else C
         index = self._index(X.shape[1], num_outputs)
-        num_hparams = index.max() + 1 + (0 if examples is None else examples.max() + 1)
-        split, everything = self._splits(X, labels, weight, num_hparams, classifier=True)
+        split, everything = self._splits(X, labels, weight, classifier=True)
         for c, name in enumerate(self.classes_):
             (missing,) = np.nonzero(split.share[labels == c] @ split.train[labels == c] == 0)
             if missing.size:

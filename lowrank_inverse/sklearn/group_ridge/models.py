@@ -46,8 +46,6 @@ class Model(Protocol):
     shape: tuple[int, int, int]
     curvature: float
     eps: float
-    judges: bool
-    """Whether there are examples to validate with."""
 
     def inner(self, U: np.ndarray, weight: Any) -> tuple[float, np.ndarray]:
         """Return the sum of the K losses on the training examples, and its gradient."""
@@ -55,10 +53,6 @@ class Model(Protocol):
 
     def at(self, U: np.ndarray, weight: Any) -> At:
         """Return what a hypergradient needs."""
-        ...
-
-    def outer(self, U: np.ndarray) -> float:
-        """Return the loss of validation."""
         ...
 
     def hessian(self, U: np.ndarray, weight: Any) -> np.ndarray:
@@ -90,7 +84,6 @@ class Rows:
         self._validate = (share * split.validate[self._used])[..., None]
         self.shape = (design.shape[1], split.train.shape[1], num_outputs)
         self.curvature, self.eps = self._loss.curvature, float(np.finfo(design.dtype).eps)
-        self.judges = bool(split.validate.any())
         self._latest: tuple[Any, ...] | None = None
 
     def _scores(self, U: np.ndarray) -> np.ndarray:
@@ -141,10 +134,6 @@ class Rows:
             along,
         )
 
-    def outer(self, U: np.ndarray) -> float:
-        """Return the loss of validation."""
-        return float(np.sum(self._validate[..., 0] * self._loss.slope(self._scores(U))[0]))
-
     def hessian(self, U: np.ndarray, weight: Any) -> np.ndarray:
         """Return the mean of the Hessians, were all fits at U."""
         p, _, C = self.shape
@@ -171,7 +160,6 @@ class Gram:
     def __init__(self, design: Design, targets: np.ndarray, split: Split) -> None:
         p, K = design.shape[1], split.train.shape[1]
         self.shape, self.eps = (p, K, 1), float(np.finfo(design.dtype).eps)
-        self.judges = bool(split.validate.any())
         sums = np.zeros((2, K, p + 1, p + 1))
         parts = np.hstack([split.train, split.validate])
         kinds, kind = np.unique(parts, axis=0, return_inverse=True)
@@ -201,10 +189,6 @@ class Gram:
             *self._value(1, U),
             lambda q: np.zeros(0),
         )
-
-    def outer(self, U: np.ndarray) -> float:
-        """Return the loss of validation."""
-        return self._value(1, U)[0]
 
     def hessian(self, U: np.ndarray, weight: Any) -> np.ndarray:
         """Return the mean of the Hessians."""

@@ -69,6 +69,20 @@ class Problem:
     curvatures, ridge included, whatever the hyperparameters: so the Hessian has a diagonal near 1,
     and a fit from before is a good start where a penalty changes. Hypergradients do not depend on
     such a change of variables.
+
+    Parameters
+    ----------
+    model : Model
+    groups : Groups
+    hparams : array
+        Where they begin.
+    U : array, shape (p, K, C), optional
+        Coefficients to begin with.
+    earlier : Problem, optional
+        Whose Hessian is a good preconditioner.
+    prior : array or 0.0
+        What half the squares of the distances from `hparams` are multiplied by, and added to the
+        loss of validation.
     """
 
     def __init__(
@@ -78,8 +92,10 @@ class Problem:
         hparams: np.ndarray,
         U: np.ndarray | None = None,
         earlier: Problem | None = None,
+        prior: Any = 0.0,
     ) -> None:
         self.model, self.groups, self.hparams, self.eps = model, groups, hparams, model.eps
+        self._prior = prior
         start = np.zeros(model.shape) if U is None else U
         self._mean, self._excess = start.mean(axis=1, keepdims=True), 0
         self._hessian: np.ndarray | None = None if earlier is None else earlier._hessian
@@ -117,7 +133,7 @@ class Problem:
     def differentiate(
         self, theta: np.ndarray, phi: np.ndarray, state: Any, rtol: float
     ) -> Differentiated:
-        """Return the loss of validation and its hypergradient."""
+        """Return the loss of validation, with the prior, and its hypergradient."""
         ridge, shape = self.ridge(phi), self.model.shape
         scale = self._scale(ridge)
         U = theta.reshape(shape) / scale
@@ -149,7 +165,9 @@ class Problem:
         self._watch(U, int(info.num_products))
         (grads,) = out.grads
         assert grads is not None
-        return Differentiated(at.outer, grads, out.solution.value, info, out.state, 0.0)
+        apart = phi - self.hparams
+        value, grads = at.outer + self._prior * apart @ apart / 2, grads + self._prior * apart
+        return Differentiated(float(value), grads, out.solution.value, info, out.state, 0.0)
 
     def change(self, phi: np.ndarray, gradient: np.ndarray) -> Factored | None:
         """Return variables in which each Hessian is about the identity."""

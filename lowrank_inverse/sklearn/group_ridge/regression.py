@@ -34,10 +34,10 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
         ``ShuffleSplit(1, test_size=0.2)``.
     bounds : pair of float
         Smallest and largest penalty, relative to the best common one.
-    early_stopping : bool or "auto"
-        Hold out the last validation set, select the penalties that predict it best, and stop after
-        three evaluations without improvement. Otherwise, many penalties overfit the folds. "auto"
-        holds it out if there is more than one penalty per 100 examples, and at least three splits.
+    spread : float
+        Prior standard deviation of the logarithms of the penalties about the common one. Their
+        normal log-density is added to the log-likelihood of the validation sets. It keeps the
+        penalties near the common one where few examples cannot tell them apart. ``inf``: no prior.
     fit_intercept : bool
         Add a constant, without a penalty.
     tol : float
@@ -54,14 +54,14 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
     alpha_ : ndarray, shape (number of groups,)
         Penalties of the features, or of the groups by sorted label.
     history_ : tuple of Evaluation
-        Validation loss, gradient norm and cost of each evaluation; see
+        Validation loss, including the prior, gradient norm and cost of each evaluation; see
         :class:`lowrank_inverse.bilevel.minimum.Evaluation`. The common penalty comes first.
     n_iter_ : int
         Number of evaluations.
     num_at_bounds_ : int
         Number of penalties at a bound.
     reason_ : str
-        Why it ended: ``"converged"``, ``"callback"`` (early stopping), ``"max_evaluations"``, ….
+        Why it ended: ``"converged"``, ``"flat"``, ``"max_evaluations"``, ….
 
     Notes
     -----
@@ -94,15 +94,15 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
         *,
         cv: Any = None,
         bounds: tuple[float, float] = (1e-2, 1e4),
-        early_stopping: Any = "auto",
+        spread: float = 0.5,
         fit_intercept: bool = True,
-        tol: float = 1e-2,
+        tol: float = 0.1,
         max_iter: int = 100,
     ) -> None:
         self.groups = groups
         self.cv = cv
         self.bounds = bounds
-        self.early_stopping = early_stopping
+        self.spread = spread
         self.fit_intercept = fit_intercept
         self.tol = tol
         self.max_iter = max_iter
@@ -115,7 +115,7 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
         X, y = self._validated(X, y, y_numeric=True)
         weight, y = self._weight(X, sample_weight), y.astype(np.float64)
         index = self._index(X.shape[1], 1)
-        split, everything = self._splits(X, y, weight, index.max() + 1, classifier=False)
+        split, everything = self._splits(X, y, weight, classifier=False)
         mean = split.share @ y if self.fit_intercept else 0.0
         scale = float(np.sqrt(split.share @ (y - mean) ** 2)) or 1.0
         design, y = Design(X, weight, self.fit_intercept), (y - mean) / scale
@@ -129,6 +129,9 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
     def predict(self, X: Any) -> np.ndarray:
         """Return the regression function at features `X` (n, d), shape (n,)."""
         return self._scores(X)
+
+    def _variance(self, loss: float) -> float:
+        return 2 * loss
 
 
 def _rows(design: Design, y: np.ndarray, split: Split) -> Model:
