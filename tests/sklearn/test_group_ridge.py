@@ -140,7 +140,7 @@ def test_the_prior_adds_half_its_strength_times_squared_distances():
     plain, phi = bilevel("gram")
     prior = np.array([0.3, 0.0, 2.0, 1.0])
     problem, _ = bilevel("gram", prior=prior)
-    far = phi + [1.0, 2.0, -0.5, 0.0]
+    far = phi + np.array([1.0, 2.0, -0.5, 0.0])
     before, after = (each.differentiate(each.params, far, None, 1e-12) for each in (plain, problem))
     assert after.value - before.value == pytest.approx((0.3 * 1.0 + 2.0 * 0.25) / 2, rel=1e-9)
     np.testing.assert_allclose(after.gradient - before.gradient, [0.3, 0, -1.0, 0], atol=1e-12)
