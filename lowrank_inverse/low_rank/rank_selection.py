@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
-from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
+from lowrank_inverse.arrays.conversion import concrete, is_traced, rows_like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
-from lowrank_inverse.estimators.norm import certificate_cost
+from lowrank_inverse.estimators.norm import PROBE_SEED, certificate_cost
 from lowrank_inverse.low_rank.core import FLOAT64_EPS
 from lowrank_inverse.low_rank.sketches import Source, make_source
 from lowrank_inverse.operators.product import apply_cost, block_width
@@ -22,6 +23,7 @@ from lowrank_inverse.results.solution import check_system
 START_RANK = 16
 MAX_RANK = 1000
 DEFAULT_RTOL = 1e-3
+POWER_STEPS = 4
 
 
 def adaptive_approximation(
@@ -87,16 +89,34 @@ def adaptive_approximation(
         count = min(2 * count, most)
 
 
-def steps_left(approx: Any, damping: Scalar, rtol: float) -> float:
-    """Estimate an upper limit for the steps of conjugate gradients preconditioned by `approx`.
-
-    It is ``sqrt(c) / 2 * log(2 / rtol)`` for the condition number ``c = 1 + m / damping``. The
-    largest eigenvalue m that the columns missed is taken to be the smallest that they found.
-    """
+def least_missed(approx: Any) -> float:
+    """Return an optimistic norm of ``A - H_k``: the least eigenvalue found, or the mean missed."""
     g = to_host(approx.eigenvalues)
     missed = max(0.0, float(g[max(0, int(approx.rank) - 1)]))
-    if approx.trace is not None:  # m is no less than the mean
-        missed = max(missed, approx.residual_trace / max(1, approx.shape[0] - approx.num_columns))
+    if approx.trace is None:
+        return missed
+    return max(missed, approx.residual_trace / max(1, approx.shape[0] - approx.num_columns))
+
+
+def norm_missed(A: Any, approx: Any) -> float:
+    """Estimate the norm of ``A - H_k`` from below, by `POWER_STEPS` steps of the power method."""
+    start = np.random.default_rng(PROBE_SEED).standard_normal(int(A.shape[0]))
+    v, norm = rows_like(start / np.linalg.norm(start), approx.columns), 0.0
+    for _ in range(POWER_STEPS):
+        r = A @ v - approx @ v
+        norm = float(concrete(column_norm(r)))
+        if norm == 0:
+            break
+        v = r / norm
+    return norm
+
+
+def steps_left(missed: float, damping: Scalar, rtol: float) -> float:
+    """Return the bound ``sqrt(c) / 2 * log(2 / rtol)`` on the steps of conjugate gradients.
+
+    The condition number is ``c = 1 + missed / damping``, for an approximation that misses a matrix
+    of norm `missed` and preconditions them.
+    """
     condition = 1 + missed / float(concrete(damping))
     return 0.5 * condition**0.5 * math.log(2 / max(rtol, FLOAT64_EPS))
 
@@ -139,8 +159,13 @@ def _reason(
             return "residual_trace", cost
         if damping is not None and approx.sufficient_rank(damping) <= approx.num_columns:
             return "effective_dimension", cost
-        if by_steps and steps_left(approx, damping, rtol) <= doubling_cost(A, approx):
-            return "steps", cost
+        if by_steps:
+            price, least = doubling_cost(A, approx), least_missed(approx)
+            if steps_left(least, damping, rtol) <= price:  # too few, and by the norm too many
+                cost += POWER_STEPS
+                between = (least * norm_missed(A, approx)) ** 0.5
+                if steps_left(between, damping, rtol) <= price:
+                    return "steps", cost
     if source.exhausted or source.size >= int(A.shape[0]):
         return "exhausted", cost
     return None, cost

@@ -319,7 +319,7 @@ def test_fits_of_more_features_than_examples_that_do_not_end_are_warned_of(estim
     monkeypatch.setattr(problems, "DENSE", 0)  # as if there were many features
     monkeypatch.setattr(base, "INNER_STEPS", 2)
     with pytest.warns(ConvergenceWarning) as met:
-        model = estimator(early_stopping=False).fit(X, y)
+        model = estimator().fit(X, y)
     assert model.reason_ == "inner_unsolved"
     first, last = (str(warning.message) for warning in met)
     assert first.startswith("the inner problem could not be minimised. Fits of more coefficients")

@@ -142,7 +142,7 @@ class GroupRidge(BaseEstimator):
         phi = np.append(np.full(num_penalties, common), weights)
         lower = np.append(phi[:num_penalties] + low, weights + np.log(LEAST_WEIGHT))
         upper = np.append(phi[:num_penalties] + high, weights)
-        if more:
+        if more and np.isfinite(found.value):
             strength = self._variance(found.value) / (total * self.spread**2)
             prior = np.append(np.full(num_penalties, strength), np.zeros_like(weights))
             problem = Problem(model, groups, phi, U, problem, prior)
