@@ -155,7 +155,7 @@ class InfluenceBase(TokenScores, GroupScores):
         query, train
             See `scores`.
         **options
-            `query_loss`, `reduction`, `weights`, `normalize`, `method` and `checkpoint` of `scores`.
+            Its `query_loss`, `reduction`, `weights`, `normalize`, `method` and `checkpoint`.
 
         Returns
         -------

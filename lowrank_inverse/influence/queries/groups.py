@@ -34,7 +34,7 @@ class GroupScores(Passes):
         query, train
             See `scores`.
         **options
-            `query_loss`, `reduction`, `weights`, `normalize`, `method` and `checkpoint` of `scores`.
+            Its `query_loss`, `reduction`, `weights`, `normalize`, `method` and `checkpoint`.
 
         Returns
         -------
