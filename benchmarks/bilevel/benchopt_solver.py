@@ -12,7 +12,7 @@ class Solver(BaseSolver):
     """Quasi-Newton outer steps on accurate hypergradients, untuned."""
 
     name = "lowrank-inverse"
-    requirements = ("pip:lowrank-inverse[jax]",)
+    requirements = ("pip::lowrank-inverse[jax]",)
     stopping_criterion = SufficientProgressCriterion(patience=100, strategy="callback")
 
     @staticmethod
@@ -20,11 +20,11 @@ class Solver(BaseSolver):
         return stop_val + 1
 
     def set_objective(
-        self, f_train, f_val, n_inner_samples, n_outer_samples, inner_var0, outer_var0
+        self, f_inner, f_outer, n_inner_samples, n_outer_samples, inner_var0, outer_var0
     ):
         self.losses = [
-            partial(loss(framework="jax"), start=0, batch_size=count)
-            for loss, count in ((f_train, n_inner_samples), (f_val, n_outer_samples))
+            partial(loss, start=0, batch_size=count)
+            for loss, count in ((f_inner, n_inner_samples), (f_outer, n_outer_samples))
         ]
         self.inner_var, self.outer_var = inner_var0, outer_var0
 
@@ -37,4 +37,4 @@ class Solver(BaseSolver):
             minimize_bilevel(*self.losses, self.inner_var, self.outer_var, callback=look)
 
     def get_result(self):
-        return {"inner_var": self.inner_var, "outer_var": self.outer_var, "memory": 0.0}
+        return {"inner_var": self.inner_var, "outer_var": self.outer_var}
