@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 COMMANDS = {
     "hypercleaning": ("bilevel.hypercleaning", "data hyper-cleaning on handwritten digits"),
-    "bilevel": ("bilevel.optimum", "MNIST data cleaning to the optimum, beside other solvers"),
+    "bilevel": ("bilevel.optimum.compare", "bilevel problems to the optimum, beside other solvers"),
     "penalties": ("bilevel.penalties", "penalties of linear models, learned by hypergradient"),
     "state": ("bilevel.state", "state over outer steps: errors at equal products"),
     "krylov": ("systems.krylov", "errors against products, by what these are spent on"),

@@ -1,0 +1,1 @@
+"""`minimize_bilevel` beside bilevel solvers of the literature: problems, solvers, comparison."""
