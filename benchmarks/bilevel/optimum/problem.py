@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_inverse.bilevel.evaluation import Evaluator
-from lowrank_inverse_jax.bilevel_problem import Problem
+from lowrank_inverse_jax.bilevel.problem import Problem
 from lowrank_inverse_jax.parameters import as_parameters
 
 BATCH = 64
