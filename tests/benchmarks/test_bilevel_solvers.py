@@ -94,7 +94,8 @@ def test_every_solver_comes_nearer_to_the_optimum(images, tmp_path, name):
     assert end <= 1e-2 * whole  # there are several minima
     for method in compare.NAMES:
         found = results["runs"][f"{method}, {name}"]
-        assert found["values"][0] == pytest.approx(ours["values"][0], rel=1e-4)
+        # The first evaluation of ours is one at loose tolerances, of second order in 1e-2.
+        assert found["values"][0] == pytest.approx(ours["values"][0], rel=1e-3)
         assert min(found["values"]) < found["values"][0]
         assert found["seconds"] == sorted(found["seconds"])
     assert "above the optimum" in text(tmp_path, "bilevel")

@@ -219,7 +219,7 @@ def row(problem: str, method: str, runs: Found, least: float) -> dict[str, str]:
     else:
         nearest = min((a, i) for i, a in enumerate(above) if math.isfinite(a))[1]
         trail = list(zip(mine["seconds"], mine["values"], strict=True))
-        reached = [s for s, value in trail if value - least <= above[nearest]]
+        reached = [s for s, value in trail if value - least <= max(above[nearest], FLOOR)]
         there = f"{reached[0]:.2g}" if reached else "never"
         lowest = min((v for s, v in trail if s <= found["seconds"][-1]), default=math.nan)
         then = f"{lowest - least:.1e}"
