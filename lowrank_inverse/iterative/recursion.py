@@ -10,7 +10,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.control_flow import while_loop
-from lowrank_inverse.arrays.conversion import astype, eps, is_traced, take, to_host
+from lowrank_inverse.arrays.conversion import astype, eps, is_traced, on_cpu, take, to_host
 from lowrank_inverse.arrays.linalg import (
     add_scaled,
     add_to,
@@ -51,9 +51,10 @@ def residual(system: System, b: Array, x: Array) -> Array:
 def true_residual(system: System, b: Array, x: Array, r: Array, active: Array) -> tuple[Array, int]:
     """Return the residual of the `active` columns of `x`, that of others from `r`, and products.
 
-    All columns cost one where none are known: while jax traces, and where they are spread.
+    All columns cost one where it is not known on the host which are active: while jax traces, on
+    an accelerator, and where they are spread.
     """
-    if b.ndim == 1 or is_traced(active) or is_spread(b):
+    if b.ndim == 1 or is_traced(active) or is_spread(b) or not on_cpu(b):
         return residual(system, b, x), block_width(b)
     columns = np.flatnonzero(to_host(active))
     if columns.size == b.shape[1]:

@@ -828,7 +828,7 @@ def test_at_the_minimum_of_a_lasso_the_support_is_named_and_the_formula_holds_th
 
     out = hypergradient(lambda: inner(whole), lambda: outer(whole), whole, h, solver=li.CG())
     assert [one.name for one in out.info.findings()] == ["not_smooth"]
-    assert f"at the {int((~support).sum())} parameters that are exactly 0" in out.explain()
+    assert f" {int((~support).sum())} parameters that are exactly 0" in out.explain()
     out = hypergradient(
         lambda: inner(placed()), lambda: outer(placed()), free, h, solver=li.Exact()
     )

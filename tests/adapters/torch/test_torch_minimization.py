@@ -79,7 +79,7 @@ def test_a_ridge_that_depends_on_hyperparameters_is_a_closure():
 
 def test_what_cannot_be_written_to_or_stepped_is_refused():
     model, decay, inner, outer = problem()
-    with pytest.raises(ValueError, match="`hparams` must be leaves"):
+    with pytest.raises(ValueError, match="`hparams` must be leaf tensors"):
         lit.minimize_bilevel(inner, outer, model[1], decay * 2)
     with pytest.raises(ValueError, match="`outer` must be an optimizer of `hparams`; it does not"):
         other = torch.optim.SGD(model.parameters(), 0.1)
