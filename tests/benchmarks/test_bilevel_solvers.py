@@ -65,6 +65,7 @@ def test_derivatives_on_a_batch_are_those_of_the_losses(images, name):
     assert np.allclose(batch.slope(z, w), slope[rows] if data.each else slope, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lancbio_solves_the_system_in_the_krylov_space_of_its_residual():
     data = tabular.quadratic(NUM_TRAIN, 0)
     start, step, _ = subspace.lancbio(data, 0.0, 0.0)  # so that the Hessian stays as it is

@@ -118,6 +118,7 @@ def test_leaves_that_are_not_differentiated_by_belong_to_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_constants_and_data_changed_in_place_are_noticed():
     x, y, _ = arrays()
     scale = np.ones(3)
