@@ -116,11 +116,9 @@ class KFAC:
     >>> def loss(output, target):
     ...     return ((output - target) ** 2).sum(dim=1) / 2
     >>> kfac = lit.KFAC(model, loss, train)
-    >>> influence = lit.InfluenceFunction(
-    ...     model, loss, train, solver=kfac, damping=0.1
-    ... )
-    >>> _ = influence.scores(train)
-    >>> print(kfac, float(influence.info.relative_residual.max()) < 1e-5)
+    >>> scorer = lit.InfluenceFunction(model, loss, train, solver=kfac, damping=0.1)
+    >>> _ = scorer.scores(train)
+    >>> print(kfac, float(scorer.info.relative_residual.max()) < 1e-5)
     EK-FAC of 3 parameters: 1 blocks with 3, 0 on the diagonal; 1 backward passes; 6.1e-05 MiB True
     """
 
