@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,25 @@ from lowrank_inverse.arrays.spread import reduced
 NUM_POWER_STEPS = 8
 
 
-def largest_eigenvalue(A: Any, damping: Scalar, b: Array) -> Array:
-    """Estimate the largest absolute eigenvalue of ``A + damping * I`` from below."""
+def power_norm(multiply: Callable[[Array], Array], b: Array, num_steps: int) -> Array:
+    """Estimate the norm of a symmetric operator from below, by steps of the power method."""
     xp = array_namespace(b)
     # A fixed vector: the answer must not depend on a hidden seed, nor on what b happens to hold.
     v = rows_like(np.random.default_rng(0).standard_normal(b.shape[0]), b)
-    estimate = xp.ones_like(column_norm(v))
-    for _ in range(NUM_POWER_STEPS):
-        v = v / column_norm(v)
-        v = A @ v + damping * v
+    estimate = xp.zeros_like(column_norm(v))
+    for _ in range(num_steps):
+        v = multiply(v / column_norm(v))
         norm = column_norm(v)
         estimate = xp.where(norm > 0, norm, estimate)
         v = xp.where(norm > 0, v, xp.ones_like(v))
     return estimate
+
+
+def largest_eigenvalue(A: Any, damping: Scalar, b: Array) -> Array:
+    """Estimate the largest absolute eigenvalue of ``A + damping * I`` from below; 1 for zero."""
+    norm = power_norm(lambda v: A @ v + damping * v, b, NUM_POWER_STEPS)
+    xp = array_namespace(norm)
+    return xp.where(norm > 0, norm, xp.ones_like(norm))
 
 
 LANCZOS_STEPS = 100

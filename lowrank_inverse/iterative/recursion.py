@@ -54,10 +54,9 @@ def true_residual(system: System, b: Array, x: Array, r: Array, active: Array) -
     All columns cost one where it is not known on the host which are active: while jax traces, on
     an accelerator, and where they are spread.
     """
-    if b.ndim == 1 or is_traced(active) or is_spread(b) or not on_cpu(b):
-        return residual(system, b, x), block_width(b)
-    columns = np.flatnonzero(to_host(active))
-    if columns.size == b.shape[1]:
+    known = b.ndim == 2 and not is_traced(active) and not is_spread(b) and on_cpu(b)
+    columns = np.flatnonzero(to_host(active)) if known else None
+    if columns is None or columns.size == b.shape[1]:
         return residual(system, b, x), block_width(b)
     part = residual(system, take(b, columns, axis=1), take(x, columns, axis=1))
     return with_columns(r, columns, part), columns.size

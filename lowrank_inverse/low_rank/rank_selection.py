@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
-from lowrank_inverse.arrays.conversion import concrete, is_traced, rows_like, to_host
+from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
 from lowrank_inverse.arrays.linalg import column_norm
-from lowrank_inverse.estimators.norm import PROBE_SEED, certificate_cost
+from lowrank_inverse.estimators.extreme_eigenvalues import power_norm
+from lowrank_inverse.estimators.norm import certificate_cost
 from lowrank_inverse.low_rank.core import FLOAT64_EPS
 from lowrank_inverse.low_rank.sketches import Source, make_source
 from lowrank_inverse.operators.product import apply_cost, block_width
@@ -100,15 +100,8 @@ def least_missed(approx: Any) -> float:
 
 def norm_missed(A: Any, approx: Any) -> float:
     """Estimate the norm of ``A - H_k`` from below, by `POWER_STEPS` steps of the power method."""
-    start = np.random.default_rng(PROBE_SEED).standard_normal(int(A.shape[0]))
-    v, norm = rows_like(start / np.linalg.norm(start), approx.columns), 0.0
-    for _ in range(POWER_STEPS):
-        r = A @ v - approx @ v
-        norm = float(concrete(column_norm(r)))
-        if norm == 0:
-            break
-        v = r / norm
-    return norm
+    norm = power_norm(lambda v: A @ v - approx @ v, approx.columns, POWER_STEPS)
+    return float(concrete(norm))
 
 
 def steps_left(missed: float, damping: Scalar, rtol: float) -> float:

@@ -19,7 +19,7 @@ NOISE_UNITS, NOISE_UNITS_PER_PIVOT = 8.0, 4.0
 
 
 class Pivoting:
-    """A pivoted Cholesky factorization that can grow. Parameters as above."""
+    """A pivoted Cholesky factorization that can grow; for its parameters see `pivoted_cholesky`."""
 
     def __init__(
         self,
