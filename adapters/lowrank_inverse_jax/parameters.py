@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,11 @@ class Parameters:
         self.dtype = arrays[0].dtype
         self.vector = self.layout.join(arrays)
         self.n = int(self.vector.size)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of entries of each float leaf by its path, in the order of the vector."""
+        return dict(zip(self.names, map(math.prod, self._shapes), strict=True))
 
     def arrays(self, vector: jax.Array) -> list[jax.Array]:
         """Split a vector, shape (n,), into arrays of the shapes of the float leaves."""

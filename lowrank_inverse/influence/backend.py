@@ -103,6 +103,10 @@ class Backend(Protocol):
         """Return the parameters, shape (n,)."""
         ...
 
+    def sizes(self) -> dict[str, int]:
+        """Return the number of entries of each parameter by its name, in their order."""
+        ...
+
     def ridge(self, ridge: Any) -> Any:
         """Return a ridge in the user's form as a number, or an array of shape (n,)."""
         ...

@@ -18,6 +18,7 @@ from lowrank_inverse.arrays.spread import gathered, is_spread, local, rows_besid
 from lowrank_inverse.influence.passes import Options, checked_weights
 from lowrank_inverse.influence.plan import Plan, short
 from lowrank_inverse.influence.queries.groups import GroupScores
+from lowrank_inverse.influence.queries.parameters import ParameterScores
 from lowrank_inverse.influence.queries.tokens import TokenScores
 from lowrank_inverse.influence.results import (
     InfluenceInfo,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["InfluenceBase", "InfluenceInfo", "Plan", "TopK"]
 
 
-class InfluenceBase(TokenScores, GroupScores):
+class InfluenceBase(TokenScores, ParameterScores, GroupScores):
     """Influence of training examples on the loss of other examples [1]_, [2]_.
 
     Let g_q be the gradient of a query, g_i that of a training example, and H the mean curvature.

@@ -63,6 +63,10 @@ class JaxBackend:
         """Return the parameters, shape (n,)."""
         return self._params.vector
 
+    def sizes(self) -> dict[str, int]:
+        """Return the number of entries of each float leaf by its path."""
+        return self._params.sizes
+
     def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a pytree of arrays, a list of batches or an iterable of them as examples."""
         examples = Examples(

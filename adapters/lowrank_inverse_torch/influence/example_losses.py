@@ -97,6 +97,10 @@ class ExampleLosses:
         """Return the parameters, shape (n,)."""
         return self.params.flatten(self.params.tensors)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the number of entries of each parameter by its name in the model."""
+        return dict(zip(self.names, self.params.sizes, strict=True))
+
     def fingerprint(self) -> str:
         """Hash all parameters and buffers."""
         return digest(*self.model.parameters(), *self.model.buffers())
