@@ -192,7 +192,7 @@ def explain(info: Any) -> str:
         size = f"{plan.num_bytes / 2**20:.3g} MiB"
         lines.append(f"{size} for columns and chunks, columns {plan.memory}")
     reason = _number(info, "reason")
-    ended = "" if math.isnan(reason) else f"; ended at {Reason(int(reason)).name.lower()}"
+    ended = "" if math.isnan(reason) else f" ({Reason(int(reason)).name.lower()})"
     lines.append(f"relative residual {_number(info, 'relative_residual'):.1e}{ended}")
     bound = _number(info, "error_bound")
     if math.isfinite(bound):
