@@ -44,10 +44,28 @@ class LinearOperator(Protocol):
 class Solver(Protocol):
     """Settings of a solver: they become an inverse by ``prepare``."""
 
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> Any:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> Any:
         """Return the inverse of `A`, a ``PreparedInverse``, perhaps with `b` in view."""
         ...
 
 
 SolveFunction: TypeAlias = Callable[[Callable[[Array], Array], Array], Array]
 """A function ``solve(matvec, b) -> x`` in the place of settings."""
+
+OperatorLike: TypeAlias = Any
+"""What ``as_operator`` takes: an array, a sparse matrix, or anything with shape and ``@``."""
+
+PyTree: TypeAlias = Any
+"""Arrays, or nested containers of them; in torch a module, too."""
+
+Batch: TypeAlias = Any
+"""One batch of examples: arrays, or a tuple, dict or other container of them."""
+
+Data: TypeAlias = Any
+"""A set of examples: arrays, a list of batches, or an iterable that gives the same ones again."""
+
+MatrixLike: TypeAlias = Any
+"""What scikit-learn takes as X: an array, a data frame or a SciPy sparse matrix."""
+
+ArrayLike: TypeAlias = Any
+"""What scikit-learn takes as targets and weights: an array, a list or a column of a data frame."""

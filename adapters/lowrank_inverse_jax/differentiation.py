@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_inverse._typing import Scalar
+from lowrank_inverse._typing import OperatorLike, Scalar
 from lowrank_inverse.operators.differentiation import constant, damped_product, register
 
 
@@ -17,7 +17,7 @@ class _Rules:
 
     @staticmethod
     def solve(
-        A: Any,
+        A: OperatorLike,
         damping: Scalar,
         b: jax.Array,
         make: Any,

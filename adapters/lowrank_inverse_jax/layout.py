@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.conversion import is_traced
 
@@ -119,7 +120,7 @@ class Layout:
             return folder
         return Path(folder) / f"{jax.process_index()}-of-{jax.process_count()}"
 
-    def check(self, tree: Any, name: str, *, axes: bool = False) -> None:
+    def check(self, tree: PyTree, name: str, *, axes: bool = False) -> None:
         """Raise unless arrays that are bound to devices are bound to those of the mesh.
 
         With `axes`, in the mesh itself and no other one of these devices.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse_jax.layout import Layout
 
 __all__ = ["Parameters", "as_parameters"]
@@ -34,7 +35,7 @@ class Parameters:
         Sharding of the vector and of others of its length.
     """
 
-    def __init__(self, tree: Any, *, name: str = "params", mesh: Mesh | None = None) -> None:
+    def __init__(self, tree: PyTree, *, name: str = "params", mesh: Mesh | None = None) -> None:
         self.layout = Layout(mesh)
         self.layout.check(tree, name, axes=True)
         if isinstance(tree, float):  # as jax.grad takes it
@@ -125,7 +126,7 @@ class Parameters:
             leaves[i] = self.layout.alike(array, self._leaves[i])
         return jax.tree_util.tree_unflatten(self._structure, leaves)
 
-    def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> jax.Array:
+    def collect(self, tree: PyTree, *, name: str = "v", expand: bool = False) -> jax.Array:
         """Invert `restore`: return the vector, shape (n,), of a structure like the user's.
 
         With `expand`, a number stands for all entries of an array.
@@ -157,7 +158,7 @@ class Parameters:
         return self.layout.join([jnp.asarray(leaf, self.dtype) for leaf in leaves])
 
 
-def as_parameters(params: Any, *, name: str = "params", mesh: Mesh | None = None) -> Parameters:
+def as_parameters(params: PyTree, *, name: str = "params", mesh: Mesh | None = None) -> Parameters:
     """Find the float arrays in `params`.
 
     Parameters
@@ -200,7 +201,7 @@ def _is_float(leaf: Any) -> bool:
     )
 
 
-def _refuse_collections(tree: Any, name: str) -> None:
+def _refuse_collections(tree: PyTree, name: str) -> None:
     """Raise for the variables of a flax module: running statistics are no parameters."""
     if not isinstance(tree, Mapping) or "params" not in tree:
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lowrank_inverse._typing import RNG, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, PyTree, SolveFunction, Solver
 from lowrank_inverse.solvers.solve import as_solve as core_as_solve
 
 __all__ = ["as_solve"]
@@ -53,7 +53,7 @@ def as_solve(
         shapes = [leaf.shape for leaf in leaves]
         sizes = [leaf.numel() for leaf in leaves]
 
-        def flat(tree: Any) -> Tensor:
+        def flat(tree: PyTree) -> Tensor:
             return torch.cat([part.detach().reshape(-1) for part in pytree.tree_flatten(tree)[0]])
 
         def tree(vector: Tensor) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse.arrays.spread import everywhere, is_spread, laid_as
 from lowrank_inverse_torch.mesh.sharded import with_whole_modules
 from lowrank_inverse_torch.structures import expand_modules, is_leaf, tree_map, walk
@@ -149,7 +150,9 @@ class Parameters:
             tensors = [None if x is None else laid_as(everywhere(x, y), y) for x, y in pairs]
         return tree_map(lambda i: None if i is None else tensors[i], self._positions)
 
-    def collect(self, tree: Any, *, name: str = "v", expand: bool = False) -> list[Tensor | None]:
+    def collect(
+        self, tree: PyTree, *, name: str = "v", expand: bool = False
+    ) -> list[Tensor | None]:
         """Invert `restore`: return a value for each of `self.tensors` from a structure.
 
         With `expand`, a number or a tensor of shape () stands for all entries of a tensor.
@@ -199,7 +202,7 @@ class Parameters:
 
 
 def as_parameters(
-    params: Any, *, name: str = "params", spread: bool = False, gather: bool = False
+    params: PyTree, *, name: str = "params", spread: bool = False, gather: bool = False
 ) -> Parameters:
     """Find the distinct tensors that require grad in `params`.
 

@@ -8,16 +8,18 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree  # only what it has had under these names since torch 2.2
 
+from lowrank_inverse._typing import PyTree
+
 tree_map = pytree.tree_map
 
 
-def is_leaf(tree: Any) -> bool:
+def is_leaf(tree: PyTree) -> bool:
     """Tell whether `tree` is no container that torch knows; None is a leaf."""
     leaves = pytree.tree_flatten(tree)[0]
     return len(leaves) == 1 and leaves[0] is tree
 
 
-def expand_modules(tree: Any) -> tuple[Any, list[nn.Module]]:
+def expand_modules(tree: PyTree) -> tuple[Any, list[nn.Module]]:
     """Put the dict of its named parameters in the place of each module."""
     modules: list[nn.Module] = []
 
@@ -30,7 +32,7 @@ def expand_modules(tree: Any) -> tuple[Any, list[nn.Module]]:
     return tree_map(expand, tree), modules
 
 
-def walk(tree: Any, like: Any, *, name: str, place: str = "") -> Iterator[tuple[str, Any]]:
+def walk(tree: PyTree, like: Any, *, name: str, place: str = "") -> Iterator[tuple[str, Any]]:
     """Yield place and value of `tree` for each leaf of `like`, such as ``("layers.0", value)``.
 
     Keys of a dict may come in another order, and a tuple for a list.

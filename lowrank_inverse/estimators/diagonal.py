@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import rows_like
@@ -35,7 +35,7 @@ class DiagonalEstimate(NamedTuple):
 
 
 @quietly
-def estimate_diagonal(A: Any, num_products: int, *, rng: RNG = 0) -> DiagonalEstimate:
+def estimate_diagonal(A: OperatorLike, num_products: int, *, rng: RNG = 0) -> DiagonalEstimate:
     """Estimate the diagonal of `A` from products with random vectors.
 
     Parameters

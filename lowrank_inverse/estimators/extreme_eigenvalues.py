@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Scalar
+from lowrank_inverse._typing import Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.conversion import astype, concrete, eps, rows_like
 from lowrank_inverse.arrays.linalg import column_norm, dot
 from lowrank_inverse.arrays.spread import reduced
@@ -31,7 +30,7 @@ def power_norm(multiply: Callable[[Array], Array], b: Array, num_steps: int) -> 
     return estimate
 
 
-def largest_eigenvalue(A: Any, damping: Scalar, b: Array) -> Array:
+def largest_eigenvalue(A: OperatorLike, damping: Scalar, b: Array) -> Array:
     """Estimate the largest absolute eigenvalue of ``A + damping * I`` from below; 1 for zero."""
     norm = power_norm(lambda v: A @ v + damping * v, b, NUM_POWER_STEPS)
     xp = array_namespace(norm)
@@ -42,7 +41,7 @@ LANCZOS_STEPS = 100
 RITZ_RTOL = 0.01
 
 
-def lowest_ritz(A: Any, seed: int, b: Array) -> tuple[float, float, float]:
+def lowest_ritz(A: OperatorLike, seed: int, b: Array) -> tuple[float, float, float]:
     """Return the lowest Ritz value of `A`, its residual, and the largest absolute Ritz value.
 
     The Lanczos method [1]_ with full orthogonalisation starts from a random vector. It stops when

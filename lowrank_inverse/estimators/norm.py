@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, OperatorLike
 from lowrank_inverse.arrays.conversion import rows_like
 from lowrank_inverse.arrays.linalg import column_norm
 
@@ -15,12 +13,12 @@ NORM_PRODUCTS = 2
 PROBE_SEED = 0
 
 
-def certificate_cost(A: Any) -> int:
+def certificate_cost(A: OperatorLike) -> int:
     """Return the number of products of a certificate beyond one per column."""
     return 0 if hasattr(A, "frobenius_norm") else NORM_PRODUCTS
 
 
-def frobenius_norm(A: Any, b: Array) -> Array:
+def frobenius_norm(A: OperatorLike, b: Array) -> Array:
     """Return the Frobenius norm of `A`, or an estimate of it, as a 0-d array.
 
     For a Gaussian vector z, ``norm(A z)^2`` has the square of the norm as its mean. The product

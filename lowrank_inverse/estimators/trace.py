@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_count, check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, concrete, rows_like, to_host, wide_dtype
@@ -47,7 +47,7 @@ def mean_of(samples: Array) -> tuple[Array, Array]:
 
 
 @quietly
-def trace(A: Any, num_products: int = 60, *, rng: RNG = 0) -> TraceEstimate:
+def trace(A: OperatorLike, num_products: int = 60, *, rng: RNG = 0) -> TraceEstimate:
     """Return the trace of `A` from its diagonal, or estimate it from products [1]_.
 
     Parameters
@@ -134,7 +134,7 @@ TRACE_PROBES = 16
 AUTO_FRACTION = 0.1
 
 
-def auto_damping(A: Any, seed: int) -> float:
+def auto_damping(A: OperatorLike, seed: int) -> float:
     """Return a tenth of the mean eigenvalue, by Hutchinson's estimate of the trace."""
     A = aslinearoperator(A)
     n = int(A.shape[0])

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Batch, Data
 from lowrank_inverse.influence.dataset import Examples
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Backend(Protocol):
     unit: float
     """Machine epsilon of the coarsest numbers that the model computes with."""
 
-    def losses(self, batch: Any, *, anew: bool = False) -> Array:
+    def losses(self, batch: Batch, *, anew: bool = False) -> Array:
         """Return the loss of each example: what the user's function gives, summed over tokens.
 
         `anew`: with another random state, and as the function is now, not as it was compiled.
@@ -75,23 +75,23 @@ class Backend(Protocol):
         """Return ``1 / num * sum_i w_i C_i`` as an operator with its `gradient`."""
         ...
 
-    def product_bytes(self, batch: Any, curvature: str) -> int:
+    def product_bytes(self, batch: Batch, curvature: str) -> int:
         """Measure the memory of a product with the curvature of one batch."""
         ...
 
-    def gradients(self, batch: Any) -> Array:
+    def gradients(self, batch: Batch) -> Array:
         """Return the gradient of each example of a batch as a column, shape (n, size)."""
         ...
 
-    def slopes(self, batch: Any, Z: Array) -> Array:
+    def slopes(self, batch: Batch, Z: Array) -> Array:
         """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
         ...
 
-    def token_slopes(self, batch: Any, Z: Array) -> Array:
+    def token_slopes(self, batch: Batch, Z: Array) -> Array:
         """Return the same for the loss of each token: (m, size, tokens)."""
         ...
 
-    def token_gradients(self, batch: Any) -> Array:
+    def token_gradients(self, batch: Batch) -> Array:
         """Return the gradient of each token's loss in a batch of one example: (n, tokens)."""
         ...
 
@@ -115,6 +115,6 @@ class Backend(Protocol):
         """Hash the weights, frozen ones too, and what else the model keeps."""
         ...
 
-    def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
+    def examples(self, data: Data, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a data set as examples."""
         ...

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Scalar
+from lowrank_inverse._typing import Array, Data, Scalar
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite
 from lowrank_inverse.arrays.conversion import concrete, like, to_host
 from lowrank_inverse.arrays.linalg import column_norm
@@ -56,8 +56,8 @@ class InfluenceBase(TokenScores, ParameterScores, GroupScores):
 
     def scores(
         self,
-        query: Any,
-        train: Any = None,
+        query: Data,
+        train: Data = None,
         *,
         query_loss: Callable[..., Any] | None = None,
         reduction: str = "none",
@@ -139,10 +139,10 @@ class InfluenceBase(TokenScores, ParameterScores, GroupScores):
 
     def top_k(
         self,
-        query: Any,
+        query: Data,
         k: int,
         kind: str = "helpful",
-        train: Any = None,
+        train: Data = None,
         **options: Unpack[Options],
     ) -> TopK:
         """Find the k most influential training examples of each query.
@@ -185,7 +185,7 @@ class InfluenceBase(TokenScores, ParameterScores, GroupScores):
 
     def plan(
         self,
-        query: Any = None,
+        query: Data = None,
         *,
         query_loss: Callable[..., Any] | None = None,
         reduction: str = "none",

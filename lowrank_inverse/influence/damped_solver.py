@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Indices, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import Array, Indices, OperatorLike, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import check_finite, check_scalar, describe
 from lowrank_inverse.arrays.conversion import concrete, eps, is_array, to_host
 from lowrank_inverse.estimators.extreme_eigenvalues import lowest_ritz
@@ -48,7 +48,7 @@ class KeptColumns(Operator):
         With either, so far.
     """
 
-    def __init__(self, A: Any, source: Any = None, *, keep: bool = True) -> None:
+    def __init__(self, A: OperatorLike, source: Any = None, *, keep: bool = True) -> None:
         self.A = aslinearoperator(A)
         self.source = self.A if source is None else aslinearoperator(source)
         self.shape, self.dtype, self.like = self.A.shape, self.A.dtype, self.A.like
@@ -114,7 +114,7 @@ class Factor:
 
     def __init__(
         self,
-        A: Any,
+        A: OperatorLike,
         solver: Solver | SolveFunction,
         *,
         ridge: Scalar,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Batch
 from lowrank_inverse.arrays.conversion import is_array, to_host
 
 Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
@@ -135,12 +135,12 @@ class Examples:
         batch = next((batch for batch in self._read() if self.size(batch) > 0), None)
         return None if batch is None else self.rows(batch, 0, min(limit, self.size(batch)))
 
-    def rows(self, batch: Any, start: int, stop: int) -> Any:
+    def rows(self, batch: Batch, start: int, stop: int) -> Any:
         """Return the examples `start` to `stop` of a batch."""
         leaves, rebuild = self._flatten(batch)
         return rebuild([leaf[start:stop, ...] if _has_rows(leaf) else leaf for leaf in leaves])
 
-    def size(self, batch: Any) -> int:
+    def size(self, batch: Batch) -> int:
         """Count the examples of a batch."""
         return next(int(x.shape[0]) for x in self._flatten(batch)[0] if _has_rows(x))
 
@@ -174,7 +174,7 @@ class Examples:
             )
         return sizes.pop()
 
-    def _pieces(self, batch: Any, limit: int) -> Iterator[tuple[int, Any]]:
+    def _pieces(self, batch: Batch, limit: int) -> Iterator[tuple[int, Any]]:
         leaves, _ = self._flatten(batch)
         if not all(map(_has_rows, leaves)):
             yield 0, batch

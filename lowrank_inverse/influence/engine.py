@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, Array, Data, OperatorLike, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import (
     all_finite,
     check_count,
@@ -64,7 +64,7 @@ class Workings:
     def __init__(
         self,
         backend: Backend,
-        train: Any,
+        train: Data,
         *,
         curvature: str,
         solver: Solver | SolveFunction | None,
@@ -120,7 +120,7 @@ class Workings:
         self._damping = float(damping)
         self._factor = self._factor_of(self._operator, kept)
 
-    def _factor_of(self, A: Any, kept: KeptColumns | None = None) -> Factor:
+    def _factor_of(self, A: OperatorLike, kept: KeptColumns | None = None) -> Factor:
         return Factor(
             A,
             self._solver,
@@ -143,7 +143,7 @@ class Workings:
         kept.indices, kept.kept = self._factor.A.indices, self._factor.A.kept
         return self._factor_of(A, kept)
 
-    def _read(self, data: Any, name: str, backend: Backend | None = None) -> Examples:
+    def _read(self, data: Data, name: str, backend: Backend | None = None) -> Examples:
         backend = self._backend if backend is None else backend
 
         def read() -> Examples:

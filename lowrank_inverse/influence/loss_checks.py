@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Batch
 from lowrank_inverse.arrays.checks import describe, namespace
 from lowrank_inverse.arrays.conversion import is_array, to_host
 from lowrank_inverse.influence.dataset import Examples
@@ -119,7 +119,7 @@ def _check_first(backend: Any, examples: Examples, losses: np.ndarray) -> None:
 
 
 def _checked(
-    backend: Any, batch: Any, examples: Examples, start: int, *, anew: bool = False
+    backend: Any, batch: Batch, examples: Examples, start: int, *, anew: bool = False
 ) -> np.ndarray:
     size = examples.size(batch)
     where = f"examples {start} to {start + size - 1} of `{examples.name}`"
@@ -143,7 +143,7 @@ def _checked(
     return host if host.dtype == np.float64 else host.astype(np.float32)
 
 
-def _check_alone(backend: Any, examples: Examples, batch: Any, losses: np.ndarray) -> None:
+def _check_alone(backend: Any, examples: Examples, batch: Batch, losses: np.ndarray) -> None:
     if losses.size == 1:
         return
     alone = _checked(backend, examples.rows(batch, 0, 1), examples, 0)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Batch, Data
 from lowrank_inverse.arrays.conversion import is_array, like, to_host
 from lowrank_inverse.arrays.linalg import dot
 from lowrank_inverse.arrays.spread import gathered, local, rows_beside
@@ -65,8 +65,8 @@ class Passes(Recorded):
 
     def _asked(
         self,
-        query: Any,
-        train: Any,
+        query: Data,
+        train: Data,
         *,
         query_loss: Callable[..., Any] | None = None,
         reduction: str = "none",
@@ -153,7 +153,7 @@ class Passes(Recorded):
             parts, progress=self._progress, total=len(targets), label="scores"
         ):
 
-            def compute(batch: Any = batch) -> Array:
+            def compute(batch: Batch = batch) -> Array:
                 if by_jvp:
                     return self._backend.slopes(batch, Z)
                 return Z.T @ self._backend.gradients(batch)

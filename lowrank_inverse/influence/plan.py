@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank_inverse._typing import Data
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.influence.backend import Backend
 from lowrank_inverse.influence.dataset import Examples
@@ -198,7 +199,7 @@ def make_plan(
     *,
     why: str,
     jvp: bool,
-    train: Any,
+    train: Data,
     num_solves: int,
     width: int,
     num_scores: int,

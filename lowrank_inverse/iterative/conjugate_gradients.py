@@ -9,7 +9,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, LinearOperator, Scalar
+from lowrank_inverse._typing import Array, LinearOperator, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_count, describe
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
 from lowrank_inverse.arrays.conversion import astype, scalar_like, zero_rows
@@ -45,7 +45,7 @@ BLOCK_SIZE = 32
 
 
 def cg(
-    A: Any,
+    A: OperatorLike,
     b: Array,
     *,
     damping: Scalar = 0.0,
@@ -146,7 +146,7 @@ def cg(
         "block_size": block_size,
     }
 
-    def make(A: Any, damping: Scalar) -> Any:
+    def make(A: OperatorLike, damping: Scalar) -> Any:
         return partial(conjugate_gradients, A, damping=damping, **options)
 
     return implicit(A, damping, b, make, x0=x0, keep=keep)
@@ -154,7 +154,7 @@ def cg(
 
 @quietly
 def conjugate_gradients(
-    A: Any,
+    A: OperatorLike,
     b: Array,
     x0: Array | None,
     keep: int = 0,
@@ -274,7 +274,7 @@ def conjugate_gradients(
 
 
 def _one_block_after_the_other(
-    A: Any, b: Array, x0: Array | None, keep: int, options: Any
+    A: OperatorLike, b: Array, x0: Array | None, keep: int, options: Any
 ) -> Solution:
     """Solve for blocks of columns of about equal widths; the first one's directions are kept."""
     xp, width = array_namespace(b), b.shape[1]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, is_jax_array
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import while_loop
 from lowrank_inverse.arrays.conversion import concrete, eps, is_traced, rows_like, zero_rows
@@ -53,7 +53,7 @@ class KrylovSpace:
        Classical Gram-Schmidt Orthogonalization Process. Numer. Math. 101, 2005.
     """
 
-    def __init__(self, A: Any, start: Array | None, rng: RNG = 0) -> None:
+    def __init__(self, A: OperatorLike, start: Array | None, rng: RNG = 0) -> None:
         self._A = A
         n = int(A.shape[0])
         if start is None:

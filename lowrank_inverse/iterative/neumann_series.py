@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Scalar
+from lowrank_inverse._typing import Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly, while_loop
 from lowrank_inverse.arrays.conversion import astype, eps, scalar_like
@@ -32,7 +32,7 @@ class _State(NamedTuple):
 
 
 def neumann(
-    A: Any,
+    A: OperatorLike,
     b: Array,
     *,
     damping: Scalar = 0.0,
@@ -93,7 +93,7 @@ def neumann(
     A = aslinearoperator(A)
     options = {"num_terms": num_terms, "step_size": constant(step_size), "rtol": rtol}
 
-    def make(A: Any, damping: Scalar) -> Any:
+    def make(A: OperatorLike, damping: Scalar) -> Any:
         return partial(neumann_series, A, damping=damping, **options)
 
     return implicit(A, damping, b, make)
@@ -101,7 +101,7 @@ def neumann(
 
 @quietly
 def neumann_series(
-    A: Any,
+    A: OperatorLike,
     b: Array,
     x0: Array | None = None,
     keep: int = 0,

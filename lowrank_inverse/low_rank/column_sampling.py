@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import RNG, Array, Sampling
+from lowrank_inverse._typing import RNG, Array, OperatorLike, Sampling
 from lowrank_inverse.arrays.checks import check_block, check_count, check_finite, check_rng
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import is_traced, to_host
@@ -28,7 +28,7 @@ def check_sampling(sampling: Sampling) -> None:
         )
 
 
-def resolve_sampling(A: Any, sampling: Sampling, b: Array | None = None) -> Sampling:
+def resolve_sampling(A: OperatorLike, sampling: Sampling, b: Array | None = None) -> Sampling:
     """Return the rule that ``"auto"`` stands for; return any other rule unchanged.
 
     ``"auto"`` is randomly pivoted Cholesky if columns and diagonal can be read, and a Krylov
@@ -44,7 +44,12 @@ def resolve_sampling(A: Any, sampling: Sampling, b: Array | None = None) -> Samp
 
 
 def sample_columns(
-    A: Any, rank: int, *, sampling: Sampling = "uniform", rng: RNG = 0, diagonal: Any = None
+    A: OperatorLike,
+    rank: int,
+    *,
+    sampling: Sampling = "uniform",
+    rng: RNG = 0,
+    diagonal: Any = None,
 ) -> np.ndarray:
     """Draw distinct column indices of `A`.
 

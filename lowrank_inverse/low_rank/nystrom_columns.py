@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
+from lowrank_inverse._typing import RNG, Array, Indices, OperatorLike, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_indices, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import astype, eps, like, take, wide_dtype
@@ -24,7 +24,7 @@ from lowrank_inverse.results.solution import check_system
 
 @quietly
 def nystrom(
-    A: Any,
+    A: OperatorLike,
     rank: int | str | None = None,
     *,
     indices: Indices = None,

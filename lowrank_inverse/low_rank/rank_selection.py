@@ -8,7 +8,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, Sampling, Scalar
+from lowrank_inverse._typing import RNG, Array, OperatorLike, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.conversion import concrete, is_traced, to_host
 from lowrank_inverse.arrays.linalg import column_norm
@@ -27,7 +27,7 @@ POWER_STEPS = 4
 
 
 def adaptive_approximation(
-    A: Any,
+    A: OperatorLike,
     build: Callable[[Any], Any],
     *,
     sampling: Sampling,
@@ -98,7 +98,7 @@ def least_missed(approx: Any) -> float:
     return max(missed, approx.residual_trace / max(1, approx.shape[0] - approx.num_columns))
 
 
-def norm_missed(A: Any, approx: Any) -> float:
+def norm_missed(A: OperatorLike, approx: Any) -> float:
     """Estimate the norm of ``A - H_k`` from below, by `POWER_STEPS` steps of the power method."""
     norm = power_norm(lambda v: A @ v - approx @ v, approx.columns, POWER_STEPS)
     return float(concrete(norm))
@@ -114,7 +114,7 @@ def steps_left(missed: float, damping: Scalar, rtol: float) -> float:
     return 0.5 * condition**0.5 * math.log(2 / max(rtol, FLOAT64_EPS))
 
 
-def doubling_cost(A: Any, approx: Any) -> float:
+def doubling_cost(A: OperatorLike, approx: Any) -> float:
     """Estimate the extra cost of twice the columns, in products with `A`.
 
     Choosing and orthonormalising k columns takes about ``8 n k**2`` operations. A product takes 2
@@ -127,7 +127,7 @@ def doubling_cost(A: Any, approx: Any) -> float:
 
 
 def _reason(
-    A: Any,
+    A: OperatorLike,
     approx: Any,
     source: Source,
     goal: float,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import is_torch_array
 
-from lowrank_inverse._typing import RNG, Array, Sampling
+from lowrank_inverse._typing import RNG, Array, OperatorLike, Sampling
 from lowrank_inverse.arrays.checks import check_finite, check_rng
 from lowrank_inverse.arrays.conversion import rows_like, to_host
 from lowrank_inverse.arrays.graph import constant, is_recorded
@@ -45,7 +45,9 @@ class DrawnColumns:
 
     exhausted, residual_trace = False, None
 
-    def __init__(self, A: Any, order: np.ndarray, trace: float | None, chunk_size: int | None):
+    def __init__(
+        self, A: OperatorLike, order: np.ndarray, trace: float | None, chunk_size: int | None
+    ):
         self._A, self._order, self.trace, self._chunk_size = A, order, trace, chunk_size
         self.size = 0
         self._parts: list[Array] = []
@@ -66,7 +68,7 @@ class DrawnColumns:
 class PivotedColumns:
     """Columns chosen by pivoted Cholesky."""
 
-    def __init__(self, A: Any, method: str, chunk_size: int | None, rng: RNG) -> None:
+    def __init__(self, A: OperatorLike, method: str, chunk_size: int | None, rng: RNG) -> None:
         self._A = A
         self._pivoting = Pivoting(A, method, chunk_size=chunk_size, rng=rng)
         self.trace: float | None = self._pivoting.trace
@@ -112,7 +114,9 @@ class GaussianSketch:
 
     exhausted, residual_trace = False, None
 
-    def __init__(self, A: Any, chunk_size: int | None, rng: RNG, trace: float | None = None):
+    def __init__(
+        self, A: OperatorLike, chunk_size: int | None, rng: RNG, trace: float | None = None
+    ):
         self._A, self._chunk_size, self.trace = A, chunk_size, trace
         self._generator = check_rng(rng)
         self._basis = np.zeros((int(A.shape[0]), 0))
@@ -150,7 +154,9 @@ class KrylovSketch:
 
     residual_trace = None
 
-    def __init__(self, A: Any, start: Array | None, rng: RNG, trace: float | None = None) -> None:
+    def __init__(
+        self, A: OperatorLike, start: Array | None, rng: RNG, trace: float | None = None
+    ) -> None:
         self._A, self.trace = A, trace
         self._space = KrylovSpace(A, start, rng)
 
@@ -182,7 +188,7 @@ Source = DrawnColumns | PivotedColumns | GaussianSketch | KrylovSketch
 
 
 def make_source(
-    A: Any,
+    A: OperatorLike,
     rank: int,
     *,
     sampling: Sampling,

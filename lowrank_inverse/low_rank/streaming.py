@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Indices, Scalar
+from lowrank_inverse._typing import Array, Indices, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_damping, check_indices, no_entries
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
@@ -34,7 +34,7 @@ class RecomputedInverse(Operator):
 
     def __init__(
         self,
-        A: Any,
+        A: OperatorLike,
         indices: np.ndarray,
         damping: Scalar,
         core: Array,
@@ -98,7 +98,7 @@ class RecomputedInverse(Operator):
 
 @quietly
 def chunked_inverse(
-    A: Any, indices: Indices, *, damping: Scalar, chunk_size: int
+    A: OperatorLike, indices: Indices, *, damping: Scalar, chunk_size: int
 ) -> RecomputedInverse:
     """Return ``(H_k + damping * I)^{-1}`` with at most two chunks of columns in memory.
 
@@ -167,7 +167,7 @@ def chunked_inverse(
 
 @quietly
 def streamed_inverse(
-    A: Any, indices: Indices, *, damping: Scalar, chunk_size: int = 1
+    A: OperatorLike, indices: Indices, *, damping: Scalar, chunk_size: int = 1
 ) -> RecomputedInverse:
     """Return ``(H_k + damping * I)^{-1}`` without storing columns, from 2k products.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Indices, Scalar
+from lowrank_inverse._typing import Array, Indices, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import (
     check_floating,
     check_indices,
@@ -108,7 +108,7 @@ class CombinedOperator(Operator):
         return sum(getattr(A, "entry_operations", 2) for A in self._operands())
 
 
-def entries_of(A: Any, indices: np.ndarray) -> Array:
+def entries_of(A: OperatorLike, indices: np.ndarray) -> Array:
     """Return the rows and columns of an array or operator at host `indices`, shape (k, k)."""
     return take(take(A, indices), indices, axis=1) if is_array(A) else A.submatrix(indices)
 
@@ -118,7 +118,7 @@ class SumOperator(CombinedOperator):
 
     _parts = ("parts",)
 
-    def __init__(self, A: Any, B: Any) -> None:
+    def __init__(self, A: OperatorLike, B: OperatorLike) -> None:
         if is_array(B):
             check_floating("B", B)
             check_symmetric("B", B)
@@ -161,7 +161,7 @@ class ScaledOperator(CombinedOperator):
 
     _parts = ("A", "factor")
 
-    def __init__(self, A: Any, factor: Scalar) -> None:
+    def __init__(self, A: OperatorLike, factor: Scalar) -> None:
         self.A, self.factor = A, factor
         self.shape, self.dtype, self.like = A.shape, A.dtype, getattr(A, "like", None)
 

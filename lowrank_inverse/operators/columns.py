@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_jax_array
 
-from lowrank_inverse._typing import Array, Indices
+from lowrank_inverse._typing import Array, Indices, OperatorLike
 from lowrank_inverse.arrays.checks import (
     check_block,
     check_count,
@@ -21,7 +21,7 @@ from lowrank_inverse.arrays.spread import is_spread
 from lowrank_inverse.operators.function import aslinearoperator
 
 
-def columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array:
+def columns(A: OperatorLike, indices: Indices, *, chunk_size: int | None = None) -> Array:
     """Return the columns ``A[:, indices]``.
 
     Parameters
@@ -49,7 +49,7 @@ def columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array
     return join_columns((A.columns(chunk) for chunk in chunks), indices.size)
 
 
-def finite_columns(A: Any, indices: Indices, *, chunk_size: int | None = None) -> Array:
+def finite_columns(A: OperatorLike, indices: Indices, *, chunk_size: int | None = None) -> Array:
     """Return the columns ``A[:, indices]``; raise if they hold NaN or Inf."""
     C = columns(A, indices, chunk_size=chunk_size)
     check_finite("columns of A", C)
@@ -77,7 +77,7 @@ def join_columns(parts: Iterable[Array], count: int) -> Array:
     return array_namespace(held[0]).concat(held, axis=1) if rows is None else rows.T
 
 
-def diagonal(A: Any) -> Array:
+def diagonal(A: OperatorLike) -> Array:
     """Return the diagonal of `A`, shape (n,).
 
     Raises
@@ -94,7 +94,7 @@ def index_chunks(indices: np.ndarray, chunk_size: int | None) -> list[np.ndarray
     return [indices[start : start + size] for start in range(0, indices.size, size)]
 
 
-def empty_like(A: Any) -> Array:
+def empty_like(A: OperatorLike) -> Array:
     """Return an empty array of the library, dtype and device of the products of `A`."""
     empty = getattr(A, "like", None)
     if empty is None:
@@ -102,7 +102,7 @@ def empty_like(A: Any) -> Array:
     return empty
 
 
-def known_trace(A: Any) -> float | None:
+def known_trace(A: OperatorLike) -> float | None:
     """Return the trace of `A`, or None if it has no diagonal."""
     d = known_or_none(A)
     if d is None or is_traced(d):
@@ -111,7 +111,7 @@ def known_trace(A: Any) -> float | None:
     return float(np.sum(to_host(d).astype(np.float64)))
 
 
-def known_or_none(A: Any) -> Array | None:
+def known_or_none(A: OperatorLike) -> Array | None:
     """Return the diagonal of `A`, or None if it has none."""
     try:
         return diagonal(A)
@@ -119,7 +119,7 @@ def known_or_none(A: Any) -> Array | None:
         return None
 
 
-def known_diagonal(A: Any, what: str) -> Array:
+def known_diagonal(A: OperatorLike, what: str) -> Array:
     """Return the diagonal of `A`, finite and concrete, for a rule that needs its values."""
     d = A.diagonal()
     check_block("diagonal of A", d, int(A.shape[0]))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Indices, Scalar
+from lowrank_inverse._typing import Array, Indices, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_scalar, no_entries
 from lowrank_inverse.arrays.conversion import is_known, is_traced, take
 from lowrank_inverse.arrays.linalg import added_diagonals, times_diagonal
@@ -17,7 +17,7 @@ from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.operators.function import aslinearoperator
 
 
-def shifted(A: Any, damping: Scalar) -> Operator:
+def shifted(A: OperatorLike, damping: Scalar) -> Operator:
     """Return ``A + damping * I`` as an operator.
 
     Parameters
@@ -43,7 +43,7 @@ class DiagonallyScaledOperator(CombinedOperator):
 
     _parts = ("A", "s")
 
-    def __init__(self, A: Any, s: Array) -> None:
+    def __init__(self, A: OperatorLike, s: Array) -> None:
         self.A, self.s, self.like = A, s, no_entries(s)
         self.shape, self.dtype = (int(A.shape[0]), int(A.shape[0])), s.dtype
 
@@ -66,7 +66,7 @@ class DiagonallyScaledOperator(CombinedOperator):
         return self.s * self.s * self.A.diagonal()
 
 
-def scaled_by_diagonal(A: Any, s: Array) -> DiagonallyScaledOperator:
+def scaled_by_diagonal(A: OperatorLike, s: Array) -> DiagonallyScaledOperator:
     """Return ``diag(s) A diag(s)``, for `s` of shape (n,)."""
     return DiagonallyScaledOperator(A, s)
 
@@ -78,7 +78,7 @@ def scaled(block: Array | None, s: Array | None) -> Array | None:
     return s * block if block.ndim == 1 else s[:, None] * block
 
 
-def split_shift(A: Any, damping: Scalar) -> tuple[Any, Any]:
+def split_shift(A: OperatorLike, damping: Scalar) -> tuple[Any, Any]:
     """Return ``(H, d)`` with ``H + d I = A + damping I`` for a number d, the largest part in d.
 
     Where d would be negative, `A` is returned as it is.
@@ -90,7 +90,7 @@ def split_shift(A: Any, damping: Scalar) -> tuple[Any, Any]:
     return A, damping
 
 
-def split_diagonal(A: Any, damping: Scalar) -> tuple[Any, Any, Array | None]:
+def split_diagonal(A: OperatorLike, damping: Scalar) -> tuple[Any, Any, Array | None]:
     """Return ``(H, d, s)`` with ``H + d I = S (A + damping I) S``, S the identity if s is None.
 
     A diagonal D that `A` was shifted by stays out of H: with ``s = (D + damping)^{-1/2}`` it

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import Array, Indices, Scalar
+from lowrank_inverse._typing import Array, Indices, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import (
     check_block,
     check_count,
@@ -115,7 +115,7 @@ class ShiftedOperator(CombinedOperator):
     _parts = ("base", "shift")
     _holds_diagonal = True
 
-    def __init__(self, A: Any, shift: Scalar) -> None:
+    def __init__(self, A: OperatorLike, shift: Scalar) -> None:
         self.base, self.shift = A, shift
         if isinstance(A, ShiftedOperator):
             self.base, self.shift = A.base, added_diagonals(A.shift, shift)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from array_api_compat import is_jax_array, is_torch_array
 
-from lowrank_inverse._typing import Array, Indices, Scalar
+from lowrank_inverse._typing import Array, Indices, OperatorLike, Scalar
 from lowrank_inverse.arrays import graph
 from lowrank_inverse.arrays.conversion import carries_gradient, is_array
 from lowrank_inverse.arrays.linalg import times_diagonal
@@ -30,7 +30,7 @@ class Rules(Protocol):
 
     def solve(
         self,
-        A: Any,
+        A: OperatorLike,
         damping: Any,
         b: Array,
         make: Any,
@@ -114,7 +114,7 @@ class Opaque(Operator):
 
     _parts = ()
 
-    def __init__(self, A: Any, silent: bool) -> None:
+    def __init__(self, A: OperatorLike, silent: bool) -> None:
         own = getattr(A, "without_graph", None)
         self.A, self.silent, self.live = A if own is None else own(), silent, own is not None
         self.shape, self.dtype, self.like = tuple(A.shape), A.like.dtype, A.like
@@ -170,13 +170,13 @@ def made_of(x: Any, arrays: Iterable[Array]) -> Any:
     return mapped(x, lambda part: next(others) if is_array(part) else part)
 
 
-def damped_product(A: Any, damping: Scalar, x: Array) -> Array:
+def damped_product(A: OperatorLike, damping: Scalar, x: Array) -> Array:
     """Return ``(A + damping * I) @ x``."""
     return A @ x + times_diagonal(damping, x)
 
 
 def implicit(
-    A: Any,
+    A: OperatorLike,
     damping: Scalar,
     b: Array,
     make: Callable[[Any, Scalar], Run],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_torch_array
 
-from lowrank_inverse._typing import Array, Indices
+from lowrank_inverse._typing import Array, Indices, OperatorLike
 from lowrank_inverse.arrays.checks import check_count, check_indices, describe, prototype
 from lowrank_inverse.arrays.conversion import copied, is_array
 from lowrank_inverse.operators.base import Operator
@@ -127,7 +127,7 @@ class FunctionOperator(Operator):
         return self._diagonal(*self.parameters)
 
 
-def aslinearoperator(A: Any) -> Any:
+def aslinearoperator(A: OperatorLike) -> Any:
     """Return `A` as an operator with ``@``, ``.columns(indices)`` and ``.diagonal()``.
 
     Parameters
@@ -185,7 +185,7 @@ def aslinearoperator(A: Any) -> Any:
 
 
 def _by_products(
-    A: Any, dtype: Any, like: Array | None, columns: Any = None, diagonal: Any = None
+    A: OperatorLike, dtype: Any, like: Array | None, columns: Any = None, diagonal: Any = None
 ) -> FunctionOperator:
     check_square(A)
     product = partial(operator.matmul, A)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import Array, Indices
+from lowrank_inverse._typing import Array, Indices, OperatorLike
 from lowrank_inverse.arrays.checks import check_indices, describe
 from lowrank_inverse.operators.base import CombinedOperator
 from lowrank_inverse.operators.function import aslinearoperator
@@ -20,7 +20,7 @@ class HadamardOperator(CombinedOperator):
 
     _parts: tuple[str, ...] | None = ("A", "B")
 
-    def __init__(self, A: Any, B: Any) -> None:
+    def __init__(self, A: OperatorLike, B: OperatorLike) -> None:
         self.A, self.B = A, B
         self.shape, self.dtype, self.like = A.shape, A.dtype, A.like
 
@@ -49,7 +49,7 @@ class HadamardOperator(CombinedOperator):
         return self.A.diagonal() * self.B.diagonal()
 
 
-def hadamard(A: Any, B: Any) -> HadamardOperator:
+def hadamard(A: OperatorLike, B: OperatorLike) -> HadamardOperator:
     """Return the entrywise product of `A` and `B`; for kernel matrices, that of the product kernel.
 
     It is positive semidefinite if both are (Schur product theorem).

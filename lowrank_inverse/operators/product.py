@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_block, describe, no_entries
 from lowrank_inverse.arrays.control_flow import full_precision
 from lowrank_inverse.arrays.conversion import concrete, is_array, is_traced, scatter
@@ -78,7 +78,7 @@ class ProductOnly:
             )
 
 
-def check_square(A: Any) -> None:
+def check_square(A: OperatorLike) -> None:
     """Raise unless `A` has shape (n, n)."""
     shape = tuple(A.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
@@ -101,7 +101,7 @@ def unit_vectors(indices: np.ndarray, n: int, like: Array) -> Array:
     return scatter(like_array(np.eye(indices.size), like), indices, n)
 
 
-def check_alike(A: Any, B: Any) -> None:
+def check_alike(A: OperatorLike, B: OperatorLike) -> None:
     """Raise unless two operators that are combined have one library and one dtype."""
     a, b = (no_entries(X) if is_array(X) else getattr(X, "like", None) for X in (A, B))
     one_library = a is None or b is None or array_namespace(a) is array_namespace(b)

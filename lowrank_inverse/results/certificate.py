@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Scalar
+from lowrank_inverse._typing import Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import concrete, eps, scalar_like
@@ -44,7 +44,9 @@ class Certificate(NamedTuple):
 
 
 @quietly
-def certify(A: Any, b: Array, x: Array, *, damping: Scalar, inverse: Any = None) -> Certificate:
+def certify(
+    A: OperatorLike, b: Array, x: Array, *, damping: Scalar, inverse: Any = None
+) -> Certificate:
     """Bound the error of an approximate solution `x` of ``(A + damping * I) x = b``.
 
     Parameters

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Scalar
+from lowrank_inverse._typing import Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import (
     check_block,
     check_finite,
@@ -134,7 +134,7 @@ def span(x: Any) -> str:
 
 
 def check_system(
-    A: Any, b: Array, damping: Scalar, x0: Array | None = None, *, name: str = "x0"
+    A: OperatorLike, b: Array, damping: Scalar, x0: Array | None = None, *, name: str = "x0"
 ) -> None:
     """Raise unless `b` and `x0` are finite blocks that fit `A`, and `damping` is >= 0."""
     n = int(A.shape[0])

@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from lowrank_inverse._typing import ArrayLike, MatrixLike
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.sklearn.exact_covariance import ExactCovariance
@@ -155,7 +156,7 @@ class GaussianProcessRegressor(KernelRegressor):
         self.exact_variance = exact_variance
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any) -> GaussianProcessRegressor:
+    def fit(self, X: MatrixLike, y: ArrayLike) -> GaussianProcessRegressor:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
         Warns with a ``ConvergenceWarning`` if the optimiser or a solve ended early.
@@ -197,7 +198,7 @@ class GaussianProcessRegressor(KernelRegressor):
 
     def predict(
         self,
-        X: Any,
+        X: MatrixLike,
         return_std: bool = False,
         return_cov: bool = False,
         *,
@@ -241,7 +242,7 @@ class GaussianProcessRegressor(KernelRegressor):
             warnings.warn(missed, ConvergenceWarning, stacklevel=2)
         return mean, self._shaped(result)
 
-    def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
+    def sample_y(self, X: MatrixLike, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
         """Draw functions at points `X` (p, d): shape (p, n_samples) or (p, m, n_samples)."""
         rng = check_random_state(random_state)
         mean, cov = self.predict(X, return_cov=True)

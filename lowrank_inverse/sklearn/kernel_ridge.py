@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from lowrank_inverse._typing import Sampling
+from lowrank_inverse._typing import ArrayLike, MatrixLike, Sampling
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.operators.composition import scaled_by_diagonal
@@ -122,7 +122,9 @@ class KernelRidge(KernelRegressor):
         self.memory_budget = memory_budget
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelRidge:
+    def fit(
+        self, X: MatrixLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> KernelRidge:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
         Points of zero weight are ignored. With kernel="precomputed", `X` is the kernel of the

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_inverse._typing import ArrayLike, MatrixLike
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.sklearn.regressor import KernelRegressor, kernel_matrix
 
@@ -84,7 +85,9 @@ class KernelRidgeCV(KernelRegressor):
         self.store_cv_results = store_cv_results
         self.chunk_size = chunk_size
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelRidgeCV:
+    def fit(
+        self, X: MatrixLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> KernelRidgeCV:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
         Points of zero weight are ignored. With kernel="precomputed", `X` is the kernel of the

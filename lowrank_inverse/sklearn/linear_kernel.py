@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import issparse
 
-from lowrank_inverse._typing import Indices
+from lowrank_inverse._typing import Indices, MatrixLike
 from lowrank_inverse.arrays.checks import check_indices
 from lowrank_inverse.operators.base import Operator
 
@@ -18,7 +18,7 @@ class LinearKernel(Operator):
     A product takes two products with `X`.
     """
 
-    def __init__(self, X: Any, chunk_size: int) -> None:
+    def __init__(self, X: MatrixLike, chunk_size: int) -> None:
         self.X, self.chunk_size = X, chunk_size
         self.shape, self.dtype = (X.shape[0], X.shape[0]), X.dtype
         self.like = np.zeros(0, dtype=X.dtype)

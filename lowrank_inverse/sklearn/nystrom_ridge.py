@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import Sampling
+from lowrank_inverse._typing import ArrayLike, MatrixLike, Sampling
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.least_squares import inverse_root, ridge_by_gram, ridge_by_rotations
 from lowrank_inverse.low_rank.column_sampling import sample_columns
@@ -102,7 +102,9 @@ class NystromRidge(KernelRegressor):
         self.chunk_size = chunk_size
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> NystromRidge:
+    def fit(
+        self, X: MatrixLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> NystromRidge:
         """Fit to points `X` (n, d) and targets `y` (n,) or (n, m).
 
         Points of zero weight are ignored.
@@ -133,7 +135,7 @@ class NystromRidge(KernelRegressor):
         self.dual_coef_ = self._shaped(T @ fit(blocks(), self.alpha))
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: MatrixLike) -> np.ndarray:
         """Return the regression function at points `X` (p, d): shape (p,) or (p, m)."""
         X = self._points(X)
         A = self._operator(self.X_fit_, self.lengthscale_)

@@ -10,6 +10,7 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from lowrank_inverse._typing import ArrayLike, MatrixLike, OperatorLike
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.operators.kernel import CPU_CHUNK, KernelOperator
 from lowrank_inverse.operators.points import row_slices
@@ -32,7 +33,7 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _is(self, kernel: str) -> bool:
         return isinstance(self.kernel, str) and self.kernel == kernel
 
-    def _operator(self, X: Any, lengthscale: Any) -> Any:
+    def _operator(self, X: MatrixLike, lengthscale: Any) -> Any:
         if self._is("precomputed"):
             return X
         if self._is("linear"):
@@ -48,7 +49,9 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             chunk_size=self.chunk_size,
         )
 
-    def _training(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+    def _training(
+        self, X: MatrixLike, y: ArrayLike, sample_weight: ArrayLike | None
+    ) -> tuple[Any, Any, Any]:
         """Return checked points, targets of shape (n, m), and square roots of weights (n, 1)."""
         X, y = self._validated(X, y, multi_output=True, y_numeric=True)
         if self._is("precomputed") and X.shape[0] != X.shape[1]:
@@ -80,14 +83,14 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _rng(self) -> np.random.Generator:
         return np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
 
-    def _validated(self, X: Any, *y: Any, **options: Any) -> Any:
+    def _validated(self, X: MatrixLike, *y: Any, **options: Any) -> Any:
         if issparse(X) and not self._is("linear"):
             raise TypeError(
                 f"sparse `X` needs kernel='linear'; got kernel={self.kernel!r}. Use X.toarray()."
             )
         return validate_data(self, X, *y, accept_sparse="csr", dtype=FLOATS, **options)
 
-    def _keep(self, X: Any, coefficients: np.ndarray) -> None:
+    def _keep(self, X: MatrixLike, coefficients: np.ndarray) -> None:
         """Keep what makes the regression function: points and coefficients, shape (n, m)."""
         if self._is("precomputed"):  # the columns to come are those of all points
             full = np.zeros((self.n_features_in_, coefficients.shape[1]), dtype=coefficients.dtype)
@@ -97,12 +100,12 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             self.X_fit_ = X
         self.dual_coef_ = self._shaped(coefficients)
 
-    def _points(self, X: Any) -> Any:
+    def _points(self, X: MatrixLike) -> Any:
         check_is_fitted(self)
         X = self._validated(X, reset=False)
         return X.astype(self._dtype, copy=False)
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: MatrixLike) -> np.ndarray:
         """Return the regression function at points `X` (p, d), shape (p,) or (p, m).
 
         With kernel="precomputed", `X` is their kernel with all training points, shape (p, n).
@@ -124,7 +127,7 @@ def spread(X: np.ndarray, weight: np.ndarray) -> float:
     return float(spread) ** 0.5 or 1.0
 
 
-def kernel_matrix(A: Any) -> np.ndarray:
+def kernel_matrix(A: OperatorLike) -> np.ndarray:
     """Return the whole matrix; each tile is computed once, and nothing is held twice."""
     if isinstance(A, np.ndarray):
         return A

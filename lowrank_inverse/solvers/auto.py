@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_inverse._typing import RNG, Array, Scalar
+from lowrank_inverse._typing import RNG, Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import is_traced
 from lowrank_inverse.operators.columns import known_or_none
@@ -37,7 +37,7 @@ class Auto:
         check_scalar("damping", self.damping)
         check_scalar("rtol", self.rtol)
 
-    def choose(self, A: Any) -> tuple[Any, str]:
+    def choose(self, A: OperatorLike) -> tuple[Any, str]:
         """Return the settings chosen for `A`, and the reason as text."""
         A = aslinearoperator(A)
         base, n = A.base if isinstance(A, ShiftedOperator) else A, int(A.shape[0])
@@ -55,6 +55,6 @@ class Auto:
         cheap = NystromCG(rank="auto", sampling="rpcholesky", **shared)
         return cheap, "columns and diagonal of A can be read"
 
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return an approximate inverse of ``A + damping * I``."""
         return self.choose(A)[0].prepare(A, rng=rng, b=b)

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import (
+    RNG,
+    Array,
+    LinearOperator,
+    OperatorLike,
+    Scalar,
+    SolveFunction,
+    Solver,
+)
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
@@ -65,7 +73,7 @@ class PreparedInverse(ProductOnly):
 
     def __init__(
         self,
-        A: Any,
+        A: OperatorLike,
         run: Callable[..., Solution],
         *,
         apply: Callable[[Array], Array] | None = None,
@@ -140,17 +148,17 @@ def differentiable(prepare: Prepare) -> Prepare:
 
     @wraps(prepare)
     def prepared(
-        settings: Any, A: Any, *, rng: RNG = 0, b: Array | None = None, **pairs: Any
+        settings: Any, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None, **pairs: Any
     ) -> PreparedInverse:
         A, damping = aslinearoperator(A), settings.damping
         seen = None if is_batched(b) else constant(b)
 
-        def fixed(A: Any, damping: Scalar, rng: RNG = rng) -> PreparedInverse:
+        def fixed(A: OperatorLike, damping: Scalar, rng: RNG = rng) -> PreparedInverse:
             same = damping is settings.damping
             own = settings if same else replace(settings, damping=damping)
             return prepare(own, A, rng=rng, b=seen, **pairs)
 
-        def each(A: Any, damping: Scalar) -> Any:
+        def each(A: OperatorLike, damping: Scalar) -> Any:
             one = fixed(A, damping, copy.deepcopy(rng))  # the same columns in its derivative
 
             def run(b: Array, x0: Array | None, keep: int) -> Solution:
@@ -174,7 +182,13 @@ def differentiable(prepare: Prepare) -> Prepare:
 
 @quietly
 def direct_solution(
-    A: Any, damping: Scalar, b: Array, x: Array, num_products: int, *, scale: Array | None = None
+    A: OperatorLike,
+    damping: Scalar,
+    b: Array,
+    x: Array,
+    num_products: int,
+    *,
+    scale: Array | None = None,
 ) -> Solution:
     """Say how good the `x` of a direct method is, after `num_products`, at one more a column.
 
@@ -248,12 +262,12 @@ class CallableSolver:
         self.function = function
 
     @differentiable
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return an inverse that passes the product of `A` to the function and counts the calls."""
         return PreparedInverse(A, partial(_solve_by_function, self.function, A))
 
 
-def _solve_by_function(function: Any, A: Any, b: Array, x0: Array | None) -> Solution:
+def _solve_by_function(function: Any, A: OperatorLike, b: Array, x0: Array | None) -> Solution:
     check_system(A, b, 0.0)
     calls = 0
 

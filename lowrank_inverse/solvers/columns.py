@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_count, check_indices, check_rng
 from lowrank_inverse.arrays.conversion import concrete, is_traced
 from lowrank_inverse.estimators.diagonal import estimate_diagonal
@@ -38,7 +38,7 @@ def check_columns(settings: Any) -> None:
         object.__setattr__(settings, "indices", indices)
 
 
-def _weights(settings: Any, A: Any, rng: RNG) -> tuple[Any, int]:
+def _weights(settings: Any, A: OperatorLike, rng: RNG) -> tuple[Any, int]:
     """Return an estimate of the diagonal where one was asked for and is needed, and its price."""
     wanted = settings.diagonal_products is not None and settings.sampling.startswith("diagonal")
     if not wanted or known_or_none(A) is not None:
@@ -47,7 +47,7 @@ def _weights(settings: Any, A: Any, rng: RNG) -> tuple[Any, int]:
     return estimate, estimate.num_products
 
 
-def chosen_indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
+def chosen_indices(settings: Any, A: OperatorLike, rng: RNG) -> tuple[np.ndarray, int]:
     """Return the columns to take, and the products that it took to choose them."""
     n = int(A.shape[0])
     if settings.indices is not None:
@@ -60,7 +60,7 @@ def chosen_indices(settings: Any, A: Any, rng: RNG) -> tuple[np.ndarray, int]:
 
 
 def chosen_approximation(
-    settings: Any, A: Any, rng: RNG, aim: Any, b: Array | None = None, **arguments: Any
+    settings: Any, A: OperatorLike, rng: RNG, aim: Any, b: Array | None = None, **arguments: Any
 ) -> Any:
     """Return the Nyström approximation of the settings; a rank that grows aims at `aim`."""
     if settings.indices is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, Scalar
+from lowrank_inverse._typing import RNG, Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.conversion import astype, concrete, eps, is_traced, like, wide_dtype
 from lowrank_inverse.arrays.decompositions import eigh
@@ -64,7 +64,7 @@ class Exact:
         check_scalar("damping", self.damping)
 
     @differentiable
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of ``A + damping * I``."""
         A, damping = split_shift(A, self.damping)
         n = int(A.shape[0])
@@ -147,21 +147,21 @@ class Identity:
     def __post_init__(self) -> None:
         check_scalar("scale", self.scale, positive=True)
 
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return ``scale * I``."""
         A = aslinearoperator(A)
         apply = partial(operator.mul, self.scale)
         return PreparedInverse(A, partial(_solve_by_identity, constant(A), apply), apply=apply)
 
 
-def _solve_by_identity(A: Any, apply: Any, b: Array, x0: Array | None) -> Solution:
+def _solve_by_identity(A: OperatorLike, apply: Any, b: Array, x0: Array | None) -> Solution:
     check_system(A, b, 0.0)
     x = apply(b)
     return direct_solution(A, 0.0, constant(b), constant(x), 0)._replace(value=x)
 
 
 def _solve_directly(
-    A: Any,
+    A: OperatorLike,
     damping: Scalar,
     apply: Callable[[Array], Array],
     units: Array | None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, Solver
+from lowrank_inverse._typing import RNG, Array, LinearOperator, OperatorLike, Scalar, Solver
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE
 from lowrank_inverse.iterative.neumann_series import neumann_series
@@ -52,7 +52,7 @@ class CG:
 
     @differentiable
     def prepare(
-        self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
+        self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
     ) -> PreparedInverse:
         """Return an inverse of ``A + damping * I`` by conjugate gradients; `rng` is not used.
 
@@ -96,14 +96,14 @@ class Neumann:
             check_scalar("step_size", self.step_size, positive=True)
 
     @differentiable
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return an inverse of ``A + damping * I`` that sums the series; `rng` is not used."""
         H, damping = split_shift(A, self.damping)
         return PreparedInverse(H, partial(_solve_by_neumann, self, H, damping))
 
 
 def _solve_by_neumann(
-    settings: Neumann, A: Any, damping: Scalar, b: Array, x0: Array | None
+    settings: Neumann, A: OperatorLike, damping: Scalar, b: Array, x0: Array | None
 ) -> Solution:
     return neumann_series(
         A,

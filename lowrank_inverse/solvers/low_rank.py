@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
+from lowrank_inverse._typing import RNG, Array, Indices, OperatorLike, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping, check_scalar
 from lowrank_inverse.arrays.conversion import eps
 from lowrank_inverse.iterative.conjugate_gradients import conjugate_gradients
@@ -119,7 +119,7 @@ class Nystrom:
             )
 
     @differentiable
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the Nyström inverse of ``A + damping * I``."""
         H, damping, s = split_diagonal(A, self.damping)
         check_damping(damping)
@@ -167,7 +167,7 @@ class Nystrom:
             asymmetry=getattr(source, "asymmetry", None),
         )
 
-    def _plan(self, A: Any, b: Array | None) -> MemoryPlan | None:
+    def _plan(self, A: OperatorLike, b: Array | None) -> MemoryPlan | None:
         """Say how the columns are to be held; None where their number is not known before."""
         if self.indices is None and self.rank == "auto":
             return None
@@ -187,7 +187,7 @@ class Nystrom:
 
 
 def _solve_by_inverse(
-    A: Any,
+    A: OperatorLike,
     settings: Nystrom,
     source: Any,
     inverse: Any,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lowrank_inverse._typing import RNG, Array, Indices, Sampling, Scalar
+from lowrank_inverse._typing import RNG, Array, Indices, OperatorLike, Sampling, Scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import eps
 from lowrank_inverse.iterative.conjugate_gradients import BLOCK_SIZE
@@ -73,7 +73,7 @@ class NystromCG:
     @differentiable
     @quietly
     def prepare(
-        self, A: Any, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
+        self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None, pairs: Pairs | None = None
     ) -> PreparedInverse:
         """Return an inverse of ``A + damping * I`` that runs preconditioned conjugate gradients.
 
@@ -104,7 +104,7 @@ class NystromCG:
             asymmetry=approx.asymmetry,
         )
 
-    def _approximate(self, A: Any, b: Array | None, rng: RNG) -> NystromApproximation:
+    def _approximate(self, A: OperatorLike, b: Array | None, rng: RNG) -> NystromApproximation:
         """Return the approximation behind the preconditioner, by `rank` products.
 
         It is that of `A`; or, for an `A` that a diagonal was added to, that of ``S H S`` as in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowrank_inverse._typing import Array, LinearOperator, Scalar
+from lowrank_inverse._typing import Array, LinearOperator, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_indices
 from lowrank_inverse.arrays.linalg import tall_dot, times_diagonal
 from lowrank_inverse.iterative.conjugate_gradients import conjugate_gradients
@@ -19,7 +19,7 @@ from lowrank_inverse.results.solution import Pairs, Solution
 
 def solve_by_cg(
     settings: Any,
-    A: Any,
+    A: OperatorLike,
     damping: Scalar,
     preconditioner: LinearOperator | None,
     b: Array,
@@ -50,7 +50,7 @@ def solve_by_cg(
     return solution._replace(directions=Pairs(S, Y - times_diagonal(A.shift, S)))
 
 
-def recycled_approximation(A: Any, damping: Scalar, pairs: Pairs) -> NystromApproximation:
+def recycled_approximation(A: OperatorLike, damping: Scalar, pairs: Pairs) -> NystromApproximation:
     """Return the approximation that pairs give, of what ``split_diagonal(A, damping)`` leaves.
 
     Negative eigenvalues are left out: the pairs are of several operators, which may be their cause.
@@ -63,14 +63,14 @@ def recycled_approximation(A: Any, damping: Scalar, pairs: Pairs) -> NystromAppr
     return approx
 
 
-def preconditioner_of(A: Any, damping: Scalar, approx: NystromApproximation) -> Any:
+def preconditioner_of(A: OperatorLike, damping: Scalar, approx: NystromApproximation) -> Any:
     """Return the preconditioner of ``A + damping * I`` from what approximates the rest of it."""
     _, damping, s = split_diagonal(A, damping)
     preconditioner: Any = NystromPreconditioner(approx, damping)
     return preconditioner if s is None else scaled_by_diagonal(preconditioner, s)
 
 
-def sampled_pairs(A: Any, damping: Scalar, approx: NystromApproximation) -> Pairs | None:
+def sampled_pairs(A: OperatorLike, damping: Scalar, approx: NystromApproximation) -> Pairs | None:
     """Return the vectors of an approximation and their products with A less its diagonal shift."""
     S, Y, n = approx.vectors, approx.columns, int(A.shape[0])
     if S is None:

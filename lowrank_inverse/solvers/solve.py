@@ -8,7 +8,15 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, LinearOperator, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import (
+    RNG,
+    Array,
+    LinearOperator,
+    OperatorLike,
+    Scalar,
+    SolveFunction,
+    Solver,
+)
 from lowrank_inverse.arrays.checks import check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
@@ -35,7 +43,7 @@ from lowrank_inverse.solvers.state import HypergradientState, solve_from
 
 @quietly
 def solve(
-    A: Any,
+    A: OperatorLike,
     b: Array,
     *,
     damping: Scalar = 0.0,
@@ -168,7 +176,7 @@ def solve(
 
 
 def _settings(
-    solver: Solver | SolveFunction | None, A: Any, preconditioner: Any
+    solver: Solver | SolveFunction | None, A: OperatorLike, preconditioner: Any
 ) -> tuple[Any, str]:
     """Return settings and, where they were not given, the reason for them."""
     if solver is None and preconditioner is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._io import Format
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import all_finite, check_finite, describe, namespace
 from lowrank_inverse.arrays.conversion import is_traced, like_device, rows_like, to_host
 from lowrank_inverse.arrays.spread import is_spread, reduced
@@ -98,7 +98,7 @@ class Continued(NamedTuple):
 def solve_from(
     state: HypergradientState | Solution | None,
     settings: Any,
-    A: Any,
+    A: OperatorLike,
     b: Array,
     *,
     x0: Array | None = None,

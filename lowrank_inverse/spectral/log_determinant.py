@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array, Scalar
+from lowrank_inverse._typing import RNG, Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_rng, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
@@ -67,7 +67,7 @@ class LogDeterminant(NamedTuple):
     num_products: Any
     inverse: Any
 
-    def inverse_trace(self, B: Any) -> TraceEstimate:
+    def inverse_trace(self, B: OperatorLike) -> TraceEstimate:
         """Estimate the trace of ``(A + damping * I)^{-1} B``.
 
         If B is the derivative of A with respect to a parameter, this is the derivative of `value`,
@@ -90,7 +90,7 @@ class _Factored(NamedTuple):
 
     L: Array | None
 
-    def trace(self, B: Any) -> TraceEstimate:
+    def trace(self, B: OperatorLike) -> TraceEstimate:
         """Return the trace of the inverse times B."""
         n = int(B.shape[0])
         columns = B.columns(np.arange(n))
@@ -112,7 +112,7 @@ class _Probed(NamedTuple):
     approximation: Any
     scale: Array | None
 
-    def trace(self, B: Any) -> TraceEstimate:
+    def trace(self, B: OperatorLike) -> TraceEstimate:
         """Estimate the trace of the inverse times B."""
         known, samples, beside = self.samples(B, 0.0)
         xp = array_namespace(samples)
@@ -124,7 +124,9 @@ class _Probed(NamedTuple):
         spent = self.approximation.num_columns + samples.shape[0]
         return TraceEstimate(plain(value), concrete(xp.where(use, error, plain_error)), spent)
 
-    def samples(self, B: Any, shift: Scalar, *, slope: bool = False) -> tuple[Array, Array, Array]:
+    def samples(
+        self, B: OperatorLike, shift: Scalar, *, slope: bool = False
+    ) -> tuple[Array, Array, Array]:
         """Return what P tells of the trace, and samples with the inverse and with P^{-1}.
 
         As a `slope` it does not tell how the inverse depends on what B is made of.
@@ -140,7 +142,7 @@ class _Probed(NamedTuple):
 
 @quietly
 def logdet(
-    A: Any,
+    A: OperatorLike,
     *,
     damping: Scalar = 0.0,
     rank: int = 50,
@@ -258,7 +260,7 @@ def logdet(
     )
 
 
-def _factor(A: Any, damping: Scalar) -> LogDeterminant:
+def _factor(A: OperatorLike, damping: Scalar) -> LogDeterminant:
     n = int(A.shape[0])
     H = finite_columns(A, np.arange(n))
     M = symmetric_part(astype(H, wide_dtype(H)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Indices, Scalar
+from lowrank_inverse._typing import Array, Indices, OperatorLike, Scalar
 from lowrank_inverse.arrays.conversion import astype, carries_gradient, eps, like, take
 from lowrank_inverse.arrays.graph import constant
 from lowrank_inverse.arrays.linalg import dot, tall_dot, tall_times
@@ -20,7 +20,7 @@ from lowrank_inverse.operators.columns import known_or_none
 class FixedOperator(Operator):
     """An operator whose products are constants to derivatives."""
 
-    def __init__(self, A: Any) -> None:
+    def __init__(self, A: OperatorLike) -> None:
         self.A, self.recorded = A, False
         self.shape, self.dtype, self.like = A.shape, A.dtype, constant(A.like)
         if hasattr(A, "submatrix"):
@@ -74,7 +74,7 @@ class ShiftedNystrom(NamedTuple):
         n, k = self.U.shape
         return array_namespace(inside).sum(inside) + (n - k) * outside
 
-    def traces(self, B: Any, shift: Scalar, u: Array) -> tuple[Array, Array]:
+    def traces(self, B: OperatorLike, shift: Scalar, u: Array) -> tuple[Array, Array]:
         """Return ``trace(P^{-1} D)`` and ``u.T D u`` for each column u, with D derived from B.
 
         D is the derivative of ``H_k + damping * I`` where B and `shift` are those of A and the
@@ -94,7 +94,7 @@ class ShiftedNystrom(NamedTuple):
 
 
 def shifted_nystrom(
-    A: Any, rank: int, damping: Scalar, generator: np.random.Generator
+    A: OperatorLike, rank: int, damping: Scalar, generator: np.random.Generator
 ) -> ShiftedNystrom:
     """Return P for constants `A` and `damping`, with `rank` columns, or fewer if A has fewer.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
-from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, PyTree, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.bilevel.implicit_gradient import implicit_gradient
 from lowrank_inverse.bilevel.info import HypergradientInfo, hypergradient_info
@@ -73,8 +73,8 @@ class Hypergradient(NamedTuple):
 def hypergradient(
     inner_loss: Callable[..., Any],
     outer_loss: Callable[..., Any],
-    params: Any,
-    hparams: Any,
+    params: PyTree,
+    hparams: PyTree,
     *,
     inner_args: tuple[Any, ...] = (),
     outer_args: tuple[Any, ...] = (),
@@ -174,13 +174,13 @@ def hypergradient(
     inner_value = _value(inner_loss, "inner_loss", has_aux)
     outer_value = _value(outer_loss, "outer_loss", has_aux)
 
-    def inner(vector: jax.Array, hparams: Any) -> jax.Array:
+    def inner(vector: jax.Array, hparams: PyTree) -> jax.Array:
         return inner_value(theta.replace(vector), hparams, *inner_args)
 
-    def outer(vector: jax.Array, hparams: Any) -> jax.Array:
+    def outer(vector: jax.Array, hparams: PyTree) -> jax.Array:
         return outer_value(theta.replace(vector), hparams, *outer_args)
 
-    def inner_gradient(vector: jax.Array, hparams: Any) -> jax.Array:
+    def inner_gradient(vector: jax.Array, hparams: PyTree) -> jax.Array:
         gradient = theta.gradient(lambda params: inner_value(params, hparams, *inner_args))(vector)
         coefficients = flat_ridge(ridge_of(hparams), theta)
         return gradient if coefficients is None else gradient + coefficients * vector

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, PyTree, Scalar, SolveFunction, Solver
 from lowrank_inverse.bilevel.minimization import check_bounds, minimize, seed_of
 from lowrank_inverse.bilevel.minimum import BilevelMinimum
 from lowrank_inverse_jax.bilevel.problem import OptimizerStep, Problem, host, is_optimizer, side
@@ -21,8 +21,8 @@ __all__ = ["minimize_bilevel"]
 def minimize_bilevel(
     inner_loss: Callable[..., Any],
     outer_loss: Callable[..., Any],
-    params: Any,
-    hparams: Any,
+    params: PyTree,
+    hparams: PyTree,
     *,
     inner: Any = "lbfgs",
     outer: Any = "lbfgs",

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_inverse._typing import RNG, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, PyTree, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse_jax.bilevel.hypergradient import flat_ridge
@@ -81,7 +81,7 @@ def implicit_minimizer(
 
     def minimized(train: Callable[..., Any]) -> Callable[..., Any]:
         @jax.custom_jvp
-        def minimizer(init: Any, inputs: Any) -> Any:
+        def minimizer(init: PyTree, inputs: Any) -> Any:
             return train(init, *inputs)
 
         @minimizer.defjvp
@@ -121,7 +121,7 @@ def implicit_minimizer(
         plain = minimized(train)
 
         @wraps(train)
-        def wrapped(init: Any, hparams: Any, *args: Any, **options: Any) -> Any:
+        def wrapped(init: PyTree, hparams: PyTree, *args: Any, **options: Any) -> Any:
             minimizer = minimized(partial(train, **options)) if options else plain
             return minimizer(init, (hparams, *args))
 
@@ -130,7 +130,7 @@ def implicit_minimizer(
     return decorator
 
 
-def _tangents(params: Any, moved: Any) -> Any:
+def _tangents(params: PyTree, moved: Any) -> Any:
     """Return `moved` in the structure of `params`, with the zero tangents of what is no float."""
 
     def tangent(leaf: Any, move: Any) -> Any:

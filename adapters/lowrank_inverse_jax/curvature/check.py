@@ -9,6 +9,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse.bilevel.hessian_check import HessianCheck, compare, directions
 from lowrank_inverse_jax.curvature.hessian import HessianOperator
 from lowrank_inverse_jax.parameters import as_parameters
@@ -16,7 +17,7 @@ from lowrank_inverse_jax.parameters import as_parameters
 __all__ = ["check_hessian"]
 
 
-def check_hessian(loss: Any, params: Any, *, seed: int = 0) -> HessianCheck:
+def check_hessian(loss: Any, params: PyTree, *, seed: int = 0) -> HessianCheck:
     """Compare a product with the Hessian of a loss to a difference of its gradients.
 
     JAX differentiates only what it traces. A gradient may depend on more: weights computed from a
@@ -66,7 +67,7 @@ def check_hessian(loss: Any, params: Any, *, seed: int = 0) -> HessianCheck:
     return compare(product, gradients, step, narrow.names, sizes, unit)
 
 
-def _compared(loss: Any, params: Any, host: np.ndarray, v: np.ndarray, dtype: Any) -> Any:
+def _compared(loss: Any, params: PyTree, host: np.ndarray, v: np.ndarray, dtype: Any) -> Any:
     theta = as_parameters(params)
     unit = float(jnp.finfo(dtype).eps)
     step = unit**0.5

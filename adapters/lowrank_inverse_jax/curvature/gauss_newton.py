@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse_jax.curvature.derivatives import both_ways, linearized
 from lowrank_inverse_jax.curvature.losses import as_list, scalar
 from lowrank_inverse_jax.curvature.mean_operator import CurvatureOperator, Linear
@@ -50,7 +51,7 @@ class GaussNewtonOperator(CurvatureOperator):
         self,
         loss: Any,
         outputs: Any,
-        params: Any,
+        params: PyTree,
         *,
         chunk_size: int = 8,
         mesh: Mesh | None = None,

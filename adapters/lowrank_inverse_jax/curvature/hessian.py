@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lowrank_inverse._typing import Indices
+from lowrank_inverse._typing import Indices, PyTree
 from lowrank_inverse_jax.curvature.derivatives import linearized
 from lowrank_inverse_jax.curvature.losses import as_list, scalar
 from lowrank_inverse_jax.curvature.mean_operator import CurvatureOperator, Linear
@@ -68,7 +68,7 @@ class HessianOperator(CurvatureOperator):
     """
 
     def __init__(
-        self, loss: Any, params: Any, *, chunk_size: int = 8, mesh: Mesh | None = None
+        self, loss: Any, params: PyTree, *, chunk_size: int = 8, mesh: Mesh | None = None
     ) -> None:
         params = as_parameters(params, mesh=mesh)
 
@@ -79,7 +79,7 @@ class HessianOperator(CurvatureOperator):
         super().__init__([linearizer(one) for one in as_list(loss)], params, chunk_size)
 
 
-def hvp(loss: Any, params: Any, v: Any) -> Any:
+def hvp(loss: Any, params: PyTree, v: Any) -> Any:
     """Multiply the Hessian of a loss by a vector or a block of vectors.
 
     Parameters
@@ -106,7 +106,9 @@ def hvp(loss: Any, params: Any, v: Any) -> Any:
     return H.params.restore(H @ H.params.collect(v))
 
 
-def hessian_columns(loss: Any, params: Any, indices: Indices, *, chunk_size: int = 8) -> jax.Array:
+def hessian_columns(
+    loss: Any, params: PyTree, indices: Indices, *, chunk_size: int = 8
+) -> jax.Array:
     """Compute columns of the Hessian of a loss, shape (n, k).
 
     For arguments, costs and errors see `HessianOperator` and its `columns`.

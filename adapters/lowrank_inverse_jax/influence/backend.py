@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lowrank_inverse._typing import Batch, Data, PyTree
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.conversion import eps
 from lowrank_inverse.influence.checkpoint import digest
@@ -35,7 +36,7 @@ class JaxBackend:
     def __init__(
         self,
         loss: Callable[..., Any],
-        params: Any,
+        params: PyTree,
         outputs: Callable[..., Any] | None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -67,7 +68,7 @@ class JaxBackend:
         """Return the number of entries of each float leaf by its path."""
         return self._params.sizes
 
-    def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
+    def examples(self, data: Data, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a pytree of arrays, a list of batches or an iterable of them as examples."""
         examples = Examples(
             as_batches(data, name, batch_size),
@@ -102,7 +103,7 @@ class JaxBackend:
             loss, self._params.replace(self.vector()), self._outputs, self.layout.mesh
         )
 
-    def losses(self, batch: Any, *, anew: bool = False) -> Any:
+    def losses(self, batch: Batch, *, anew: bool = False) -> Any:
         """Return the loss of each example; `anew` not as it was compiled."""
         with full_precision():
             return (self._losses if anew else self._values)(self.vector(), self._spread(batch))
@@ -121,7 +122,7 @@ class JaxBackend:
         gradient = self.total(examples, w) / examples.num
         return MeanCurvature(self, self._products[curvature], examples, w, gradient)
 
-    def product_bytes(self, batch: Any, curvature: str) -> int:
+    def product_bytes(self, batch: Batch, curvature: str) -> int:
         """Ask the compiler for the memory of a product with the curvature of one batch."""
         leaves, _ = flatten(batch)
         size = next(leaf.shape[0] for leaf in leaves if jnp.ndim(leaf) > 0)
@@ -131,22 +132,22 @@ class JaxBackend:
             about = lowered.compile().memory_analysis()
         return int(getattr(about, "temp_size_in_bytes", 0))
 
-    def gradients(self, batch: Any) -> jax.Array:
+    def gradients(self, batch: Batch) -> jax.Array:
         """Return the gradient of each example as a column, shape (n, size)."""
         with full_precision():
             return self._gradients(self.vector(), self._spread(batch))
 
-    def slopes(self, batch: Any, Z: jax.Array) -> jax.Array:
+    def slopes(self, batch: Batch, Z: jax.Array) -> jax.Array:
         """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
         with full_precision():
             return self._slopes(self.vector(), self._spread(batch), Z)
 
-    def token_slopes(self, batch: Any, Z: jax.Array) -> jax.Array:
+    def token_slopes(self, batch: Batch, Z: jax.Array) -> jax.Array:
         """Return the same for the loss of each token: (m, size, tokens)."""
         with full_precision():
             return self._token_slopes(self.vector(), batch, Z)
 
-    def token_gradients(self, batch: Any) -> jax.Array:
+    def token_gradients(self, batch: Batch) -> jax.Array:
         """Return the gradient of each token's loss in a batch of one example: (n, tokens)."""
         with full_precision():
             return self._token_gradients(self.vector(), batch).T
@@ -161,35 +162,35 @@ class JaxBackend:
                     result = result + self._total(self.vector(), *self.weighted(batch, w))
         return result
 
-    def weighted(self, batch: Any, w: np.ndarray) -> tuple[Any, jax.Array]:
+    def weighted(self, batch: Batch, w: np.ndarray) -> tuple[Any, jax.Array]:
         """Return a batch and host weights, in the dtype of the parameters, on the devices."""
         return self._spread(batch), self.layout.examples(np.asarray(w, self.like.dtype))
 
-    def _spread(self, batch: Any) -> Any:
+    def _spread(self, batch: Batch) -> Any:
         """Return a batch with its examples cut over the devices."""
         if self.layout.mesh is None:
             return batch
         leaves, rebuild = flatten(batch)
         return rebuild([self.layout.examples(x) for x in leaves])
 
-    def _losses(self, vector: jax.Array, batch: Any) -> Any:
+    def _losses(self, vector: jax.Array, batch: Batch) -> Any:
         losses = _per_example(self._raw_losses(vector, batch))
         # What is no array, or of another shape, is refused by name further on.
         return self.layout.rows(losses) if getattr(losses, "ndim", 0) == 1 else losses
 
-    def _raw_losses(self, vector: jax.Array, batch: Any) -> Any:
+    def _raw_losses(self, vector: jax.Array, batch: Batch) -> Any:
         batch, params = self._spread(batch), self._params.replace(vector)
         if self._outputs is None:
             return self._loss(params, batch)
         return self._loss(self._outputs(params, batch), batch)
 
-    def _of_tokens(self, vector: jax.Array, batch: Any) -> Any:
+    def _of_tokens(self, vector: jax.Array, batch: Batch) -> Any:
         return check_tokens(self._raw_losses(vector, batch))
 
-    def _weighted(self, vector: jax.Array, batch: Any, w: jax.Array) -> jax.Array:
+    def _weighted(self, vector: jax.Array, batch: Batch, w: jax.Array) -> jax.Array:
         return jnp.sum(w * self._losses(vector, batch))
 
-    def _each(self, vector: jax.Array, batch: Any) -> jax.Array:
+    def _each(self, vector: jax.Array, batch: Batch) -> jax.Array:
         leaves, rebuild = flatten(self._spread(batch))
         rows = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 0]
 
@@ -205,18 +206,20 @@ class JaxBackend:
         return each
 
     def _pushed(
-        self, losses: Callable[..., Any], vector: jax.Array, batch: Any, Z: jax.Array
+        self, losses: Callable[..., Any], vector: jax.Array, batch: Batch, Z: jax.Array
     ) -> jax.Array:
         push = jax.linearize(lambda v: losses(v, batch), vector)[1]
         slopes: jax.Array = self.layout.rows(_mapped(push, Z), axis=1)
         return slopes
 
-    def _hessian(self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array) -> jax.Array:
+    def _hessian(
+        self, vector: jax.Array, batch: Batch, w: jax.Array, block: jax.Array
+    ) -> jax.Array:
         gradient = jax.grad(lambda v: self._weighted(v, batch, w))
         return self._multiplied(jax.linearize(gradient, vector)[1], block)
 
     def _gauss_newton(
-        self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array
+        self, vector: jax.Array, batch: Batch, w: jax.Array, block: jax.Array
     ) -> jax.Array:
         assert self._outputs is not None
         batch = self._spread(batch)
@@ -228,11 +231,11 @@ class JaxBackend:
         )[1]
         return self._multiplied(lambda v: pull(curve(push(v)))[0], block)
 
-    def _outputs_at(self, vector: jax.Array, batch: Any) -> Any:
+    def _outputs_at(self, vector: jax.Array, batch: Batch) -> Any:
         assert self._outputs is not None
         return self._outputs(self._params.replace(vector), batch)
 
-    def _fisher(self, vector: jax.Array, batch: Any, w: jax.Array, block: jax.Array) -> jax.Array:
+    def _fisher(self, vector: jax.Array, batch: Batch, w: jax.Array, block: jax.Array) -> jax.Array:
         push = jax.linearize(lambda v: self._losses(v, batch), vector)[1]
         pull = jax.linear_transpose(push, vector)
         return self._multiplied(lambda v: pull(w * push(v))[0], block)

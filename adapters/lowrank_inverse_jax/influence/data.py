@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from array_api_compat import is_torch_array
 
+from lowrank_inverse._typing import Batch, Data
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.conversion import is_array, to_host
 from lowrank_inverse.influence.dataset import DEFAULT_BATCH_SIZE
@@ -48,7 +49,7 @@ class Stacked:
             yield jax.tree_util.tree_map(lambda *parts: np.stack(list(map(to_host, parts))), *rows)
 
 
-def as_batches(data: Any, name: str, batch_size: int | None) -> Iterable[Any]:
+def as_batches(data: Data, name: str, batch_size: int | None) -> Iterable[Any]:
     """Return a pytree of arrays, a list of batches or of examples, or an iterable as batches.
 
     A loader or data set of torch is read in its order.
@@ -63,7 +64,7 @@ def as_batches(data: Any, name: str, batch_size: int | None) -> Iterable[Any]:
     return Converted(_batches(data, name, batch_size or DEFAULT_BATCH_SIZE), name)
 
 
-def _batches(data: Any, name: str, batch_size: int) -> Iterable[Any]:
+def _batches(data: Data, name: str, batch_size: int) -> Iterable[Any]:
     torch_data = sys.modules.get("torch.utils.data")
     if torch_data is not None and isinstance(data, torch_data.DataLoader):
         from lowrank_inverse_torch.influence.data import in_order
@@ -98,7 +99,7 @@ def _is_example(item: Any) -> bool:
     )
 
 
-def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def flatten(batch: Batch) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Return the leaves of a batch, and what puts others in their places."""
     leaves, structure = jax.tree_util.tree_flatten(batch)
     return leaves, lambda values: jax.tree_util.tree_unflatten(structure, values)

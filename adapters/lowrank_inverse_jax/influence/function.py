@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, Data, PyTree, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.checkpoint import Store
 from lowrank_inverse.influence.dataset import Examples
@@ -115,8 +115,8 @@ class InfluenceFunction(InfluenceBase):
     def __init__(
         self,
         loss: Callable[..., Any],
-        params: Any,
-        train: Any,
+        params: PyTree,
+        train: Data,
         *,
         outputs: Callable[..., Any] | None = None,
         curvature: str = "ggn",
@@ -153,8 +153,8 @@ class InfluenceFunction(InfluenceBase):
         cls,
         path: str | os.PathLike[str],
         loss: Callable[..., Any],
-        params: Any,
-        train: Any,
+        params: PyTree,
+        train: Data,
         **options: Any,
     ) -> InfluenceFunction:
         """Read a file of `save`, without computing its columns again.

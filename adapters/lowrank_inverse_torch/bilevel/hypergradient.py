@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, PyTree, Scalar, SolveFunction, Solver
 from lowrank_inverse.arrays.spread import gathered, is_spread
 from lowrank_inverse.bilevel.hessian_check import HessianCheck
 from lowrank_inverse.bilevel.implicit_gradient import ImplicitGradient, implicit_gradient
@@ -68,8 +68,8 @@ class Hypergradient(NamedTuple):
 def hypergradient(
     inner_loss: Loss | Sequence[Loss],
     outer_loss: Loss | Sequence[Loss],
-    params: Any,
-    hparams: Any,
+    params: PyTree,
+    hparams: PyTree,
     *,
     solver: Solver | SolveFunction | None = None,
     ridge: Scalar = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, PyTree, Scalar, SolveFunction, Solver
 from lowrank_inverse.bilevel.minimization import check_bounds, minimize, seed_of
 from lowrank_inverse.bilevel.minimum import BilevelMinimum
 from lowrank_inverse_torch.bilevel.problem import OptimizerStep, Problem, host, side
@@ -27,8 +27,8 @@ __all__ = ["minimize_bilevel"]
 def minimize_bilevel(
     inner_loss: Loss | Sequence[Loss],
     outer_loss: Loss | Sequence[Loss],
-    params: Any,
-    hparams: Any,
+    params: PyTree,
+    hparams: PyTree,
     *,
     inner: Any = "lbfgs",
     outer: Any = "lbfgs",

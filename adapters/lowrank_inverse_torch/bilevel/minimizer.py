@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_inverse._typing import RNG, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, PyTree, SolveFunction, Solver
 from lowrank_inverse.bilevel.ridge import default_solver
 from lowrank_inverse_torch.bilevel.training import Minimizer, Problem
 from lowrank_inverse_torch.curvature.mean_operator import Modules
@@ -118,7 +118,7 @@ def implicit_minimizer(
         )
 
         @wraps(train)
-        def wrapped(init: Any, hparams: Any, *args: Any, **options: Any) -> Any:
+        def wrapped(init: PyTree, hparams: PyTree, *args: Any, **options: Any) -> Any:
             problem = Problem(minimizer, init, hparams, args, options)
             return problem.minimise(init, hparams, args)
 

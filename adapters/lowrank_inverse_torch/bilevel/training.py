@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lowrank_inverse._typing import RNG
+from lowrank_inverse._typing import RNG, PyTree
 from lowrank_inverse.bilevel.diagnostics import HypergradientWarning
 from lowrank_inverse.bilevel.info import HypergradientInfo
 from lowrank_inverse.solvers.state import HypergradientState
@@ -66,7 +66,12 @@ class Problem:
     """
 
     def __init__(
-        self, minimizer: Minimizer, init: Any, hparams: Any, args: Any, options: dict[str, Any]
+        self,
+        minimizer: Minimizer,
+        init: PyTree,
+        hparams: PyTree,
+        args: Any,
+        options: dict[str, Any],
     ) -> None:
         self.minimizer, self._options = minimizer, options
         leaves, self._structure = pytree.tree_flatten((init, hparams, *args))
@@ -88,7 +93,7 @@ class Problem:
         self.states: RandomStates = {}
         self._result: Any = None
 
-    def minimise(self, init: Any, hparams: Any, args: Any) -> Any:
+    def minimise(self, init: PyTree, hparams: PyTree, args: Any) -> Any:
         """Return the minimiser, with the derivative attached."""
         given = pytree.tree_flatten((init, hparams, *args))[0]
         tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.bilevel.hessian_check import HessianCheck, compare, directions
 from lowrank_inverse_torch.curvature.hessian import HessianOperator, Loss
@@ -19,7 +19,7 @@ __all__ = ["check_along", "check_hessian"]
 
 
 def check_hessian(
-    loss: Loss | Sequence[Loss], params: Any, *, seed: int = 0, module: Modules | None = None
+    loss: Loss | Sequence[Loss], params: PyTree, *, seed: int = 0, module: Modules | None = None
 ) -> HessianCheck:
     """Compare a product with the Hessian of a loss to a difference of its gradients.
 

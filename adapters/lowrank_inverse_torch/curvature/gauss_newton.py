@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse_torch.curvature.gradient_graph import (
     GradientGraph,
     Values,
@@ -172,7 +173,7 @@ class GaussNewtonOperator(CurvatureOperator[GaussNewtonGraph]):
         self,
         loss: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]],
         outputs: Callable[[], Tensor] | Sequence[Callable[[], Tensor]],
-        params: Any,
+        params: PyTree,
         *,
         chunk_size: int = 1,
         module: Modules | None = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowrank_inverse._typing import PyTree
 from lowrank_inverse.arrays.spread import gathered
 from lowrank_inverse_torch.curvature.gradient_graph import (
     GradientGraph,
@@ -107,7 +108,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
     def __init__(
         self,
         loss: Loss | Sequence[Loss],
-        params: Any,
+        params: PyTree,
         *,
         chunk_size: int = 1,
         module: Modules | None = None,
@@ -210,7 +211,9 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         return [None if total is None else total / self._num_closures for total in totals]
 
 
-def hvp(loss: Loss | Sequence[Loss], params: Any, v: Any, *, module: Modules | None = None) -> Any:
+def hvp(
+    loss: Loss | Sequence[Loss], params: PyTree, v: Any, *, module: Modules | None = None
+) -> Any:
     """Multiply the Hessian of a loss by a vector or a block of vectors.
 
     Parameters
@@ -246,7 +249,7 @@ def hvp(loss: Loss | Sequence[Loss], params: Any, v: Any, *, module: Modules | N
 
 def hessian_columns(
     loss: Loss | Sequence[Loss],
-    params: Any,
+    params: PyTree,
     indices: Iterable[int],
     *,
     chunk_size: int = 1,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, autograd
 
-from lowrank_inverse._typing import Scalar
+from lowrank_inverse._typing import OperatorLike, Scalar
 from lowrank_inverse.operators.differentiation import (
     constant,
     damped_product,
@@ -34,7 +34,9 @@ _TWICE = (
 class _Task:
     """A system as a function of the tensors that it is made of, and what solves it."""
 
-    def __init__(self, A: Any, damping: Scalar, make: Any, x0: Any = None, keep: int = 0) -> None:
+    def __init__(
+        self, A: OperatorLike, damping: Scalar, make: Any, x0: Any = None, keep: int = 0
+    ) -> None:
         self.system, self.make, self.x0, self.keep = (A, damping), make, x0, keep
         self.records = torch.is_grad_enabled()
         self.found: Any = None
@@ -173,7 +175,7 @@ class Rules:
 
     @staticmethod
     def solve(
-        A: Any,
+        A: OperatorLike,
         damping: Scalar,
         b: Tensor,
         make: Any,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse._typing import Batch, Data, PyTree
 from lowrank_inverse.arrays.checks import no_entries
 from lowrank_inverse.arrays.spread import local, rows_beside
 from lowrank_inverse.influence.dataset import Examples
@@ -33,7 +34,7 @@ class TorchBackend(ExampleLosses):
         self,
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor],
-        params: Any,
+        params: PyTree,
         split: Split | None,
         chunk_size: int,
         mesh: DeviceMesh | None = None,
@@ -69,7 +70,7 @@ class TorchBackend(ExampleLosses):
         parts = [self._as_like(ridge[name]).expand_as(tensor) for name, tensor in pairs]
         return rows_beside(self.params.flatten(parts), self.like)
 
-    def examples(self, data: Any, name: str, batch_size: int | None, budget: int) -> Examples:
+    def examples(self, data: Data, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a data set as examples."""
         return as_examples(
             data,
@@ -106,7 +107,7 @@ class TorchBackend(ExampleLosses):
                 operator.gradient = group.spread(group.own_sum(self.total(examples, w) / num))
         return operator
 
-    def product_bytes(self, batch: Any, curvature: str) -> int:
+    def product_bytes(self, batch: Batch, curvature: str) -> int:
         """Measure the memory of a product with the curvature of one batch."""
         one = self.examples([batch], "batch", None, 0)
         with Allocations() as allocations:

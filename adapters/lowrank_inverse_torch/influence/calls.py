@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_inverse._typing import Batch, PyTree
 from lowrank_inverse_torch.influence.data import LOW_PRECISION, flatten
 
 
@@ -32,7 +33,7 @@ def in_float32(model: nn.Module) -> nn.Module:
     return model
 
 
-def pair(batch: Any) -> tuple[Any, Any]:
+def pair(batch: Batch) -> tuple[Any, Any]:
     """Return inputs and targets of a batch that is a pair."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
@@ -43,13 +44,13 @@ def pair(batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-def rows_of(batch: Any, start: int, stop: int) -> Any:
+def rows_of(batch: Batch, start: int, stop: int) -> Any:
     """Return some examples of a batch."""
     leaves, rebuild = flatten(batch)
     return rebuild([x[start:stop] if isinstance(x, Tensor) and x.ndim > 0 else x for x in leaves])
 
 
-def has_rows(tree: Any, size: int) -> bool:
+def has_rows(tree: PyTree, size: int) -> bool:
     """Whether all tensors of a structure have one row for each of `size` examples."""
     return all(x.shape[0] == size for x in flatten(tree)[0] if isinstance(x, Tensor) and x.ndim > 0)
 

@@ -22,6 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lowrank_inverse._typing import Data, PyTree
 from lowrank_inverse.influence.dataset import DEFAULT_BATCH_SIZE, Examples
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -60,7 +61,7 @@ class Moved:
 
 
 def as_examples(
-    data: Any,
+    data: Data,
     name: str,
     *,
     like: Tensor,
@@ -89,7 +90,7 @@ def as_examples(
     )
 
 
-def _batches(data: Any, name: str, batch_size: int | None) -> Iterable[Any]:
+def _batches(data: Data, name: str, batch_size: int | None) -> Iterable[Any]:
     if isinstance(data, DataLoader):
         return in_order(data, name)
     if isinstance(data, (tuple, Mapping)):
@@ -131,14 +132,14 @@ def in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
     )
 
 
-def _check_length(data: Any, name: str) -> None:
+def _check_length(data: Data, name: str) -> None:
     if not hasattr(data, "__len__"):
         raise TypeError(
             f"`{name}` must have a length; {type(data).__name__} has none. Pass a DataLoader."
         )
 
 
-def _is_dataset(data: Any) -> bool:
+def _is_dataset(data: Data) -> bool:
     """Whether the items of `data` are examples, as torch has it; those of a list may be batches."""
     if isinstance(data, list):
         return len(data) > 0 and _is_example(data[0])
@@ -175,7 +176,7 @@ def _stacked(examples: list[Any]) -> Any:
         ) from error
 
 
-def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def flatten(tree: PyTree) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Return the leaves of a structure, and what puts others in their places.
 
     Mappings of every kind and dataclasses are structures, such as a tokenizer's batches and a

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, autograd, nn
 
+from lowrank_inverse._typing import Batch, PyTree
 from lowrank_inverse.influence.checkpoint import digest
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_tokens
@@ -47,7 +48,7 @@ class ExampleLosses:
         self,
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor],
-        params: Any,
+        params: PyTree,
         split: Split | None,
         *,
         gather: bool = False,
@@ -111,7 +112,7 @@ class ExampleLosses:
         other.loss, other._batched = loss, None
         return other
 
-    def losses(self, batch: Any, *, anew: bool = False) -> Any:
+    def losses(self, batch: Batch, *, anew: bool = False) -> Any:
         """Return the loss of each example, detached; `anew` with another random state."""
         with self.evaluating() as states, torch.no_grad():
             if anew:
@@ -119,7 +120,7 @@ class ExampleLosses:
                     torch.rand(1, device=device)
             return self._losses(batch)
 
-    def gradients(self, batch: Any) -> Tensor:
+    def gradients(self, batch: Batch) -> Tensor:
         """Return the gradient of each example as a column, shape (n, size)."""
         leaves, _ = flatten(batch)
         size = next(x.shape[0] for x in leaves if isinstance(x, Tensor) and x.ndim > 0)
@@ -137,17 +138,17 @@ class ExampleLosses:
             rows = [self._gradient(rows_of(batch, i, i + 1), None) for i in range(size)]
         return torch.stack(rows).mT
 
-    def slopes(self, batch: Any, Z: Tensor) -> Tensor:
+    def slopes(self, batch: Batch, Z: Tensor) -> Tensor:
         """Return the inner products of all gradients with the columns of `Z`: (m, size)."""
         with self.evaluating():
             return self._slopes(self._losses(batch), Z)
 
-    def token_slopes(self, batch: Any, Z: Tensor) -> Tensor:
+    def token_slopes(self, batch: Batch, Z: Tensor) -> Tensor:
         """Return the same for the loss of each token: (m, size, tokens)."""
         with self.evaluating():
             return self._slopes(check_tokens(self._raw_losses(batch)), Z)
 
-    def token_gradients(self, batch: Any) -> Tensor:
+    def token_gradients(self, batch: Batch) -> Tensor:
         """Return the gradient of each token's loss in a batch of one example: (n, tokens)."""
         with self.evaluating():
             losses = check_tokens(self._raw_losses(batch))[0]
@@ -177,13 +178,13 @@ class ExampleLosses:
                     result += self._gradient(batch, self._as_like(w))
         return result
 
-    def split_batch(self, batch: Any) -> tuple[Any, Any]:
+    def split_batch(self, batch: Batch) -> tuple[Any, Any]:
         """Return inputs and target; the whole of a dict where nothing says how to split it."""
         if self.split is not None:
             return self.split(batch)
         return (batch, batch) if isinstance(batch, Mapping) else pair(batch)
 
-    def forward(self, batch: Any, values: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
+    def forward(self, batch: Batch, values: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
         """Return output and target."""
         inputs, target = self.split_batch(batch)
         try:
@@ -197,14 +198,14 @@ class ExampleLosses:
                 "(inputs, targets)."
             ) from error
 
-    def _losses(self, batch: Any, values: dict[str, Tensor] | None = None) -> Any:
+    def _losses(self, batch: Batch, values: dict[str, Tensor] | None = None) -> Any:
         return per_example(self._raw_losses(batch, values))
 
-    def _raw_losses(self, batch: Any, values: dict[str, Tensor] | None = None) -> Any:
+    def _raw_losses(self, batch: Batch, values: dict[str, Tensor] | None = None) -> Any:
         output, target = self.forward(batch, values)
         return self.loss(output, target)
 
-    def _gradient(self, batch: Any, weights: Tensor | None) -> Tensor:
+    def _gradient(self, batch: Batch, weights: Tensor | None) -> Tensor:
         losses = self._losses(batch)
         return self._flat_gradient((losses if weights is None else weights * losses).sum())
 
@@ -215,7 +216,7 @@ class ExampleLosses:
             )
         return self.params.flatten(grads)
 
-    def _gradients_at_once(self, batch: Any) -> Tensor:
+    def _gradients_at_once(self, batch: Batch) -> Tensor:
         return gradients_at_once(self._losses, self.names, self.params.tensors, batch)
 
     def _as_like(self, values: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lowrank_inverse._typing import RNG, Scalar, SolveFunction, Solver
+from lowrank_inverse._typing import RNG, Data, PyTree, Scalar, SolveFunction, Solver
 from lowrank_inverse.influence.base import InfluenceBase
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse_torch.influence.backend import TorchBackend
@@ -124,9 +124,9 @@ class InfluenceFunction(InfluenceBase):
         self,
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor],
-        train: Any,
+        train: Data,
         *,
-        params: Any = None,
+        params: PyTree = None,
         curvature: str = "ggn",
         solver: Solver | SolveFunction | None = None,
         ridge: Any = 0.0,
@@ -162,7 +162,7 @@ class InfluenceFunction(InfluenceBase):
         path: str | os.PathLike[str],
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor],
-        train: Any,
+        train: Data,
         **options: Any,
     ) -> InfluenceFunction:
         """Read a file of `save`, without computing its columns again.

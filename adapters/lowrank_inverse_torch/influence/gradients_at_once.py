@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_inverse._typing import Batch
 from lowrank_inverse_torch.influence.data import flatten
 
 
@@ -15,7 +16,7 @@ def gradients_at_once(
     losses: Callable[[Any, dict[str, Tensor]], Tensor],
     names: Sequence[str],
     tensors: Sequence[Tensor],
-    batch: Any,
+    batch: Batch,
 ) -> Tensor:
     """Return the gradient of each example in a row, shape (size, n), by vmap.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, autograd, nn
 
-from lowrank_inverse._typing import RNG
+from lowrank_inverse._typing import RNG, Batch, Data, PyTree
 from lowrank_inverse.arrays.checks import check_rng
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import measure_losses
@@ -37,8 +37,8 @@ FEW = 4
 def measured(
     model: nn.Module,
     loss: Callable[[Any, Any], Tensor],
-    train: Any,
-    params: Any,
+    train: Data,
+    params: PyTree,
     split: Split | None,
     batch_size: int | None,
     memory_budget: int,
@@ -80,7 +80,7 @@ class Outputs:
 @contextmanager
 def opened(
     backend: TorchBackend,
-    batch: Any,
+    batch: Batch,
     generator: torch.Generator,
     layers: Sequence[Layer] = (),
     tensors: Sequence[Tensor] = (),
@@ -217,7 +217,7 @@ class Collection:
             yield self._piece(batch)
 
     @contextmanager
-    def _piece(self, batch: Any) -> Iterator[Piece]:
+    def _piece(self, batch: Batch) -> Iterator[Piece]:
         tensors = [self._backend.params.tensors[i] for i in self.others]
         with opened(self._backend, batch, self._generator, self.layers, tensors) as (calls, out):
             size, num = len(out.values), len(calls.outputs())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_inverse._typing import Array, Scalar
+from lowrank_inverse._typing import Array, OperatorLike, Scalar
 from lowrank_inverse.operators.product import ProductOnly
 from lowrank_inverse.results.solution import Solution, check_system
 from lowrank_inverse.solvers.base import direct_solution
@@ -88,7 +88,7 @@ class KroneckerInverse(ProductOnly):
         return result.mT if block.ndim == 2 else result[0]
 
 
-def solve_by(A: Any, inverse: Any, b: Array, x0: Array | None) -> Solution:
+def solve_by(A: OperatorLike, inverse: Any, b: Array, x0: Array | None) -> Solution:
     """Take the product with an approximate inverse for the solution, and measure its residual."""
     check_system(A, b, 0.0)
     return direct_solution(A, 0.0, b, inverse @ b, 0)

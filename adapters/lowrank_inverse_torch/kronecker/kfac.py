@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_inverse._typing import RNG, Array, Scalar
+from lowrank_inverse._typing import RNG, Array, Data, OperatorLike, PyTree, Scalar
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse.operators.diagonal import ShiftedOperator
@@ -129,9 +129,9 @@ class KFAC:
         self,
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor],
-        train: Any,
+        train: Data,
         *,
-        params: Any = None,
+        params: PyTree = None,
         eigenvalue_correction: bool = True,
         num_samples: int | None = None,
         batch_size: int | None = None,
@@ -220,7 +220,7 @@ class KFAC:
         return KroneckerInverse(self.blocks, self.diagonal, damping)
 
     @differentiable
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of the approximate curvature plus the shift of `A`.
 
         A solve takes one product with `A`, for the residual.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, Batch, Data, OperatorLike, PyTree
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.engine import GRADIENTS, MEMORY_BUDGET
@@ -101,10 +101,10 @@ class SubsampledGaussNewton:
         self,
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor],
-        train: Any,
+        train: Data,
         *,
         rank: int = 500,
-        params: Any = None,
+        params: PyTree = None,
         batch_size: int | None = None,
         split: Split | None = None,
         rng: RNG = 0,
@@ -140,7 +140,7 @@ class SubsampledGaussNewton:
         return f"{type(self).__name__}(n={n}, rank={rank})"
 
     @differentiable
-    def prepare(self, A: Any, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
+    def prepare(self, A: OperatorLike, *, rng: RNG = 0, b: Array | None = None) -> PreparedInverse:
         """Return the inverse of these terms plus the shift of `A`, in place of ``A^{-1}``.
 
         A solve takes one product with `A`, for the residual.
@@ -186,6 +186,6 @@ def _along(backend: TorchBackend, read: Callable[[Any], Tensor]) -> TorchBackend
     return other
 
 
-def _picked(batch: Any, rows: Tensor) -> Any:
+def _picked(batch: Batch, rows: Tensor) -> Any:
     leaves, rebuild = flatten(batch)
     return rebuild([x[rows] if isinstance(x, Tensor) and x.ndim > 0 else x for x in leaves])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Data
 from lowrank_inverse.arrays.checks import check_count, describe
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.influence.base import InfluenceBase
@@ -57,14 +57,14 @@ class Ensemble:
                 f"`members` must have the same training set; got sets of {sorted(sizes)} examples."
             )
 
-    def scores(self, query: Any, train: Any = None, **options: Any) -> Array:
+    def scores(self, query: Data, train: Data = None, **options: Any) -> Array:
         """Return the mean scores of all members; takes their arguments, except `out`."""
         parts = (member.scores(query, train, **options) for member in self.members)
         total: Array = reduce(lambda a, b: a + b, parts)
         return total / len(self.members)
 
     def top_k(
-        self, query: Any, k: int, kind: str = "helpful", train: Any = None, **options: Any
+        self, query: Data, k: int, kind: str = "helpful", train: Data = None, **options: Any
     ) -> TopK:
         """Find the k most influential training examples of each query by the mean scores.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array, Indices
+from lowrank_inverse._typing import Array, Data, Indices
 from lowrank_inverse.arrays.checks import check_indices
 from lowrank_inverse.arrays.conversion import is_array, like, to_host
 from lowrank_inverse.arrays.spread import local
@@ -23,7 +23,7 @@ class GroupScores(Passes):
     """The influence of several training examples together."""
 
     def group_scores(
-        self, query: Any, groups: Any, train: Any = None, **options: Unpack[Options]
+        self, query: Data, groups: Any, train: Data = None, **options: Unpack[Options]
     ) -> Array:
         """Sum the scores of the training examples in each group, such as a source or a class.
 
@@ -58,7 +58,7 @@ class GroupScores(Passes):
 
     def removal_effect(
         self,
-        query: Any,
+        query: Data,
         indices: Indices,
         leverage: bool = False,
         *,

@@ -8,7 +8,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Data
 from lowrank_inverse.influence.loss_checks import check_gradients
 from lowrank_inverse.influence.passes import Passes
 
@@ -18,8 +18,8 @@ class ParameterScores(Passes):
 
     def parameter_scores(
         self,
-        query: Any,
-        train: Any = None,
+        query: Data,
+        train: Data = None,
         *,
         query_loss: Callable[..., Any] | None = None,
     ) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Array
+from lowrank_inverse._typing import Array, Data
 from lowrank_inverse.arrays.conversion import like
 from lowrank_inverse.influence.backend import Backend
 from lowrank_inverse.influence.checkpoint import Store
@@ -23,8 +23,8 @@ class TokenScores(Passes):
 
     def token_scores(
         self,
-        query: Any,
-        train: Any = None,
+        query: Data,
+        train: Data = None,
         *,
         of: str = "train",
         query_loss: Callable[..., Any] | None = None,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_finite, check_rng, check_scalar
 from lowrank_inverse.arrays.conversion import astype, eps, like, on_cpu, take, to_host, wide_dtype
 from lowrank_inverse.arrays.linalg import tall_times
@@ -23,7 +21,7 @@ class Pivoting:
 
     def __init__(
         self,
-        A: Any,
+        A: OperatorLike,
         method: str,
         *,
         chunk_size: int | None = None,

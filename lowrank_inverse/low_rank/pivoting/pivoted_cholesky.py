@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import RNG, Array
+from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import take
@@ -52,7 +52,7 @@ class PivotedCholesky(NamedTuple):
 
 @quietly
 def pivoted_cholesky(
-    A: Any,
+    A: OperatorLike,
     rank: int,
     *,
     method: str = "rpcholesky",

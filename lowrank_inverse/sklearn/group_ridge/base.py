@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import check_cv
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from lowrank_inverse._typing import ArrayLike, MatrixLike
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.bilevel.evaluation import Evaluator
 from lowrank_inverse.bilevel.minimization import minimize
@@ -45,15 +46,15 @@ class GroupRidge(BaseEstimator):
         tags.input_tags.sparse = True
         return tags
 
-    def _validated(self, X: Any, *y: Any, **options: Any) -> Any:
+    def _validated(self, X: MatrixLike, *y: Any, **options: Any) -> Any:
         return validate_data(self, X, *y, accept_sparse="csr", dtype=FLOATS, **options)
 
-    def _weight(self, X: Any, sample_weight: Any) -> np.ndarray:
+    def _weight(self, X: MatrixLike, sample_weight: ArrayLike | None) -> np.ndarray:
         weight = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True)
         return weight.astype(np.float64)
 
     def _splits(
-        self, X: Any, y: np.ndarray, weight: np.ndarray, *, classifier: bool
+        self, X: MatrixLike, y: np.ndarray, weight: np.ndarray, *, classifier: bool
     ) -> tuple[Split, Split]:
         """Return the examples of each fit and its validation, and all in one fit."""
         pairs = list(check_cv(self.cv, y, classifier=classifier).split(X, y))
@@ -167,7 +168,7 @@ class GroupRidge(BaseEstimator):
         """Return by what a loss is to be divided to be minus the logarithm of a likelihood."""
         return 1.0
 
-    def _scores(self, X: Any) -> np.ndarray:
+    def _scores(self, X: MatrixLike) -> np.ndarray:
         check_is_fitted(self)
         X = self._validated(X, reset=False)
         return X @ self.coef_.T + self.intercept_

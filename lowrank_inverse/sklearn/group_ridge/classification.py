@@ -10,6 +10,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils.multiclass import check_classification_targets
 
+from lowrank_inverse._typing import ArrayLike, MatrixLike
 from lowrank_inverse.sklearn.group_ridge.base import GroupRidge
 from lowrank_inverse.sklearn.group_ridge.design import Design
 from lowrank_inverse.sklearn.group_ridge.losses import Logistic, Loss, Softmax
@@ -100,7 +101,9 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
         self.tol = tol
         self.max_iter = max_iter
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> GroupLogisticRegressionCV:
+    def fit(
+        self, X: MatrixLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> GroupLogisticRegressionCV:
         """Fit to features `X` (n, d), dense or sparse, and labels `y` (n,).
 
         The weights, shape (n,), multiply the losses of fits and validation.
@@ -146,19 +149,19 @@ class GroupLogisticRegressionCV(ClassifierMixin, GroupRidge):
         self.coef_, self.intercept_ = coefficients.T.astype(X.dtype), intercept.astype(X.dtype)
         return self
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def decision_function(self, X: MatrixLike) -> np.ndarray:
         """Return the scores for features `X`: log-odds (n,) for two classes, or (n, C)."""
         scores = self._scores(X)
         return scores[:, 0] if len(self.classes_) == 2 else scores
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: MatrixLike) -> np.ndarray:
         """Return the probabilities of the classes, shape (n, C)."""
         scores = self.decision_function(X)
         if scores.ndim == 1:
             return np.stack([expit(-scores), expit(scores)], axis=1)
         return softmax(scores, axis=1)
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: MatrixLike) -> np.ndarray:
         """Return the most probable class of each row, shape (n,)."""
         scores = self.decision_function(X)
         best = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
+
+from lowrank_inverse._typing import MatrixLike
 
 CONSTANT = 16
 """Standard deviation below which a column is constant, in units of the rounding of its mean."""
@@ -30,7 +31,7 @@ class Design:
         Without, means are not taken off, and deviations are those from 0.
     """
 
-    def __init__(self, X: Any, weight: np.ndarray, fit_intercept: bool) -> None:
+    def __init__(self, X: MatrixLike, weight: np.ndarray, fit_intercept: bool) -> None:
         self.fit_intercept, self.dtype = fit_intercept, X.dtype
         self.shape = X.shape[0], X.shape[1] + fit_intercept
         share = (weight / weight.sum()).astype(X.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import RegressorMixin
 
+from lowrank_inverse._typing import ArrayLike, MatrixLike
 from lowrank_inverse.sklearn.group_ridge.base import GroupRidge
 from lowrank_inverse.sklearn.group_ridge.design import Design
 from lowrank_inverse.sklearn.group_ridge.losses import Squared
@@ -107,7 +108,9 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
         self.tol = tol
         self.max_iter = max_iter
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> GroupRidgeCV:
+    def fit(
+        self, X: MatrixLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> GroupRidgeCV:
         """Fit to features `X` (n, d), dense or sparse, and targets `y` (n,).
 
         The weights, shape (n,), multiply the errors of fits and validation.
@@ -126,7 +129,7 @@ class GroupRidgeCV(RegressorMixin, GroupRidge):
         self.intercept_ = X.dtype.type(mean + scale * intercept[0])
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: MatrixLike) -> np.ndarray:
         """Return the regression function at features `X` (n, d), shape (n,)."""
         return self._scores(X)
 
