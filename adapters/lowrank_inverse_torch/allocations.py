@@ -48,4 +48,7 @@ class Allocations(TorchDispatchMode):
 
 
 def _is_plain(x: Any) -> bool:
-    return type(x) is Tensor or (isinstance(x, Tensor) and not hasattr(x, "__tensor_flatten__"))
+    """Whether `x` has memory of its own, which tensors without values and wrappers have not."""
+    if not isinstance(x, Tensor) or hasattr(x, "__tensor_flatten__"):
+        return False
+    return x.untyped_storage().device.type != "meta"

@@ -10,6 +10,7 @@ An array of jax knows its own layout, and jax sends what is needed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,16 @@ def rows_beside(rows: Array, x: Array) -> Array:
         return rows
     mine = owned_rows(x, rows.shape[0])
     return spread_rows(rows[mine.start : mine.stop, ...], x, rows.shape[0])
+
+
+def rows_in_turn(x: Array) -> Iterator[Array]:
+    """Yield the rows of each process that has some, one after the other, whole on each."""
+    mesh, n, part = x.device_mesh, x.shape[0], local(x)
+    size = -(-n // mesh.size())
+    for rank, start in enumerate(range(0, n, size)):
+        own = rank == mesh.get_local_rank()
+        rows = part if own else part.new_zeros((min(size, n - start), *part.shape[1:]))
+        yield gathered(summed(rows, x))
 
 
 def taken_rows(x: Array, indices: np.ndarray) -> Array:

@@ -15,6 +15,7 @@ from lowrank_inverse.arrays.checks import (
     check_indices,
     describe,
     namespace,
+    no_entries,
 )
 from lowrank_inverse.arrays.conversion import (
     astype,
@@ -28,10 +29,12 @@ from lowrank_inverse.arrays.conversion import (
 )
 from lowrank_inverse.arrays.devices import cut, map_rows
 from lowrank_inverse.arrays.graph import constant
+from lowrank_inverse.arrays.spread import is_spread, local
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.differentiation import made_of, parts, recomputed
-from lowrank_inverse.operators.distances import by_features, matern, squared_distances
-from lowrank_inverse.operators.points import (
+from lowrank_inverse.operators.kernels import spread
+from lowrank_inverse.operators.kernels.distances import by_features, matern, squared_distances
+from lowrank_inverse.operators.kernels.points import (
     check_points,
     checked_lengthscale,
     checked_number,
@@ -50,7 +53,8 @@ class KernelOperator(Operator):
     Parameters
     ----------
     X : array, shape (n, d)
-        Points, one per row. A ``numpy.memmap`` is read in blocks of rows.
+        Points, one per row. A ``numpy.memmap`` is read in blocks of rows. Those of a DTensor of
+        placement ``Shard(0)`` are spread over processes, and so are products and columns.
     kernel : {"rbf", "laplacian", "matern", "polynomial"} or callable
         With u and v the points divided by `lengthscale`: ``exp(-norm2(u - v)**2 / 2)``,
         ``exp(-norm1(u - v))``, the Matérn kernel of order `nu` [1]_ (Eq. 4.14), or
@@ -79,7 +83,8 @@ class KernelOperator(Operator):
     -----
     A product evaluates the kernel ``n**2 / 2`` times, since each tile also serves its mirror image,
     or ``n**2`` times while JAX traces; k columns take ``n * k`` evaluations. Memory: about four
-    tiles and the result.
+    tiles and the result. Of spread points, each process evaluates its own rows, n times as many
+    entries, and receives the points and the block of the others, n (d + m) numbers.
 
     Equal points have distance 0 and kernel value 1 exactly. Up to 16 features, distances are sums
     of differences. Beyond, they use inner products in float64, with a relative error of ``4e-12 (d
@@ -135,33 +140,43 @@ class KernelOperator(Operator):
             self._parts = None  # it reads what it likes
         self.degree = check_count("degree", degree)
         n = int(X.shape[0])
-        self.shape, self.dtype, self.like = (n, n), X.dtype, constant(in_memory(X[:0, 0]))
-        self.coef0 = checked_number("coef0", coef0, self.like)
-        self.lengthscale = checked_lengthscale(lengthscale, self.like, int(X.shape[1]))
-        on_cpu = "cpu" in str(like_device(self.like)).lower() or is_traced(X)
+        self.shape, self.dtype, empty = (n, n), X.dtype, constant(in_memory(local(X)[:0, 0]))
+        self.like = no_entries(X) if is_spread(self.X) else empty
+        self.coef0 = checked_number("coef0", coef0, empty)
+        self.lengthscale = checked_lengthscale(lengthscale, empty, int(X.shape[1]))
+        on_cpu = "cpu" in str(like_device(empty)).lower() or is_traced(X)
         default = CPU_CHUNK if on_cpu else DEVICE_CHUNK
         self.chunk_size = check_count("chunk_size", default if chunk_size is None else chunk_size)
+        if is_spread(self.X):
+            spread.check_points_of_all(X, self.lengthscale, self.coef0)
+            return
         for rows in row_slices(n, self.chunk_size):
             check_finite("X", in_memory(X[rows, ...]))
 
     def columns(self, indices: Indices) -> Array:
         """Return the columns at `indices`, shape (n, k), from n k evaluations."""
-        indices = check_indices(indices, self.shape[0])
-        chosen = self._chosen(indices)
-        if is_traced(self.X) or is_traced(indices):
-            return self.evaluate(self.X, chosen)
-        xp = array_namespace(self.like)
-        width = int(indices.shape[0]) + int(self.X.shape[1])
-        blocks = self._blocks(self.X, max(1, self.chunk_size**2 // width))
-        return xp.concat([self.evaluate(x, chosen) for x in blocks], axis=0)
+        chosen = self._chosen(check_indices(indices, self.shape[0]))
+        return spread.columns(self, chosen) if is_spread(self.X) else self.columns_of(chosen)
+
+    def columns_of(self, points: Array) -> Array:
+        """Return the kernel of all points and of `points` (k, d), shape (n, k)."""
+        if is_traced(self.X) or is_traced(points):
+            return self.evaluate(self.X, points)
+        blocks = self._blocks(self.X, max(1, self.chunk_size**2 // sum(points.shape)))
+        parts = [self.evaluate(x, points) for x in blocks]
+        return array_namespace(self.like).concat(parts, axis=0)
 
     def submatrix(self, indices: Indices) -> Array:
         """Return the rows and columns at `indices`, shape (k, k), from k² evaluations."""
         chosen = self._chosen(check_indices(indices, self.shape[0]))
+        if is_spread(self.X):
+            return spread.entries(self, chosen)
         return self.evaluate(chosen, chosen)
 
     def diagonal(self) -> Array:
         """Return the diagonal, shape (n,): ones, except for polynomials and callables."""
+        if is_spread(self.X):
+            return spread.diagonal(self)
         xp = array_namespace(self.like)
         if self.kernel in ("rbf", "laplacian", "matern"):
             return xp.ones((self.shape[0],), dtype=self.dtype, device=like_device(self.like))
@@ -184,6 +199,8 @@ class KernelOperator(Operator):
         """
         check_points("Z", Z, self.X)
         self._check(block)
+        if is_spread(self.X):
+            return spread.cross(self, Z, block)
         if is_traced(self.X) or is_traced(Z) or is_traced(block):
             return self._mapped(Z, block)
         results, slices = [], row_slices(self.shape[0], self.chunk_size)
@@ -198,6 +215,8 @@ class KernelOperator(Operator):
         return {"kernel": name, "num_features": self.X.shape[1]}
 
     def _multiply(self, block: Array) -> Array:
+        if is_spread(self.X):
+            return spread.product(self, block)
         if is_traced(self.X) or is_traced(block):
             return self._mapped(self.X, block)
         slices = row_slices(self.shape[0], self.chunk_size)

@@ -246,8 +246,7 @@ class GaussianProcessRegressor(KernelRegressor):
         """Draw functions at points `X` (p, d): shape (p, n_samples) or (p, m, n_samples)."""
         rng = check_random_state(random_state)
         mean, cov = self.predict(X, return_cov=True)
-        p = len(mean)
-        samples = draw(mean.reshape(p, -1), cov.reshape(p, p, -1), n_samples, rng)
+        samples = draw(mean.reshape(len(mean), -1), cov.reshape(*cov.shape[:2], -1), n_samples, rng)
         return samples[:, 0] if self._one_target else samples
 
     def log_marginal_likelihood(self, theta: Any = None, eval_gradient: bool = False) -> Any:

@@ -12,7 +12,7 @@ from scipy.linalg import cholesky, solve_triangular
 from lowrank_inverse.iterative.conjugate_gradients import cg
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.operators.kernel import KernelOperator
-from lowrank_inverse.operators.points import row_slices
+from lowrank_inverse.operators.kernels.points import row_slices
 from lowrank_inverse.sklearn.hyperparameters import Hyperparameters
 from lowrank_inverse.sklearn.radial_kernel import contract, contract_columns, contract_core
 from lowrank_inverse.sklearn.regressor import kernel_matrix

@@ -11,7 +11,7 @@ from lowrank_inverse._typing import ArrayLike, MatrixLike, Sampling
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.arrays.least_squares import inverse_root, ridge_by_gram, ridge_by_rotations
 from lowrank_inverse.low_rank.column_sampling import sample_columns
-from lowrank_inverse.operators.points import row_slices
+from lowrank_inverse.operators.kernels.points import row_slices
 from lowrank_inverse.sklearn.regressor import KernelRegressor
 
 PIVOT_UNITS = 8.0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_inverse.operators.kernel import KernelOperator
-from lowrank_inverse.operators.points import row_slices
+from lowrank_inverse.operators.kernels.points import row_slices
 
 BLOCK_NUMBERS = 2**22
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lowrank_inverse.operators.distances import MAX_DIFFERENCES, squared_distances
 from lowrank_inverse.operators.kernel import CPU_CHUNK, KernelOperator
-from lowrank_inverse.operators.points import row_slices
+from lowrank_inverse.operators.kernels.distances import MAX_DIFFERENCES, squared_distances
+from lowrank_inverse.operators.kernels.points import row_slices
 
 Weight = Callable[[slice, slice], np.ndarray]
 """A tile of a symmetric matrix M, at slices of rows and columns."""

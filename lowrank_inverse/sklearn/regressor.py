@@ -13,7 +13,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from lowrank_inverse._typing import ArrayLike, MatrixLike, OperatorLike
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.operators.kernel import CPU_CHUNK, KernelOperator
-from lowrank_inverse.operators.points import row_slices
+from lowrank_inverse.operators.kernels.points import row_slices
 from lowrank_inverse.sklearn.linear_kernel import LinearKernel
 
 FLOATS = [np.float64, np.float32]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lowrank_inverse as li
-from lowrank_inverse.operators.distances import MAX_DIFFERENCES, squared_distances
+from lowrank_inverse.operators.kernels.distances import MAX_DIFFERENCES, squared_distances
 from tests.conftest import host, open_backend
 from tests.oracles import LONG, relative_error
 from tests.problems import WIDTH, rhs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lowrank_inverse as li
-from lowrank_inverse.operators.distances import MAX_DIFFERENCES
+from lowrank_inverse.operators.kernels.distances import MAX_DIFFERENCES
 from tests.conftest import open_backend
 
 torch = pytest.importorskip("torch")

@@ -9,6 +9,7 @@ from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_finite, check_rng, check_scalar
 from lowrank_inverse.arrays.conversion import astype, eps, like, on_cpu, take, to_host, wide_dtype
 from lowrank_inverse.arrays.linalg import tall_times
+from lowrank_inverse.arrays.spread import is_spread
 from lowrank_inverse.operators.columns import finite_columns, joined, known_diagonal
 
 METHODS = ("greedy", "rpcholesky")
@@ -186,7 +187,8 @@ class Pivoting:
 
     def _append(self, pivots: np.ndarray, L: np.ndarray, C: Array | None) -> None:
         C = self._read_columns(pivots) if C is None else C
-        R = to_host(C) if on_cpu(C) else C  # in NumPy the same pivots for every library
+        # In NumPy the same pivots for every library.
+        R = to_host(C) if on_cpu(C) and not is_spread(C) else C
         for part in self._factor:
             R = R - part @ take(part, pivots).T
         F = tall_times(R, like(np.linalg.inv(L).T, R, wide_dtype(R)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import lowrank_inverse as li
 import lowrank_inverse_torch as lit
+from lowrank_inverse_torch.allocations import Allocations
 
 NUM = 60
 Rows = slice
@@ -537,3 +539,90 @@ def wrong_influence(mesh: DeviceMesh, what: str) -> Any:
     if what == "self":
         return made.self_influence()
     return made.scores((query_x + (0.1 if last and what == "queries" else 0), query_y))
+
+
+class OwnMemory(Allocations):
+    """The memory of this process: that of the parts of its DTensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def taken(mesh: DeviceMesh, rank: int = 40) -> dict[str, tuple[float, float]]:
+    """What each solver holds here, in n k / P numbers, and the most it sends at once, in n."""
+    torch.manual_seed(1)
+    model = nn.Linear(1500, 3).double()
+    x, y = torch.randn(6, 1500).double(), torch.arange(6) % 3
+    rows, found = own_rows(mesh, 6), {}
+
+    def loss() -> Tensor:
+        losses = F.cross_entropy(model(x[rows]), y[rows], reduction="sum")
+        return mesh.size() / 6 * losses + decay(model)
+
+    H = lit.HessianOperator(loss, model, mesh=mesh)
+    n, b = H.shape[0], H.gradient
+    for name, solver in SOLVERS.items():
+        if name == "Exact":  # holds the whole matrix
+            continue
+        auto = getattr(solver, "rank", None) == "auto"
+        if hasattr(solver, "rank") and not auto:
+            solver = replace(solver, rank=rank)
+        with OwnMemory() as memory, Sent() as counts:
+            inverse = solver.prepare(H, rng=0, b=b)
+            _ = inverse.solve(b)
+        k = inverse.rank if auto else rank
+        found[name] = memory.peak / (8 * n * k / mesh.size()), max(counts.numbers) / n
+    return found
+
+
+KERNELS = {
+    "matern": {"kernel": "matern", "lengthscale": [1.0, 2.0, 3.0]},
+    "polynomial": {"kernel": "polynomial", "degree": 2, "chunk_size": 7},
+    "callable": {"kernel": lambda x, y: x @ y.T},
+}
+
+
+def kernel(mesh: DeviceMesh | None, num: int = NUM, **options: Any) -> li.KernelOperator:
+    points = torch.randn(num, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return li.KernelOperator(spread(points, mesh), **options)
+
+
+def kernels(mesh: DeviceMesh | None, num: int = NUM) -> dict[str, Tensor]:
+    """What kernel matrices are asked for."""
+    generator = torch.Generator().manual_seed(5)
+    v, other = (torch.randn(size, 3, generator=generator).double() for size in (num, 4))
+    found = {}
+    for name, options in KERNELS.items():
+        K = kernel(mesh, num, **options)
+        found |= {
+            f"{name}, plain": K @ v[:, 0],
+            f"{name}, spread": whole(K @ spread(v, mesh)),
+            f"{name}, columns": whole(K.columns([num - 1, 0])),
+            f"{name}, entries": whole(K.submatrix([1, num - 2])),
+            f"{name}, diagonal": whole(K.diagonal()),
+            f"{name}, cross": whole(K.cross(other, spread(v, mesh))),
+        }
+    return found
+
+
+KERNEL_SOLVERS = {
+    "none": None,
+    "pivoted": li.Nystrom(rank=30, damping=0.01, sampling="rpcholesky"),
+    "NystromCG": li.NystromCG(rank=20, damping=0.01, rtol=1e-13, sampling="rpcholesky"),
+    "auto": li.NystromCG(rank="auto", damping=0.01, rtol=1e-13, sampling="greedy"),
+}
+
+
+def kernel_solutions(mesh: DeviceMesh | None, num: int = NUM) -> dict[str, Tensor]:
+    """Solve a kernel system with the solvers that read its entries."""
+    K = kernel(mesh, num, **KERNELS["matern"])
+    b = spread(torch.randn(num, generator=torch.Generator().manual_seed(6)).double(), mesh)
+    found = {}
+    for name, solver in KERNEL_SOLVERS.items():
+        options = {"damping": 0.01} if solver is None else {"solver": solver}
+        solution = li.solve(K, b, **options)
+        assert mesh is None or isinstance(solution.value, DTensor)
+        found[name] = whole(solution.value)
+    return found

@@ -88,6 +88,8 @@ def test_three_processes_are_as_good_as_two():
         same_solutions(group, list(mesh_cases.SOLVERS), [19, 19, 19])
         same_hypergradients(group, names=["CG", "columns"])
         equal_to_one_process(group.run("empty_process"), mesh_cases.empty_process(None))
+        # Of four points the third process has none.
+        equal_to_one_process(group.run("kernels", num=4), mesh_cases.kernels(None, num=4))
     finally:
         group.close()
 
@@ -205,6 +207,25 @@ def test_what_goes_wrong_with_influence_in_one_process_is_said_in_all(two, what,
     errors = two.errors("wrong_influence", what=what)
     assert errors[0] == errors[1]
     assert errors[0].startswith(message)
+
+
+@pytest.mark.slow
+def test_no_solver_holds_more_than_six_times_its_columns_or_sends_more_than_a_product(two):
+    for found in two.run("taken"):
+        for name, (held, sent) in found.items():
+            assert held <= 6, (name, held)
+            assert sent <= 2.01, (name, sent)  # 2 n and a few numbers
+
+
+def test_kernel_matrices_of_spread_points_are_those_of_one_process(two):
+    equal_to_one_process(two.run("kernels"), mesh_cases.kernels(None))
+    expected = mesh_cases.kernels(None, num=5)
+    equal_to_one_process(two.run("kernels", num=5), expected)
+
+
+def test_systems_of_spread_points_are_solved_as_in_one_process(two):
+    found = two.run("kernel_solutions")
+    equal_to_one_process(found, mesh_cases.kernel_solutions(None), bound=1e-11)
 
 
 @pytest.mark.slow
