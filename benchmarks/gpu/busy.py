@@ -26,10 +26,10 @@ def run(path: str, about: Found, small: bool) -> None:
     settings = {"device": part.device, "small": small}
     for method in ("CG", "Nyström, stored"):
         part.measure(f"profile, {method}", profile, method=method, **settings)
-    for model in ("mlp", "wrn"):
+    for model in part.models:
         part.measure(f"steps, {model}", steps, model=model, **settings)
     for way in WAYS:
-        for model in ("mlp", "wrn"):
+        for model in part.models:
             part.measure(f"product, {model}, {way}", product, model=model, way=way, **settings)
 
 

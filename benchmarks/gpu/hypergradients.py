@@ -48,7 +48,7 @@ def in_jax(path: str, about: Found, small: bool) -> None:
 
     part = Part(path, about, small)
     batch = SMALL_BATCH if small else BATCH
-    for model in ("mlp",) if small else ("mlp", "wrn"):
+    for model in part.models:
         problem = measure.build(model, batch, seed=0, device=part.device, small=small)
         lowest, highest = measure.spectrum(problem, 4 if small else 25)
         damping, step = measure.damping_and_step(lowest, highest, least=1e-3)

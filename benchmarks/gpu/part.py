@@ -21,11 +21,14 @@ class Part:
         Whether it is tried out, on small problems.
     device : str
         Where torch computes.
+    models : tuple of str
+        The networks on which it measures what both of them tell.
     """
 
     def __init__(self, path: str, about: Found, small: bool) -> None:
         self.records, self.small = Records(Path(path), about), small
         self.device = "cpu" if small else "cuda"
+        self.models = ("mlp",) if small else ("mlp", "wrn")
 
     def measure(self, name: str, function: Callable[..., Found], /, **settings: Any) -> Found:
         """Keep and return what a function returns, or why it failed, unless that is known."""

@@ -24,7 +24,7 @@ def run(path: str, about: Found, small: bool) -> None:
     """Measure networks, and the forms of the damped inverse on a matrix."""
     part = Part(path, about, small)
     settings = {"device": part.device, "small": small}
-    for model in ("mlp", "wrn"):
+    for model in part.models:
         for mode in MODES:
             part.measure(f"{model}, {mode}", errors, model=model, mode=mode, **settings)
     if small:

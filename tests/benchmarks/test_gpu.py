@@ -135,4 +135,4 @@ def test_the_dry_run_of_each_part_ends_well(name, tmp_path):
     runs = written(tmp_path, f"gpu-{everything.FILES.get(name, name)}")["runs"]
     assert runs
     failed = {key for key, one in runs.items() if "failed" in one}
-    assert failed <= {f"product, {model}, CUDA graph" for model in ("mlp", "wrn")}
+    assert failed <= {"product, mlp, CUDA graph"}
