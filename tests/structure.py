@@ -14,6 +14,7 @@ CORE = ROOT / "lowrank_inverse"
 LAYERS = {
     "_typing": 0,
     "_io": 0,
+    "_progress": 0,
     "arrays": 1,
     "operators": 2,
     "results": 3,

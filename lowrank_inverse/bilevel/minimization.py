@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank_inverse._progress import progress_bar
 from lowrank_inverse._typing import RNG
 from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.bilevel.evaluation import ROUNDING, Evaluator, Problem, Stepper, Train
@@ -274,13 +275,7 @@ def _shown(progress: bool, total: int) -> Iterator[Callable[[Evaluation], None]]
     if not progress:
         yield lambda record: None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            'progress=True needs tqdm. Install it with: pip install "lowrank-inverse[plot]"'
-        ) from error
-    with tqdm(total=total, desc="evaluations") as bar:
+    with progress_bar(total=total, desc="evaluations") as bar:
 
         def show(record: Evaluation) -> None:
             bar.set_postfix(loss=f"{record.value:.6g}", gradient=f"{record.gradient_norm:.1e}")

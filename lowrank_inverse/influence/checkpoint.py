@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_inverse._io import Format
+from lowrank_inverse._progress import progress_bar
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import like, to_host
 from lowrank_inverse.arrays.spread import is_spread, local, spread_rows
@@ -121,13 +122,4 @@ def digest(*parts: Any) -> str:
 
 def shown(items: Iterable[Any], *, progress: bool, total: int, label: str) -> Iterator[Any]:
     """Yield the items, with a progress bar if asked for."""
-    if not progress:
-        yield from items
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            'progress=True needs tqdm. Install it with: pip install "lowrank-inverse[plot]"'
-        ) from error
-    yield from tqdm(items, total=total, desc=label, mininterval=0.5)
+    yield from progress_bar(items, total=total, desc=label) if progress else items

@@ -8,6 +8,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from lowrank_inverse._progress import progress_bar
 from lowrank_inverse._typing import (
     RNG,
     Array,
@@ -201,13 +202,7 @@ def _with_options(settings: Any, options: dict[str, Any]) -> Any:
 
 def _progress_bar(callback: Callable[[Array, Array], object] | None) -> Any:
     """Return a callback that shows the steps, and calls the other one."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            'progress=True needs tqdm. Install it with: pip install "lowrank-inverse[plot]"'
-        ) from error
-    bar = tqdm(desc="steps", mininterval=0.5)
+    bar = progress_bar(desc="steps")
 
     def step(num_steps: Array, residual_norm: Array) -> None:
         bar.set_postfix(residual=f"{to_host(residual_norm).max():.1e}", refresh=False)
