@@ -35,7 +35,7 @@ JAX_ON_DEVICE = pytest.param("jax_gpu", marks=pytest.mark.gpu)  # needs JAX_PLAT
 COMPILED: dict[tuple[Callable[..., Any], str, bool], Callable[..., Any]] = {}
 
 
-COMPILED_IN_FLOAT64 = (
+IN_ONE_PRECISION = (
     "test_block_conjugate_gradients",
     "test_both_iterations",
     "test_certificate",
@@ -43,35 +43,54 @@ COMPILED_IN_FLOAT64 = (
     "test_kernel",
     "test_log_determinant",
     "test_neumann_series",
+    "test_settings",
     "test_solve",
+    "test_state",
     "test_trace",
 )
 
 SLOW_IN_JAX = (  # dozens of shapes, each compiled anew
+    "test_a_matrix_of_zeros_whose_trace_is_known_needs_no_preconditioner",
+    "test_a_ridge_treated_exactly_is_far_better_than_one_that_is_sampled",
     "test_a_run_cut_short_between_pairs_and_result_goes_on_bit_for_bit",
+    "test_a_run_interrupted_and_resumed_has_the_same_trajectory_bit_for_bit",
+    "test_chunk_size_changes_how_many_products_are_taken_at_once_and_not_the_answer",
+    "test_columns_that_missed_nothing_but_rounding_are_enough_for_every_damping",
     "test_each_distance_is_right_to_its_own_digits",
     "test_every_form_in_chunks_gives_the_batched_inverse",
     "test_hparams_may_have_another_dtype_than_the_parameters",
+    "test_in_float32_it_is_right_to_rounding",
+    "test_negative_curvature_is_reported_where_the_ridge_does_not_make_up_for_it",
+    "test_num_products_is_what_the_hessian_was_asked_for",
     "test_products_columns_and_diagonal_are_those_of_the_textbook_on_every_backend",
+    "test_progress_bars_are_shown_when_asked_for",
+    "test_seeds_reproduce_and_differ",
     "test_self_influence_is_the_diagonal_of_the_scores_of_the_training_set",
     "test_the_basis_is_orthonormal_for_the_worst_conditioned_columns",
+    "test_the_inverse_product_is_that_of_the_damped_curvature",
     "test_the_level_lies_below_the_mean_of_what_was_missed",
+    "test_top_k_is_the_sorted_head_of_the_scores",
+    "test_where_nothing_is_to_be_flattened_the_preconditioner_is_the_identity",
+    "test_with_leverage_the_curvature_of_the_removed_examples_goes_too",
+    "test_without_a_trace_the_level_is_the_smallest_eigenvalue",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the slow tests what costs jax many compilations.
 
-    And compiled float32, where no k×k algebra makes it a path of its own.
+    And, where no k×k algebra makes float32 a path of its own, compiled float32, and the strict
+    library in float64: it is slow, and sees in float32 where precisions are mixed.
     """
     for item in items:
         arguments = getattr(item, "callspec", None)
         if arguments is None:
             continue
         chosen = arguments.params.get("backend"), arguments.params.get("dtype")
-        narrow = item.path.stem in COMPILED_IN_FLOAT64 and chosen == ("jax_jit", "float32")
+        other = ("jax_jit", "float32"), ("array_api_strict", "float64")
+        twice = item.path.stem in IN_ONE_PRECISION and chosen in other
         in_jax = any(part == "jax" or part.startswith("jax-") for part in arguments._idlist)
-        if narrow or (in_jax and item.originalname in SLOW_IN_JAX):
+        if twice or (in_jax and item.originalname in SLOW_IN_JAX):
             item.add_marker(pytest.mark.slow)
 
 

@@ -29,6 +29,13 @@ SOLVERS = {
         for sampling in SAMPLINGS
     },
 }
+each_spectrum = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("polynomial", "indefinite") else [pytest.mark.slow])
+        for name in SPECTRA
+    ],
+)
 EXACT_UNITS = [2.0**66, 2.0**-66]
 """7.4e19 and 1.4e-20: they round nothing."""
 UNITS = [1e20, 1e-20]
@@ -48,7 +55,7 @@ def representable(dtype, c, s):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", SPECTRA)
+@each_spectrum
 def test_units_change_neither_steps_nor_reasons_nor_columns(name, solver, dtype):
     before, expected = solve(name, solver, dtype)
     for c in (1.0, *EXACT_UNITS):
@@ -66,7 +73,7 @@ def test_units_change_neither_steps_nor_reasons_nor_columns(name, solver, dtype)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", SPECTRA)
+@each_spectrum
 def test_units_that_round_each_entry_anew_change_no_reason_and_hardly_a_step(name, solver):
     """The last steps of a solve depend on the rounding of A, here at the end of the precision."""
     before, expected = solve(name, solver, "float64")

@@ -259,5 +259,6 @@ def draw(run: Run, runs: Found, least: dict[str, float]) -> None:
         for axis, label in zip(pair, ("seconds", "passes over the examples"), strict=True):
             axis.set(xlabel=label, ylabel="outer loss above the optimum", yscale="log")
             axis.set_title(problem)
-            axis.legend()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     run.draw(figure)

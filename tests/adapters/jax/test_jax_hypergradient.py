@@ -39,6 +39,7 @@ def test_the_cg_of_jax_is_a_solver():
 # Forms of parameters and hyperparameters.
 
 
+@pytest.mark.slow
 def test_leaves_that_are_no_arrays_of_floats_are_carried_and_come_back_as_none():
     problem = Problem()
     wanted = problem.hypergradient(solver=li.CG(rtol=1e-12))
@@ -147,9 +148,10 @@ def test_an_offset_of_the_inner_loss_is_no_path():
 # Which columns.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
-    [jax.random.key, pytest.param(jax.random.PRNGKey, marks=pytest.mark.slow)],
+    [jax.random.key, jax.random.PRNGKey],
     ids=["key", "PRNGKey"],
 )
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_a_long_neumann_series_comes_close():
     assert relative(found, by_h()) < 1e-4
 
 
+@pytest.mark.slow
 def test_jacobians_of_both_modes_and_jvp_agree_with_differences_of_the_problem_solved_anew():
     train = implicit_minimizer(inner, solver=TIGHT)(newton)
     h, w = point()
@@ -116,6 +117,7 @@ def test_the_tangent_of_the_start_is_zero():
     np.testing.assert_array_equal(tangent, np.zeros(N))
 
 
+@pytest.mark.slow
 def test_vmap_inside_and_outside_of_both_modes_equals_a_loop():
     train = implicit_minimizer(inner, solver=li.CG(rtol=1e-12))(newton)
     h, w = point()
@@ -136,6 +138,7 @@ def test_vmap_inside_and_outside_of_both_modes_equals_a_loop():
     assert all(relative(found, wanted) < 1e-9 for found in (inside, outside, forward))
 
 
+@pytest.mark.slow
 def test_it_may_be_differentiated_twice():
     h, w = point()
 

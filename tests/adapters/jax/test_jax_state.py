@@ -73,6 +73,7 @@ def test_compiled_and_eager_loops_keep_one_state():
         h = h - 0.1 * out.grads
 
 
+@pytest.mark.slow
 def test_a_scan_over_outer_steps_carries_the_state():
     first = step(start())
 
@@ -105,6 +106,7 @@ def test_each_of_a_batch_of_problems_has_a_state_of_its_own():
         assert relative(second.grads[i], single.grads) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ridge", [RIDGE, np.linspace(0.01, 0.02, N)], ids=["number", "for each"])
 def test_a_run_interrupted_and_resumed_has_the_same_trajectory_bit_for_bit(ridge, tmp_path):
     compiled = jax.jit(lambda h, state: step(h, state, ridge=jnp.asarray(ridge)))

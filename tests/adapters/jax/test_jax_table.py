@@ -252,7 +252,7 @@ ROWS = {
         without_forward_mode,
     )
 }
-SLOW_ROWS = ("checkify", "forward_mode", "grad_of_jit", "vmap", "raw_key", "float16")
+SLOW_ROWS = ("checkify", "forward_mode", "jacfwd", "grad_of_jit", "vmap", "raw_key", "float16")
 
 
 def cases() -> list[Any]:
@@ -387,9 +387,10 @@ def test_a_loss_that_mixes_its_dtypes_by_hand_is_checked_in_its_own():
 # The minimiser's options.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ridge",
-    [lambda h: h[0], pytest.param(lambda h: jnp.full(N, h[0]), marks=pytest.mark.slow)],
+    [lambda h: h[0], lambda h: jnp.full(N, h[0])],
     ids=["one number", "one for each parameter"],
 )
 def test_a_ridge_of_implicit_minimizer_equals_the_term_inside_the_loss(ridge):
@@ -407,6 +408,7 @@ def test_a_ridge_of_implicit_minimizer_equals_the_term_inside_the_loss(ridge):
         close(jax.jacfwd(lambda h: known(W, h))(h), jax.jacfwd(lambda h: train(W, h))(h), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_keywords_go_to_the_training_function_alone():
     @implicit_minimizer(inner, solver=li.CG())
     def train(init: Any, h: Any, steps: int = 3) -> Any:

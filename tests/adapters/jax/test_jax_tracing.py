@@ -134,6 +134,7 @@ def test_a_loss_that_is_not_finite_goes_unchecked_under_jit_and_is_reported():
 # Which columns.
 
 
+@pytest.mark.slow
 def test_a_key_may_be_traced_and_draws_the_columns_that_it_draws_outside():
     problem = Problem()
     for solver in (li.Nystrom(rank=5, damping=1e-2), li.NystromCG(rank=5, max_steps=1)):
@@ -185,15 +186,16 @@ def several(problem: Problem) -> Tree:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
     [
-        pytest.param(li.CG(rtol=1e-10), marks=pytest.mark.slow),
+        li.CG(rtol=1e-10),
         li.NystromCG(rank=5, rtol=1e-10),
         li.Nystrom(rank=5, damping=1e-2),
-        pytest.param(li.Neumann(num_terms=5), marks=pytest.mark.slow),
-        pytest.param(li.Exact(), marks=pytest.mark.slow),
-        pytest.param(li.Nystrom(rank=5, memory="streamed", damping=1e-2), marks=pytest.mark.slow),
+        li.Neumann(num_terms=5),
+        li.Exact(),
+        li.Nystrom(rank=5, memory="streamed", damping=1e-2),
     ],
     ids=lambda solver: type(solver).__name__,
 )
@@ -264,6 +266,7 @@ def test_a_second_jitted_call_with_new_values_traces_and_compiles_nothing(solver
     assert relative(after.grads, before.grads) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_jitted_loop_with_warm_starts_compiles_once_without_and_once_with_a_state():
     problem = Problem()
     loss = Counted(inner)
@@ -281,6 +284,7 @@ def test_a_jitted_loop_with_warm_starts_compiles_once_without_and_once_with_a_st
     assert traces[0] < traces[1] == traces[2] == traces[3]
 
 
+@pytest.mark.slow
 def test_an_eager_state_starts_a_jitted_call_without_a_trace_of_its_own():
     problem = Problem()
     loss = Counted(inner)
@@ -354,12 +358,13 @@ def test_eager_hypergradients_do_not_compile_anew(solver, wrap):
 # Arrays that a jitted function closes over are known, and yet all that is computed is traced.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
     [
         li.CG(rtol=1e-12),
         li.Nystrom(rank=6, damping=0.1),
-        pytest.param(li.NystromCG(rank=2, rtol=1e-12), marks=pytest.mark.slow),
+        li.NystromCG(rank=2, rtol=1e-12),
     ],
     ids=lambda solver: type(solver).__name__,
 )
