@@ -30,7 +30,7 @@ class GroupScores(Passes):
         Parameters
         ----------
         groups : integer array, shape (n_train,)
-            Group of each training example, numbered from 0.
+            Group of each training example, numbered from 0. With a `mesh`, of each of the own.
         query, train
             See `scores`.
         **options
@@ -45,16 +45,15 @@ class GroupScores(Passes):
         Only the scores of one batch are in memory. The sum is a first-order prediction for the
         group; `removal_effect` with ``leverage=True`` takes a Newton step.
         """
-        self._alone("group_scores")
         asked = self._asked(query, train, **options)
-        labels = _checked_groups(groups, asked.targets.num)
+        labels = self._group.together(lambda: _checked_groups(groups, asked.targets.num))
         sums = np.zeros((asked.shape[0], labels.max() + 1))
         for first, blocks in self._scored(asked):
             for start, block in blocks:
                 rows, size = block.shape
                 part = sums[first : first + rows].T
                 np.add.at(part, labels[start : start + size], to_host(block).T)
-        return like(sums, local(self._backend.like))
+        return like(_summed(self._group.everyone(sums)), local(self._backend.like))
 
     def removal_effect(
         self,
@@ -106,6 +105,14 @@ class GroupScores(Passes):
             check_gradients(slopes, queries, start)
             parts.append(slopes[0, :])
         return array_namespace(parts[0]).concat(parts, axis=0)
+
+
+def _summed(parts: list[np.ndarray]) -> np.ndarray:
+    """Return the sum of what each process has, of which some know fewer groups."""
+    total = np.zeros((len(parts[0]), max(part.shape[1] for part in parts)))
+    for part in parts:
+        total[:, : part.shape[1]] += part
+    return total
 
 
 def _checked_groups(groups: Any, num: int) -> np.ndarray:

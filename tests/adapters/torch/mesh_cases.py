@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from array_api_compat import array_namespace
@@ -490,6 +491,8 @@ def influence(mesh: DeviceMesh | None, names: list[str]) -> dict[str, Tensor]:
         best = made.top_k(queries(), 5, "absolute")
         found[f"{name} best"] = torch.from_numpy(best.indices).double()
         found[f"{name} best scores"] = best.scores
+        groups = np.arange(NUM)[own_rows(mesh)] // 20  # some in one process alone
+        found[f"{name} groups"] = made.group_scores(queries(), groups)
         info = made.info
         found[f"{name} info"] = torch.tensor(
             [info.num_train, info.loss, info.gradient_norm, info.damping], dtype=torch.float64
