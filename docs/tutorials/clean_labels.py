@@ -136,4 +136,4 @@ assert wrong[suspects].sum() >= 9
 # %% [markdown]
 # Next: [the same with an outer loop of your own, and in JAX](../guides/hypercleaning.md),
 # [all options of `minimize_bilevel`](../guides/minimize.md), and the same problem on
-# [20 000 images of MNIST beside six other solvers](../guides/minimize.md#did-it-work).
+# [20 000 images of MNIST beside seven other solvers](../guides/minimize.md#did-it-work).

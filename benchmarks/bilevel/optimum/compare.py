@@ -195,7 +195,9 @@ def main(run: Run) -> None:
         "Above the optimum: of the outer loss at the exact inner minimum of the hyperparameters "
         "found.\n“Ours there”: seconds in which minimize_bilevel is as near as the solver ever "
         "was; “ours then”:\nhow near it is when the solver ends.",
-        "\n".join(speed(name, runs[name, OURS], least[name]) for name in problems),
+        f"minimize_bilevel: seconds until it is within {NEAR:g} of the optimum, and how far it is "
+        "above it after some evaluations.",
+        table([speed(name, runs[name, OURS], least[name]) for name in problems]),
         optima=least,
         runs={f"{method}, {name}": found for (name, method), found in runs.items()},
     )
@@ -234,15 +236,15 @@ def row(problem: str, method: str, runs: Found, least: float) -> dict[str, str]:
     }
 
 
-def speed(problem: str, mine: Found, least: float) -> str:
+def speed(problem: str, mine: Found, least: float) -> dict[str, str]:
     """Say when ours was near, and how fast it came nearer."""
     above = [value - least for value in mine["values"]]
-    near = next((s for s, a in zip(mine["seconds"], above, strict=True) if a <= NEAR), math.nan)
-    first, last = (above[min(count, len(above)) - 1] for count in (10, 40))
-    return (
-        f"{problem}: minimize_bilevel is within {NEAR:g} of the optimum after {near:.2g} s; "
-        f"{first:.1e} above it after 10 evaluations, {last:.1e} after {min(40, len(above))}."
-    )
+    near = [s for s, a in zip(mine["seconds"], above, strict=True) if a <= NEAR]
+    return {
+        "problem": problem,
+        "near after s": f"{near[0]:.2g}" if near else "never",
+        **{f"after {n}": f"{above[min(n, len(above)) - 1]:.1e}" for n in (10, 20, 40)},
+    }
 
 
 def draw(run: Run, runs: Found, least: dict[str, float]) -> None:
