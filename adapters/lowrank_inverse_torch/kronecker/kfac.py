@@ -118,8 +118,8 @@ class KFAC:
     >>> kfac = lit.KFAC(model, loss, train)
     >>> scorer = lit.InfluenceFunction(model, loss, train, solver=kfac, damping=0.1)
     >>> _ = scorer.scores(train)
-    >>> print(kfac, float(scorer.info.relative_residual.max()) < 1e-5)
-    EK-FAC of 3 parameters: 1 blocks with 3, 0 on the diagonal; 1 backward passes; 6.1e-05 MiB True
+    >>> print(float(scorer.info.relative_residual.max()) < 1e-5)
+    True
     """
 
     damping = 0.0
