@@ -77,8 +77,12 @@ def from_first(values: Array) -> Array:
 
 def owned_rows(x: Array, n: int) -> range:
     """Return the numbers of the rows that this process has of n rows spread as those of `x`."""
+    return _rows_of(x.device_mesh.get_local_rank(), x, n)
+
+
+def _rows_of(rank: int, x: Array, n: int) -> range:
     size = -(-n // x.device_mesh.size())
-    start = min(n, x.device_mesh.get_local_rank() * size)
+    start = min(n, rank * size)
     return range(start, min(n, start + size))
 
 
@@ -99,12 +103,11 @@ def rows_beside(rows: Array, x: Array) -> Array:
 
 def rows_in_turn(x: Array) -> Iterator[Array]:
     """Yield the rows of each process that has some, one after the other, whole on each."""
-    mesh, n, part = x.device_mesh, x.shape[0], local(x)
-    size = -(-n // mesh.size())
-    for rank, start in enumerate(range(0, n, size)):
-        own = rank == mesh.get_local_rank()
-        rows = part if own else part.new_zeros((min(size, n - start), *part.shape[1:]))
-        yield gathered(summed(rows, x))
+    mesh, part = x.device_mesh, local(x)
+    for rank in range(mesh.size()):
+        if count := len(_rows_of(rank, x, x.shape[0])):
+            own = rank == mesh.get_local_rank()
+            yield gathered(summed(part if own else part.new_zeros((count, *part.shape[1:])), x))
 
 
 def taken_rows(x: Array, indices: np.ndarray) -> Array:

@@ -79,10 +79,7 @@ class Passes(Recorded):
         check_choice("method", method, METHODS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("normalize", normalize, NORMALIZATIONS)
-        self._check_unchanged()
-        targets = self._train if train is None else self._read(train, "train")
-        backend = self._measure(query_loss)
-        queries = self._read(query, "query", backend)
+        queries, targets, backend = self._both(query, train, query_loss)
         sums = checked_weights(weights, reduction, queries.num)
         if normalize != "none":
             self._alone(f"normalize={normalize!r}")
@@ -95,6 +92,15 @@ class Passes(Recorded):
         about = ("scores", method, normalize, *(() if sums is None else (sums,)))
         store = self._store(checkpoint, *about, query=queries, train=targets)
         return Asked(queries, targets, backend, sums, normalize, method, store)
+
+    def _both(
+        self, query: Data, train: Data, query_loss: Callable[..., Any] | None
+    ) -> tuple[Examples, Examples, Backend]:
+        """Read queries and training examples, and return the backend for the former."""
+        self._check_unchanged()
+        targets = self._train if train is None else self._read(train, "train")
+        backend = self._measure(query_loss)
+        return self._read(query, "query", backend), targets, backend
 
     def _scored(self, asked: Asked) -> Iterator[tuple[int, Iterator[tuple[int, Array]]]]:
         """Yield for each group of queries its start, and the blocks of scores with their starts."""

@@ -45,10 +45,7 @@ class ParameterScores(Passes):
         pass these as `params`.
         """
         self._alone("parameter_scores")
-        self._check_unchanged()
-        targets = self._train if train is None else self._read(train, "train")
-        backend = self._measure(query_loss)
-        queries = self._read(query, "query", backend)
+        queries, targets, backend = self._both(query, train, query_loss)
         self._begin(queries.num, 0)
         sizes = self._backend.sizes()
         entries = [slice(*ends) for ends in pairwise(accumulate(sizes.values(), initial=0))]

@@ -61,10 +61,7 @@ class TokenScores(Passes):
         2023, section 3.3.
         """
         check_choice("of", of, ("train", "query"))
-        self._check_unchanged()
-        targets = self._train if train is None else self._read(train, "train")
-        backend = self._measure(query_loss)
-        queries = self._read(query, "query", backend)
+        queries, targets, backend = self._both(query, train, query_loss)
         if of == "query":
             return self._of_query(backend, queries, targets)
         self._begin(queries.num, 0)

@@ -6,7 +6,6 @@ from one process after the other, so that none ever holds more than those of two
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from lowrank_inverse.arrays.spread import (
     gathered,
     is_spread,
     local,
-    reduced,
     rows_beside,
     rows_in_turn,
     spread_rows,
@@ -60,12 +58,12 @@ def cross(K: Any, Z: Array, block: Array) -> Array:
 
 def columns(K: Any, chosen: Array) -> Array:
     """Return the kernel of all points and those `chosen`, shape (n, k), spread by rows."""
-    return _by_rows(K, lambda own: own.columns_of(local(reduced(chosen))), chosen.shape[0])
+    return _by_rows(K, lambda own: own.columns_of(local(chosen)), chosen.shape[0])
 
 
 def entries(K: Any, chosen: Array) -> Array:
     """Return the kernel of the points `chosen`, shape (k, k), whole on each process."""
-    points = local(reduced(chosen))
+    points = local(chosen)
     return everywhere(K.evaluate(points, points), K.X)
 
 
@@ -82,7 +80,5 @@ def _by_rows(K: Any, compute: Callable[[Any], Array], *width: int) -> Array:
 
 def _of(K: Any, points: Array) -> Any:
     """Return the kernel of some points alone."""
-    other = copy.copy(K)
     n = int(points.shape[0])
-    other.X, other.shape, other.like = points, (n, n), no_entries(points)
-    return other
+    return K._with_parts({"X": points, "shape": (n, n), "like": no_entries(points)})
