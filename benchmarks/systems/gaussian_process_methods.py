@@ -22,6 +22,7 @@ METHODS = {
     "ours, held, std solved": "size",
     "gpytorch, CG": "size",
     "ours, in tiles": "size",
+    "gpytorch, KeOps": "size",
 }
 """Each with the option that says how many points it gets at most."""
 CG_TOLERANCE = 1e-3
@@ -141,7 +142,7 @@ def by_gpytorch(
     probes: int,
     seed: int,
 ) -> tuple[Callable[[], Evaluated], Callable[[np.ndarray], Predicted], Callable[[], Any]]:
-    """Return the same by gpytorch: with "CG", of the same rank and number of probes."""
+    """Return the same by gpytorch: with "CG" or "KeOps", of the same rank and number of probes."""
     import contextlib
 
     import gpytorch
@@ -160,9 +161,9 @@ def by_gpytorch(
             )
             super().__init__(points, targets, likelihood)
             self.mean_module = gpytorch.means.ZeroMean()
-            kernels = gpytorch.kernels
+            kernels = gpytorch.kernels.keops if form == "KeOps" else gpytorch.kernels
             radial = kernels.RBFKernel() if nu is None else kernels.MaternKernel(nu=nu)
-            self.covar_module = kernels.ScaleKernel(radial)
+            self.covar_module = gpytorch.kernels.ScaleKernel(radial)
             self.covar_module.outputscale = signal
             radial.lengthscale = lengthscale
             likelihood.noise = noise
@@ -179,7 +180,7 @@ def by_gpytorch(
             return stack
         for way in (
             settings.fast_computations(True, True, True),
-            settings.max_cholesky_size(0),
+            settings.max_cholesky_size(16),  # KeOps has no diagonal below it
             settings.cg_tolerance(CG_TOLERANCE),
             gpytorch.settings.eval_cg_tolerance(CG_TOLERANCE),
             settings.max_preconditioner_size(rank),

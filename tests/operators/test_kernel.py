@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import lowrank_inverse as li
-from lowrank_inverse.operators.kernels.distances import MAX_DIFFERENCES, squared_distances
+from lowrank_inverse.operators.kernels.distances import MAX_COMPILED, squared_distances
 from tests.conftest import host, open_backend
 from tests.oracles import LONG, relative_error
 from tests.problems import WIDTH, rhs
 
 NUM, NEW, CHUNK = 24, 7, 10
-FEW, MANY = 3, MAX_DIFFERENCES + 4
+FEW, SOME, MANY = 3, MAX_COMPILED - 4, MAX_COMPILED + 4
 CASES = {
     "rbf": {"kernel": "rbf"},
     "laplacian": {"kernel": "laplacian"},
@@ -24,7 +24,7 @@ CASES = {
     "polynomial": {"kernel": "polynomial", "degree": 2, "coef0": 0.5},
 }
 every_kernel = pytest.mark.parametrize("case", CASES)
-dimensions = pytest.mark.parametrize("d", [FEW, MANY])
+dimensions = pytest.mark.parametrize("d", [FEW, SOME, MANY])
 
 
 def points(d=FEW, n=NUM, seed=0, shift=0.0):

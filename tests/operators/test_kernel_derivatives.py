@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import lowrank_inverse as li
-from lowrank_inverse.operators.kernels.distances import MAX_DIFFERENCES
+from lowrank_inverse.operators.kernels.distances import MAX_COMPILED
 from tests.conftest import open_backend
 
 torch = pytest.importorskip("torch")
 
-NUM, FEW, MANY = 6, 3, MAX_DIFFERENCES + 4
+NUM, FEW, MANY = 6, 3, MAX_COMPILED + 4
 RADIAL = {
     "rbf": {"kernel": "rbf"},
     "matern 1/2": {"kernel": "matern", "nu": 0.5},

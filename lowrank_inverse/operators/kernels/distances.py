@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from array_api_compat import array_namespace, is_jax_array
+from scipy.spatial.distance import cdist
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.conversion import astype, eps, is_narrow, is_traced, wide_dtype
 from lowrank_inverse.arrays.graph import constant, is_recorded
 
-MAX_DIFFERENCES = 16
+MAX_DIFFERENCES, MAX_COMPILED = 16, 32
+"""Up to how many features differences are as fast as inner products; in NumPy by compiled code."""
 CANCELLED = 1e-4
 """A squared distance below this share of its terms is computed anew, by differences."""
 CENTRE_ROWS = 32
@@ -25,6 +28,8 @@ def squared_distances(x: Array, y: Array) -> Array:
     """
     xp = array_namespace(x)
     d = x.shape[1]
+    if isinstance(x, np.ndarray) and d <= MAX_COMPILED:
+        return astype(cdist(x, y, "sqeuclidean"), x.dtype)
     if d <= MAX_DIFFERENCES or is_narrow(x):
         return by_features(_square, x, y)
     dtype, wide = x.dtype, wide_dtype(x)
@@ -49,6 +54,13 @@ def squared_distances(x: Array, y: Array) -> Array:
         else:
             squares[close] = exact
     return astype(squares, dtype)
+
+
+def absolute_distances(x: Array, y: Array) -> Array:
+    """Return the sums of absolute differences, shape (p, q)."""
+    if isinstance(x, np.ndarray):
+        return astype(cdist(x, y, "cityblock"), x.dtype)
+    return by_features(array_namespace(x).abs, x, y)
 
 
 def matern(nu: float, squares: Array) -> Array:
