@@ -16,6 +16,7 @@ COMMANDS = {
     "leaveoneout": ("influence.leaveoneout", "influence against training without each image"),
     "influence": ("influence.libraries", "influence functions, ours beside other libraries"),
     "influence-scale": ("influence.scale", "a million parameters, 50 000 images: plan and use"),
+    "influence-language": ("influence.language", "a language model of ten million parameters"),
     "influence-truth": ("influence.truth", "influence against training again, beside libraries"),
     "accuracy": ("systems.accuracy", "float32 accuracy of each form of the damped inverse"),
     "certificate": ("systems.certificate", "how tight the error bounds are"),
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
         return int(load(arguments[0])(arguments[1:]) or 0)
     print("usage: python -m benchmarks NAME [options]   (NAME --help for its options)\n")
     for name, (_, summary) in COMMANDS.items():
-        print(f"  {name:<16} {summary}")
+        print(f"  {name:<18} {summary}")
     return 0 if arguments in ([], ["--help"], ["-h"]) else 2
 
 

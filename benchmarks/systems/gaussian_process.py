@@ -13,8 +13,9 @@ gets `--most` points, what iterates `--size`; up to `--most`, errors are those a
 scikit-learn's dense factorisation: of the likelihood, in nats; of the gradient and the means,
 relative to the largest entry; of the standard deviations, the largest relative one. gpytorch's CG
 has the rank and the number of probes of ours, and a tolerance of 1e-3. Each runs in a process of
-its own. To predict is to condition on the data, and to give means and standard deviations at 200
-points. The peak is what all of it takes beyond the data and the libraries.
+its own; times are of the CPU. To predict is to condition on the data, and to give means and
+standard deviations at 200 points. The peak is what all of it takes beyond the data and the
+libraries.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ def measure(path: str, method: str, n: int, **settings: Any) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught, Peak() as peak:
         warnings.simplefilter("always")
         evaluate, predict, about = make(x, y, form, **settings)
-        likelihood_seconds = seconds(lambda: evaluated.append(evaluate()))
-        predict_seconds = seconds(lambda: predicted.append(predict(new)))
+        likelihood_seconds = seconds(lambda: evaluated.append(evaluate()), clock=process_time)
+        predict_seconds = seconds(lambda: predicted.append(predict(new)), clock=process_time)
     kinds = ("ConvergenceWarning", "NumericalWarning")
     warned = {str(w.message)[:200] for w in caught if w.category.__name__ in kinds}
     return {

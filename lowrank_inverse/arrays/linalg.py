@@ -84,6 +84,15 @@ def add_to(x: Array, factor: Array, y: Array) -> Array:
     return x
 
 
+def add_product(X: Array, Y: Array, small: Array) -> Array:
+    """Return ``X + Y @ small`` for tall `Y`, written over `X` where that can be done."""
+    if is_spread(Y) or not _can_write(X, Y, small):
+        return X + tall_times(Y, small, X.dtype)
+    for rows in row_blocks(X, X.shape[1]):
+        X[rows, ...] += tall_times(Y[rows, ...], small, X.dtype)
+    return X
+
+
 def scale_and_add(x: Array, factor: Array, y: Array) -> Array:
     """Return ``factor * x + y``, written over `x` where that can be done."""
     if not _can_write(x, factor, y):
@@ -107,10 +116,12 @@ def set_rows(X: Array, start: Any, block: Array) -> Array:
 
 def copy_where(condition: Array, x: Array, kept: Array) -> Array:
     """Return ``choose(condition, x, kept)``, written over `kept` where that can be done."""
-    if condition.ndim == 0 and _can_write(kept, x) and on_cpu(condition):
-        if bool(condition):
+    if _can_write(kept, x) and on_cpu(condition) and not is_spread(kept):
+        if bool(array_namespace(condition).all(condition)):
             kept[...] = x
-        return kept
+            return kept
+        if condition.ndim == 0:
+            return kept
     return array_namespace(x).where(condition, x, kept)
 
 

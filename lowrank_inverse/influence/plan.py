@@ -26,9 +26,9 @@ COPIES = {Exact: 4, NystromCG: 2}
 """Blocks of the size of the columns that a solver holds: the preconditioner has its own basis."""
 MOST_PAIRS = 200
 JOINING = 10
-PAIR_BLOCKS = 4
+PAIR_BLOCKS = 6
 """Vectors and products, of pairs and of the directions that are joined with them."""
-BLOCKS = 20
+BLOCKS = 14
 """Vectors of n numbers a right-hand side, as counted: it, conjugate gradients, and products."""
 JVP_LEAST, JVP_MOST = 4, 24
 """Queries up to which directional derivatives are taken: always, and where none is timed."""

@@ -9,6 +9,7 @@ from lowrank_inverse.arrays.control_flow import while_loop
 from lowrank_inverse.arrays.conversion import astype, eps, is_traced
 from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.linalg import (
+    add_product,
     column_norm,
     copy_where,
     dot,
@@ -58,7 +59,8 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         finite = xp.isfinite(dot(P, AP))
         if kept is not None and (is_traced(kept.count) or kept.count < num_kept):
             kept = with_pairs(kept, P, AP, finite)
-        Q = AP + damping * P
+        Q = AP + damping * P if is_traced(damping) or damping != 0 else AP
+        del AP  # a block that nothing below needs
         K = symmetric_part(tall_dot(P, Q))
         sound = xp.all(xp.isfinite(K))
         K = xp.where(sound, K, xp.zeros_like(K))
@@ -83,8 +85,9 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         flag = xp.where(active & negative, code(flag, Reason.NEGATIVE_CURVATURE), flag)
         flag = xp.where(active & ~sound, code(flag, Reason.NONFINITE), flag)
         alpha = xp.where(ok, inverse @ PR, xp.zeros_like(PR))
-        D = state.d + tall_times(P, alpha, P.dtype)
-        R = state.r - tall_times(Q, alpha, P.dtype)
+        # `d` and `r` are written over: their former values are not used below.
+        D = add_product(state.d, P, alpha)
+        R = add_product(state.r, Q, -alpha)
         norm = xp.sqrt(dot(R, R))
         num_steps = state.num_steps + astype(ok, xp.int32)
         if callback is not None:
@@ -94,7 +97,10 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         Z, flag = preconditioned(R, flag, ok)
         beta = inverse @ tall_dot(Q, Z)
         wanted = running & (flag == RUNNING) & (smallest > target)
-        Z = xp.where(wanted, Z - tall_times(P, beta, P.dtype), xp.zeros_like(Z))
+        conjugate = tall_times(P, -beta, P.dtype)
+        conjugate += Z
+        Z = xp.where(wanted, conjugate, xp.zeros_like(norm))
+        del conjugate
         return Sweep(
             D,
             R,

@@ -33,7 +33,11 @@ from lowrank_inverse.arrays.spread import is_spread, local
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.differentiation import made_of, parts, recomputed
 from lowrank_inverse.operators.kernels import spread
-from lowrank_inverse.operators.kernels.distances import absolute_distances, matern, squared_distances
+from lowrank_inverse.operators.kernels.distances import (
+    absolute_distances,
+    matern,
+    squared_distances,
+)
 from lowrank_inverse.operators.kernels.points import (
     check_points,
     checked_lengthscale,

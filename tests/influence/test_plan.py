@@ -10,6 +10,8 @@ import pytest
 import lowrank_inverse as li
 from lowrank_inverse.influence.damped_solver import KeptColumns
 from lowrank_inverse.influence.plan import (
+    BLOCKS,
+    PAIR_BLOCKS,
     UnitCosts,
     dense_pays,
     make_plan,
@@ -41,7 +43,7 @@ def solve_of_ones_own(matvec, b):
         (li.Nystrom(rank=7, damping=0.1), 7 + 10, 7, 7),
         (li.Nystrom(rank=7, damping=0.1, memory="streamed"), 7 + 10, 7, 0),
         (li.NystromCG(rank=7, max_steps=4), 7 + 60, 22, 2 * 7),
-        (li.CG(), 220, 69, 4 * 3),
+        (li.CG(), 220, 69, PAIR_BLOCKS * 3),
         (li.Neumann(num_terms=6), 80, 27, 0),
         (solve_of_ones_own, 220, 69, 0),
     ],
@@ -60,7 +62,7 @@ def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, colum
     assert plan.num_bytes == {
         "data": 5,
         "columns": columns * 30 * 8,
-        "solve": 20 * 4 * 30 * 8,
+        "solve": BLOCKS * 4 * 30 * 8,
         "batch": 7,
         "scores": 8000,
     }
@@ -84,7 +86,7 @@ def test_pairs_are_kept_as_far_as_they_pay_and_fit():
     assert most_pairs(10_000, 10**6, 4, 2**40) == 200
     assert most_pairs(30, 10**6, 4, 2**40) == 30
     assert most_pairs(10_000, 10, 4, 2**40) == 10  # 6 * 10² operations a number: a product's
-    assert most_pairs(10_000, 10**6, 4, 16 * 7 * 10_000 * 4) == 7
+    assert most_pairs(10_000, 10**6, 4, 4 * PAIR_BLOCKS * 7 * 10_000 * 4) == 7
     assert most_pairs(10**9, 10**6, 4, 2**20) == 0
 
 

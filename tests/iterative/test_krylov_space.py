@@ -44,9 +44,10 @@ def test_the_vectors_are_orthonormal_and_span_the_krylov_space(backend, name, wi
 
 
 def test_an_invariant_space_ends_the_products():
-    A = CountingOperator(matrix("clusters"))  # four eigenvalues
+    # Three eigenvalues, exactly: those of a matrix that was rotated differ by rounding.
+    A = CountingOperator(np.diag(np.array([1.0, 0.5, 0.0])[np.arange(N) % 3]))
     approx = li.nystrom(A, 20, sampling="krylov", b=rhs())
-    assert approx.num_columns == approx.num_products == A.num_products == 4
+    assert approx.num_columns == approx.num_products == A.num_products == 3
     assert (
         relative_error(approx.inverse(DAMPING) @ rhs(), damped_solve(A.A, DAMPING, rhs())) < 1e-12
     )
