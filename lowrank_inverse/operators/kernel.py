@@ -33,11 +33,7 @@ from lowrank_inverse.arrays.spread import is_spread, local
 from lowrank_inverse.operators.base import Operator
 from lowrank_inverse.operators.differentiation import made_of, parts, recomputed
 from lowrank_inverse.operators.kernels import spread
-from lowrank_inverse.operators.kernels.distances import (
-    absolute_distances,
-    matern,
-    squared_distances,
-)
+from lowrank_inverse.operators.kernels.distances import l1_distances, matern, squared_distances
 from lowrank_inverse.operators.kernels.points import (
     check_points,
     checked_lengthscale,
@@ -90,10 +86,10 @@ class KernelOperator(Operator):
     tiles and the result. Of spread points, each process evaluates its own rows, n times as many
     entries, and receives the points and the block of the others, n (d + m) numbers.
 
-    Equal points have distance 0 and kernel value 1 exactly. Up to 16 features, in NumPy 32,
-    distances are sums of differences. Beyond, they use inner products in float64, with a relative error of ``4e-12 (d
-    + 2)``; if more digits would cancel, or without float64, they use differences. While JAX traces,
-    distances below ``4e-16 (d + 2)`` times the squared norms become 0.
+    Equal points have distance 0 and kernel value 1 exactly. Up to 16 features (NumPy: 32) distances
+    are sums of differences. Beyond, they use inner products in float64, with a relative error of
+    ``4e-12 (d + 2)``; if more digits would cancel, or without float64, they use differences. While
+    JAX traces, distances below ``4e-16 (d + 2)`` times the squared norms become 0.
 
     In PyTorch and JAX, products and entries are differentiable with respect to the points,
     `lengthscale` and `coef0`. First and second derivatives are finite and correct for equal points
@@ -282,7 +278,7 @@ class KernelOperator(Operator):
             wide = wide_dtype(x)
             return self._polynomial(astype(x, wide) @ astype(y, wide).T)
         if self.kernel == "laplacian":
-            return xp.exp(-absolute_distances(x, y))
+            return xp.exp(-l1_distances(x, y))
         squares = squared_distances(x, y)
         if self.kernel == "rbf":
             squares *= -0.5

@@ -56,7 +56,7 @@ def squared_distances(x: Array, y: Array) -> Array:
     return astype(squares, dtype)
 
 
-def absolute_distances(x: Array, y: Array) -> Array:
+def l1_distances(x: Array, y: Array) -> Array:
     """Return the sums of absolute differences, shape (p, q)."""
     if isinstance(x, np.ndarray):
         return astype(cdist(x, y, "cityblock"), x.dtype)
