@@ -110,14 +110,14 @@ def cg(
 
     Notes
     -----
-    Cost: one product per step and active column, one to confirm the residual, and one for a
-    nonzero `x0`; the preconditioner is applied as often, except for `x0`. Memory: 9 arrays of the
-    size of a block. When the true residual does not confirm the tolerance, the recursion restarts
-    from it, until it no longer falls. Residuals are scaled to a largest entry of 1, so the scales
-    of `A` and `b` only change the scale of the solution. Under ``jax.jit`` a single column that
-    fails repeats the steps to its best iterate, which saves a copy in each step; `num_products`
-    includes them. In PyTorch and JAX, `value` has the derivatives of the exact solution, computed
-    by another solve to the same tolerance instead of through the steps.
+    Cost: one product per step and active column, one to confirm the residual, and one for a nonzero
+    `x0`; the preconditioner is applied as often, except for `x0`. Memory: 9 vectors, or 12 arrays
+    of the size of a block. When the true residual does not confirm the tolerance, the recursion
+    restarts from it, until it no longer falls. Residuals are scaled to a largest entry of 1, so the
+    scales of `A` and `b` only change the scale of the solution. Under ``jax.jit`` a single column
+    that fails repeats the steps to its best iterate, which saves a copy in each step;
+    `num_products` includes them. In PyTorch and JAX, `value` has the derivatives of the exact
+    solution, computed by another solve to the same tolerance instead of through the steps.
 
     References
     ----------

@@ -10,7 +10,7 @@ pytest.importorskip("sklearn", reason="the experiments need scikit-learn's digit
 
 from scipy.stats import spearmanr
 
-from benchmarks.influence import leaveoneout, libraries, methods, truth
+from benchmarks.influence import language, leaveoneout, libraries, methods, truth
 from lowrank_inverse.influence.metrics import leave_one_out
 from tests.benchmarks.conftest import refused, text, written
 from tests.conftest import assert_picture
@@ -102,6 +102,18 @@ def test_training_again_is_what_influence_predicts(tmp_path, calls):
     assert found[own[0]]["one_out"]["pearson"] > found[own[2]]["one_out"]["pearson"]
     assert found[own[1]]["lds"] == pytest.approx(found[own[0]]["lds"], abs=1e-2)
     assert_picture(tmp_path / "influence_truth.png")
+
+
+@pytest.mark.slow
+def test_in_a_language_model_influence_predicts_tuning_again(tmp_path, calls):
+    own = ["lowrank-inverse CG", "lowrank-inverse gradients"]
+    shape = ["--width", "32", "--layers", "1", "--vocabulary", "300", "--length", "8"]
+    sizes = ["--train", "80", "--queries", "3", "--epochs", "1", "--halves", "8", "--steps", "15"]
+    options = [*shape, *sizes, "--methods", *own, "--output", str(tmp_path)]
+    assert language.main(options) == 0
+    found = written(tmp_path, "influence_language")["methods"]
+    assert found[own[0]]["residual"] <= 1e-3
+    assert found[own[0]]["lds"] > max(0.9, found[own[1]]["lds"])
 
 
 def test_the_agreement_is_the_mean_rank_correlation():
