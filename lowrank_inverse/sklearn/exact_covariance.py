@@ -14,7 +14,9 @@ from lowrank_inverse.sklearn.regressor import kernel_matrix
 
 
 class ExactCovariance:
-    """``G = signal_variance * K + noise * I`` by Cholesky's factorisation [1]_ (Algorithm 2.1).
+    """``G = signal_variance * K + noise * I + diag(alpha)`` by Cholesky's factorisation [1]_.
+
+    See Algorithm 2.1 there.
 
     Attributes
     ----------
@@ -40,11 +42,13 @@ class ExactCovariance:
     num_steps = 1
     missed = ""
 
-    def __init__(self, K: KernelOperator, y: np.ndarray, at: Hyperparameters) -> None:
+    def __init__(
+        self, K: KernelOperator, y: np.ndarray, at: Hyperparameters, alpha: np.ndarray
+    ) -> None:
         self.K, self.y, self.at = K, y, at
         G = kernel_matrix(K)
         G *= at.signal_variance
-        G[np.diag_indices_from(G)] += at.noise
+        G[np.diag_indices_from(G)] += at.noise + alpha
         # Of G.T, which is G, in the memory of G: LAPACK reads columns first.
         factor, failed = lapack.dpotrf(G.T, lower=1, clean=1, overwrite_a=1)
         if failed:

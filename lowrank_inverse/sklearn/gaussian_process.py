@@ -12,10 +12,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lowrank_inverse._typing import ArrayLike, MatrixLike
-from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.sklearn.exact_covariance import ExactCovariance
 from lowrank_inverse.sklearn.hyperparameters import (
+    check_settings,
+    checked_alpha,
     checked_bounds,
     checked_fixed,
     checked_start,
@@ -31,8 +32,8 @@ class GaussianProcessRegressor(KernelRegressor):
     """Gaussian process regression, exact for a few thousand points, iterative beyond.
 
     The prior of f has mean 0 and covariance ``signal_variance * kernel((x - y) / lengthscale)``.
-    The observations are ``y_i = f(x_i) + e_i`` with independent e_i of variance `noise` [1]_. `fit`
-    maximises the log marginal likelihood over the logarithms of the hyperparameters by L-BFGS-B.
+    The observations are ``y_i = f(x_i) + e_i`` with independent e_i of variance ``noise + alpha_i``
+    [1]_. `fit` maximises the log marginal likelihood over the hyperparameters by L-BFGS-B.
 
     Parameters
     ----------
@@ -45,6 +46,8 @@ class GaussianProcessRegressor(KernelRegressor):
         all of them; ``"features"`` is the standard deviation of each times ``sqrt(d)``.
     signal_variance, noise : float
         Starting values; with `normalize_y`, as fractions of the variance of y.
+    alpha : float or array of shape (n,)
+        Known variance of the noise of each observation, beside `noise` and in its units.
     fixed : sequence of str
         Which of "signal_variance", "lengthscale" and "noise" keep their starting values.
     bounds : pair of floats
@@ -125,6 +128,7 @@ class GaussianProcessRegressor(KernelRegressor):
         lengthscale: Any = "scale",
         signal_variance: float = 1.0,
         noise: float = 0.1,
+        alpha: Any = 0.0,
         fixed: Any = (),
         bounds: Any = (1e-5, 1e5),
         optimizer: str | None = "fmin_l_bfgs_b",
@@ -143,6 +147,7 @@ class GaussianProcessRegressor(KernelRegressor):
         self.lengthscale = lengthscale
         self.signal_variance = signal_variance
         self.noise = noise
+        self.alpha = alpha
         self.fixed = fixed
         self.bounds = bounds
         self.optimizer = optimizer
@@ -171,14 +176,8 @@ class GaussianProcessRegressor(KernelRegressor):
             self._scale = np.where(deviation > rounding, deviation, 1.0)
         self.X_fit_, self._y = X, (y - self._mean) / self._scale
         rng = check_random_state(self.random_state)
-        self._seed = rng.randint(2**31 - 1)
-        for name in ("rank", "num_probes", "max_iter"):
-            check_count(name, getattr(self, name))
-        check_scalar("tol", self.tol, positive=True)
-        if self.kernel not in ("rbf", "matern"):
-            raise ValueError(f"`kernel` must be 'rbf' or 'matern'; got {self.kernel!r}.")
-        if self.optimizer not in (how := "fmin_l_bfgs_b", None):
-            raise ValueError(f"`optimizer` must be {how!r} or None; got {self.optimizer!r}.")
+        self._seed, self._alpha = rng.randint(2**31 - 1), checked_alpha(self.alpha, len(y))
+        check_settings(self)
         self._fixed, bounds = checked_fixed(self.fixed), checked_bounds(self.bounds)
         self._start = checked_start(self.signal_variance, self.lengthscale, self.noise, X)
         self.theta_, missed = self._start.free(self._fixed), ""
@@ -280,11 +279,12 @@ class GaussianProcessRegressor(KernelRegressor):
         K = KernelOperator(self.X_fit_, self.kernel, lengthscale=at.lengthscale, nu=self.nu)
         matrix = len(self._y) ** 2 * self._y.itemsize
         if 4 * matrix <= self.memory_budget:  # what a factorisation and its derivatives take
-            return ExactCovariance(K, self._y, at)
+            return ExactCovariance(K, self._y, at, self._alpha)
         return IterativeCovariance(
             K,
             self._y,
             at,
+            self._alpha,
             held=matrix <= self.memory_budget,
             rank=self.rank,
             tol=self.tol,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from lowrank_inverse.arrays.checks import check_scalar
+from lowrank_inverse.arrays.checks import check_count, check_scalar
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.sklearn.regressor import spread
 
@@ -54,6 +54,31 @@ class Hyperparameters(NamedTuple):
         """Return those of three `parts`, one of each, that belong to the free ones."""
         kept = [np.atleast_1d(x) for name, x in zip(NAMES, parts, strict=True) if name not in fixed]
         return np.concatenate([np.zeros(0), *kept])
+
+
+def check_settings(model: Any) -> None:
+    """Raise if a setting of a Gaussian process that is no hyperparameter is out of range."""
+    for name in ("rank", "num_probes", "max_iter"):
+        check_count(name, getattr(model, name))
+    check_scalar("tol", model.tol, positive=True)
+    if model.kernel not in ("rbf", "matern"):
+        raise ValueError(f"`kernel` must be 'rbf' or 'matern'; got {model.kernel!r}.")
+    if model.optimizer not in (how := "fmin_l_bfgs_b", None):
+        raise ValueError(f"`optimizer` must be {how!r} or None; got {model.optimizer!r}.")
+
+
+def checked_alpha(alpha: Any, n: int) -> np.ndarray:
+    """Return the known variances of the noise of n observations, shape () or (n,)."""
+    if np.ndim(alpha) == 0:
+        check_scalar("alpha", alpha)
+        return np.asarray(float(alpha))
+    alpha = np.asarray(alpha, dtype=np.float64)
+    if alpha.shape != (n,) or not np.isfinite(alpha).all() or alpha.min() < 0:
+        raise ValueError(
+            f"`alpha` must be a number or hold one for each of the {n} observations, finite and >= "
+            f"0; got shape {alpha.shape}, least {alpha.min():g}."
+        )
+    return alpha
 
 
 def checked_fixed(fixed: Any) -> tuple[str, ...]:

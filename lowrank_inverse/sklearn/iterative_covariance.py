@@ -10,6 +10,7 @@ import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
 from lowrank_inverse.iterative.conjugate_gradients import cg
+from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.operators.kernel import KernelOperator
 from lowrank_inverse.operators.kernels.points import row_slices
@@ -26,13 +27,14 @@ PROBE_RTOL = 1e-3
 
 
 class IterativeCovariance:
-    """``G = s (K + damping * I)``, with s the signal variance and ``s * damping`` the noise.
+    """``G = s (H + damping * I)``, with s the signal variance and ``s * damping`` the noise.
 
-    With ``P = K_k + level * I`` from a Nyström approximation and of the trace of ``K + damping *
-    I``, ``B = P^{-1/2} (K + damping * I) P^{-1/2}``, and probes w of random signs [1]_, [2]_: the
-    logarithm of the determinant is that of ``s P``, plus the mean of ``w.T log(B) w``, by Lanczos'
-    quadrature; and the trace of ``G^{-1} dG`` is that of ``P^{-1} dK_k``, plus a mean over the same
-    probes of what the two differ by. Both means vanish with ``K - K_k``, and so do their variances.
+    H is ``K + diag(alpha) / s``. With ``P = K_k + level * I`` from a Nyström approximation and of
+    the trace of ``H + damping * I``, ``B = P^{-1/2} (H + damping * I) P^{-1/2}``, and probes w of
+    random signs [1]_, [2]_: the logarithm of the determinant is that of ``s P``, plus the mean of
+    ``w.T log(B) w``, by Lanczos' quadrature; and the trace of ``G^{-1} dG`` is that of ``P^{-1}
+    dK_k``, plus a mean over the same probes of what the two differ by. Both means vanish with ``K -
+    K_k``, and so do their variances.
 
     Attributes
     ----------
@@ -56,6 +58,7 @@ class IterativeCovariance:
         K: KernelOperator,
         y: np.ndarray,
         at: Hyperparameters,
+        alpha: np.ndarray,
         *,
         held: bool,
         rank: int,
@@ -67,14 +70,15 @@ class IterativeCovariance:
     ) -> None:
         self.K, self.y, self.at, self.exact_variance = K, y, at, exact_variance
         self.damping, n = at.noise / at.signal_variance, len(y)
-        self._A = aslinearoperator(kernel_matrix(K)) if held else K
-        rng = np.random.default_rng(seed)
-        self._P = shifted_nystrom(self._A, min(rank, n), self.damping, rng)
+        A, known = aslinearoperator(kernel_matrix(K)) if held else K, alpha / at.signal_variance
+        self._H = ShiftedOperator(A, known) if np.any(known) else A
+        rng, level = np.random.default_rng(seed), self.damping + float(np.mean(known))
+        self._P = shifted_nystrom(A, min(rank, n), level, rng)
         self._signs = rng.choice([-1.0, 1.0], (n, num_probes))
         inverse = partial(self._P.power, exponent=-1.0)
         self._solve = partial(
             cg,
-            self._A,
+            self._H,
             damping=self.damping,
             preconditioner=FunctionOperator(inverse, n, matmat=inverse),  # of blocks alone
             rtol=tol,
@@ -92,7 +96,7 @@ class IterativeCovariance:
 
         def product(block: np.ndarray) -> np.ndarray:
             half = self._P.power(block, -0.5)
-            return self._P.power(self._A @ half + self.damping * half, -0.5)
+            return self._P.power(self._H @ half + self.damping * half, -0.5)
 
         found = log_quadrature(product, self._signs, max_steps=NUM_STEPS, rtol=PROBE_RTOL)
         if not np.isfinite(found.forms).all():
@@ -166,13 +170,13 @@ class IterativeCovariance:
                 missed = _missed(solution, C[:, columns])
         X = np.hstack(parts)
         # For any X at all, C.T G^{-1} C is at least C.T X + X.T C - X.T G X.
-        rest = 2 * C - self._A @ X - self.damping * X
+        rest = 2 * C - self._H @ X - self.damping * X
         return s * (np.sum(X * rest, axis=0) if diagonal else X.T @ rest), missed
 
     @cached_property
     def _subspace(self) -> np.ndarray:
-        """Return the Cholesky factor of ``U.T (K + damping * I) U``: one for all predictions."""
-        inner = self._P.U.T @ (self._A @ self._P.U)
+        """Return the Cholesky factor of ``U.T (H + damping * I) U``: one for all predictions."""
+        inner = self._P.U.T @ (self._H @ self._P.U)
         inner = (inner + inner.T) / 2 + self.damping * np.eye(len(inner))
         return cholesky(inner, lower=True, check_finite=False)
 

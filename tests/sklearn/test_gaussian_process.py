@@ -96,6 +96,54 @@ def test_factored_it_is_that_of_scikit_learn(kernel, lengthscale):
             np.testing.assert_allclose(spread, their_spread, rtol=1e-6, atol=1e-9)
 
 
+ALPHA = np.random.default_rng(5).uniform(0.0, 0.5, len(Y)) ** 2
+
+
+def test_known_noise_of_each_observation_is_that_of_scikit_learn():
+    prior = ConstantKernel(2.0) * RBF(1.3) + WhiteKernel(0.3)
+    wanted = theirs.GaussianProcessRegressor(
+        prior, alpha=ALPHA, optimizer=None, normalize_y=True
+    ).fit(X, Y)
+    model = ours(alpha=ALPHA).fit(X, Y)
+    value, slope = model.log_marginal_likelihood(model.theta_, eval_gradient=True)
+    their_value, their_slope = wanted.log_marginal_likelihood(model.theta_, eval_gradient=True)
+    assert abs(value - their_value) < 1e-8 * abs(their_value)
+    assert np.abs(slope - their_slope).max() < 1e-8 * np.abs(their_slope).max()
+    for mine, its in zip(
+        model.predict(NEW, return_std=True, include_noise=True),
+        wanted.predict(NEW, return_std=True),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, its, rtol=1e-6, atol=1e-9)
+    one = ours(alpha=0.1, noise=0.2).fit(X, Y)
+    np.testing.assert_allclose(one.predict(NEW), ours().fit(X, Y).predict(NEW), atol=1e-9)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_iterative_with_known_noise_it_is_the_factored_one(held):
+    n = 120
+    exact = ours(alpha=ALPHA[:n]).fit(X[:n], Y[:n])
+    options = {"rank": n, "memory_budget": 8 * n * n if held else 0, "tol": 1e-11}
+    value, slope = exact.log_marginal_likelihood(exact.theta_, eval_gradient=True)
+    found, errors = [], []
+    for seed in range(8):
+        model = ours(alpha=ALPHA[:n], random_state=seed, **options).fit(X[:n], Y[:n])
+        found.append(model.log_marginal_likelihood(model.theta_, eval_gradient=True))
+        errors.append(model.log_marginal_likelihood_error_)
+    # The mean of eight estimates, each of sixteen probes: five standard errors.
+    assert abs(np.mean([f[0] for f in found]) - value) < 5 * np.mean(errors) / 8**0.5
+    slopes = np.array([f[1] for f in found])
+    spread = slopes.std(axis=0, ddof=1) / 8**0.5
+    assert np.all(np.abs(slopes.mean(axis=0) - slope) < 6 * spread + 1e-9)
+    for exact_variance in (False, True):
+        model.exact_variance = exact_variance
+        model.fit(X[:n], Y[:n])
+        for mine, its in zip(
+            model.predict(NEW, return_std=True), exact.predict(NEW, return_std=True), strict=True
+        ):
+            assert np.abs(mine - its).max() < 1e-7 * np.abs(its).max()
+
+
 def test_without_noise_the_spread_is_that_of_the_function():
     model = ours().fit(X, Y)
     prior = ConstantKernel(2.0) * RBF(1.3)
@@ -338,6 +386,8 @@ def test_units_of_points_and_targets_change_nothing_but_the_units():
         ({"bounds": (2.0, 3.0)}, "`bounds` must be two factors"),
         ({"optimizer": "adam"}, "`optimizer` must be 'fmin_l_bfgs_b' or None; got 'adam'"),
         ({"rank": 0}, "`rank` must be at least 1"),
+        ({"alpha": -1.0}, "`alpha` must be finite and >= 0"),
+        ({"alpha": np.ones(3)}, "`alpha` must be a number or hold one for each of the"),
     ],
 )
 def test_bad_settings_are_refused_by_fit(settings, message):
