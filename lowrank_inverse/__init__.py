@@ -16,6 +16,7 @@ from lowrank_inverse.operators.diagonal import DiagonalOperator
 from lowrank_inverse.operators.function import FunctionOperator, aslinearoperator
 from lowrank_inverse.operators.hadamard import hadamard
 from lowrank_inverse.operators.kernel import KernelOperator
+from lowrank_inverse.operators.structured import block_diag, kron
 from lowrank_inverse.results.certificate import Certificate, certify
 from lowrank_inverse.results.errors import SolveError
 from lowrank_inverse.results.solution import Reason, Solution
@@ -51,6 +52,7 @@ __all__ = [
     "TraceEstimate",
     "as_solve",
     "aslinearoperator",
+    "block_diag",
     "certify",
     "cg",
     "chunked_inverse",
@@ -58,6 +60,7 @@ __all__ = [
     "diagonal",
     "estimate_diagonal",
     "hadamard",
+    "kron",
     "load",
     "logdet",
     "neumann",
