@@ -97,18 +97,19 @@ def errors(result: Found, reference: Found | None) -> dict[str, float]:
     """Return the errors of one method against another one at the same points."""
     if reference is None or "failed" in reference or reference["n"] != result["n"]:
         return {}
-    found = {key: np.asarray(result[key]) for key in ("value", "gradient", "mean", "std")}
+    keys = ("value", "gradient", "mean", "std")
+    found = {key: np.asarray(result[key]) for key in keys if key in result}
     exact = {key: np.asarray(reference[key]) for key in found}
 
     def relative(key: str) -> float:
         return float(np.abs(found[key] - exact[key]).max() / np.abs(exact[key]).max())
 
-    return {
-        "likelihood": float(np.abs(found["value"] - exact["value"])),
-        "gradient": relative("gradient"),
-        "mean": relative("mean"),
-        "std": float(np.abs(found["std"] / exact["std"] - 1).max()),
-    }
+    likelihood = float(np.abs(found["value"] - exact["value"]))
+    wrong = {"likelihood": likelihood, "gradient": relative("gradient")}
+    if "mean" in found:
+        spread = float(np.abs(found["std"] / exact["std"] - 1).max())
+        wrong |= {"mean": relative("mean"), "std": spread}
+    return wrong
 
 
 def row(set: str, method: str, result: Found, wrong: dict[str, float]) -> dict[str, str]:
@@ -124,9 +125,9 @@ def row(set: str, method: str, result: Found, wrong: dict[str, float]) -> dict[s
     cells = (
         str(result["n"]),
         likelihood,
-        *(f"{wrong[name]:.1e}" if wrong else "" for name in names[1:]),
+        *(f"{wrong[name]:.1e}" if name in wrong else "" for name in names[1:]),
         f"{result['likelihood_seconds']:.1f}",
-        f"{result['predict_seconds']:.1f}",
+        f"{result['predict_seconds']:.1f}" if "predict_seconds" in result else "",
         f"{result['peak_bytes'] / MIB:.0f}",
     )
     return {
@@ -144,6 +145,7 @@ def row(set: str, method: str, result: Found, wrong: dict[str, float]) -> dict[s
     Option("rank", 300, "columns of the preconditioner", least=1),
     Option("probes", 16, "random vectors", least=2),
     Option("methods", list(METHODS), "what is compared", choices=list(METHODS)),
+    Option("likelihood_alone", False, "no predictions"),
     *(PEER_PYTHON, THREADS, SEED),
     packages=("numpy", "scipy", "scikit-learn", "torch"),
 )
@@ -163,6 +165,7 @@ def main(run: Run) -> None:
         counts = {"most": options.most, "size": options.size}
         shared = {"path": data["path"], "nu": SETS[name], "start": data["start"]}
         shared |= {"rank": options.rank, "probes": options.probes, "seed": options.seed}
+        shared |= {"predictions": False} if options.likelihood_alone else {}
         least = min(options.most, data["points"])
         cells = {
             (method, n): {"method": method, "n": n, **shared}
