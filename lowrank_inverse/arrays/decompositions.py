@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
+from lowrank_inverse.arrays.conversion import astype, wide_dtype
 from lowrank_inverse.arrays.devices import tall_qr
 from lowrank_inverse.arrays.graph import constant
 from lowrank_inverse.arrays.scale import matrix_scale
@@ -15,10 +17,17 @@ def eigh(A: Array) -> tuple[Array, Array]:
     """Return the eigenvalues of a symmetric matrix, smallest first, and its eigenvectors.
 
     LAPACK scales what is far from 1 itself, by no power of two: the last bits would depend on the
-    scale of `A`.
+    scale of `A`. Where it does not converge, as MKL in float32 for some matrices of low rank, it is
+    asked again in the widest dtype.
     """
-    scale = matrix_scale(constant(A))
-    w, V = array_namespace(A).linalg.eigh(A / scale)
+    scale, solve = matrix_scale(constant(A)), array_namespace(A).linalg.eigh
+    try:
+        w, V = solve(A / scale)
+    except (RuntimeError, np.linalg.LinAlgError):  # the first is torch's
+        wide = wide_dtype(A)
+        if A.dtype == wide:
+            raise
+        w, V = (astype(x, A.dtype) for x in solve(astype(A / scale, wide)))
     return from_first(scale * w), from_first(V)
 
 

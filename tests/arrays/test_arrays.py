@@ -151,6 +151,19 @@ def test_a_copy_is_taken_where_the_condition_holds(eager):
         assert found is not source
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("zeros", [0.0, 0.9])
+def test_matrices_of_low_rank_with_rows_of_zeros_have_eigenvectors(rank, zeros, eager):
+    # For some of them torch's own eigh does not converge in float32.
+    n, rng = 200, np.random.default_rng(0)
+    X = rng.random((rank, n)) * (rng.random((rank, n)) > zeros)
+    A = eager.seen(X.T @ X)
+    w, V = (host(x).astype(float) for x in eigh(eager.asarray(A)))
+    unit = 10 * n**0.5 * eager.eps
+    assert np.linalg.norm(V.T @ V - np.eye(n), 2) < unit
+    assert np.linalg.norm((V * w) @ V.T - A, 2) < unit * np.linalg.norm(A, 2)
+
+
 @pytest.mark.parametrize("exponent", [-110, -66, 66, 110])
 def test_the_bits_of_eigenvectors_do_not_depend_on_the_scale_of_the_matrix(eager, exponent):
     A = symmetric(np.exp(-np.arange(20.0) / 5), seed=3)

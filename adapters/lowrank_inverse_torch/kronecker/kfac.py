@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_inverse._typing import RNG, Array, Data, OperatorLike, PyTree, Scalar
 from lowrank_inverse.arrays.checks import check_count
+from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.influence.engine import MEMORY_BUDGET
 from lowrank_inverse.operators.diagonal import ShiftedOperator
 from lowrank_inverse.solvers.base import PreparedInverse, differentiable
@@ -245,7 +246,7 @@ def _decomposed(M: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
         )
     if M.ndim == 1:
         return M, None
-    eigenvalues, vectors = torch.linalg.eigh(M)
+    eigenvalues, vectors = eigh(M)
     return eigenvalues.clamp(min=0), vectors
 
 

@@ -76,7 +76,8 @@ def output_root(losses: Callable[[Tensor], Tensor], z: Tensor, generator: torch.
         )
     units = torch.eye(num, dtype=z.dtype, device=z.device)
     columns = [product(e.expand(size, num).reshape(z.shape)).reshape(size, num) for e in units]
-    eigenvalues, Q = torch.linalg.eigh(torch.stack(columns, dim=-1))
+    H = torch.stack(columns, dim=-1).double()  # MKL fails for some of low rank in float32
+    eigenvalues, Q = (x.to(z.dtype) for x in torch.linalg.eigh(H))
     S = Q * eigenvalues.clamp(min=0).sqrt()[:, None, :]
     return lambda e: (S @ e.reshape(size, num, 1)).reshape(z.shape)
 
