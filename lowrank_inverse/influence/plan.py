@@ -27,7 +27,9 @@ COPIES = {Exact: 4, NystromCG: 2}
 MOST_PAIRS = 200
 JOINING = 10
 PAIR_BLOCKS = 6
-"""Vectors and products, of pairs and of the directions that are joined with them."""
+"""Vectors and products of the pairs, of the directions that are joined with them, and the sums."""
+DIRECTION_BLOCKS = 2
+"""Vectors and products of the directions alone, where one solve is all there is."""
 BLOCKS = 14
 """Vectors of n numbers a right-hand side, as counted: it, conjugate gradients, and products."""
 JVP_LEAST, JVP_MOST = 4, 24
@@ -220,6 +222,7 @@ def make_plan(
     groups = -(-num_solves // width)
     held = columns if getattr(solver, "memory", "stored") == "stored" else 0
     copies = COPIES.get(type(solver), 1)
+    pairs = (PAIR_BLOCKS if groups > 1 else DIRECTION_BLOCKS) * recycle
     return Plan(
         solver=short(solver),
         why=why,
@@ -233,7 +236,7 @@ def make_plan(
         num_passes=(columns > 0) + groups * (steps + 1),
         num_bytes={
             "data": train.num_bytes,
-            "columns": (copies * held + PAIR_BLOCKS * recycle) * n * itemsize,
+            "columns": (copies * held + pairs) * n * itemsize,
             "solve": BLOCKS * width * n * itemsize,
             "batch": product[1],
             "scores": num_scores * itemsize,
