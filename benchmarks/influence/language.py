@@ -199,18 +199,19 @@ def main(run: Run) -> None:
     found = run.each(
         measure, {m: settings | {"method": m} for m in methods}, strict=False, pythons=pythons
     )
-    numbers = range(options.halves)
+    steps, numbers = max(1, options.steps // 2), range(options.halves)
     again = run.each(
-        retrain, {("half", i): shared | {"number": i, "steps": options.steps} for i in numbers}
+        retrain, {("half", i): shared | {"number": i, "steps": steps} for i in numbers}
     )
-    publish(run, model, found, np.array([again["half", i] for i in numbers]))
+    publish(run, model, found, [again["half", i] for i in numbers])
 
 
-def publish(run: Run, model: Found, found: Found, after: np.ndarray) -> None:
+def publish(run: Run, model: Found, found: Found, again: list[Found]) -> None:
     """Compare scores with losses after tuning to halves, and write the table."""
     from lowrank_inverse.influence.metrics import linear_datamodelling_score
 
     options = run.options
+    after = np.array([one["losses"] for one in again])
     subsets = np.stack([half(options.train, i, options.seed) for i in range(options.halves)])
     for one in found.values():
         if "failed" not in one:
@@ -231,6 +232,7 @@ def publish(run: Run, model: Found, found: Found, after: np.ndarray) -> None:
     ]
     failed = "; ".join(f"{m}: {one['failed'][:120]}" for m, one in found.items() if "failed" in one)
     before, tuned = model["before"], model["after"]
+    largest = max(one["gradient"] for one in again)
     tokens = options.length - 1
     run.publish(
         table(rows),
@@ -238,7 +240,9 @@ def publish(run: Run, model: Found, found: Found, after: np.ndarray) -> None:
         f"{options.queries} queries, damping {options.damping:g}; LDS over {options.halves} halves."
         f"\nNats per token, before and after tuning: {before['train'] / tokens:.2f} and "
         f"{tuned['train'] / tokens:.2f} of the sequences, {before['query'] / tokens:.2f} and "
-        f"{tuned['query'] / tokens:.2f} of the queries.\nMiB: growth of the process at its peak.",
+        f"{tuned['query'] / tokens:.2f} of the queries.\nNorm of the gradient where tuning ended: "
+        f"{model['gradient']:.1e}; to halves at most {largest:.1e}.\nMiB: growth of the process at "
+        "its peak.",
         failed,
         model={key: value for key, value in model.items() if key != "path"},
         methods=found,

@@ -134,7 +134,7 @@ def tune(
         gradient = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
         return value + damping / 2 * moved @ moved, gradient.numpy() + damping * moved
 
-    options = {"maxiter": steps, "maxcor": 8, "ftol": 0.0, "gtol": 0.0}
+    options = {"maxiter": steps, "maxfun": 3 * steps // 2, "maxcor": 8, "ftol": 0.0, "gtol": 0.0}
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     write(model, found.x)
     return {"objective": float(found.fun), "gradient": float(np.linalg.norm(found.jac))}
@@ -198,10 +198,10 @@ def half(num: int, number: int, seed: int) -> np.ndarray:
 
 def retrain(
     path: str, number: int, sizes: Found, damping: float, steps: int, seed: int, threads: int
-) -> list[float]:
-    """Return the losses of the queries after tuning to a half."""
+) -> Found:
+    """Tune to a half, from where all sequences led; return the losses of the queries then."""
     torch.set_num_threads(threads)
     model, train, query, arrays = load(path, sizes, seed)
     chosen = torch.from_numpy(half(len(train), number, seed))
-    tune(model, train[chosen], arrays["tuned"], arrays["start"], damping, steps)
-    return losses(model, query).tolist()
+    ended = tune(model, train[chosen], arrays["tuned"], arrays["start"], damping, steps)
+    return {"losses": losses(model, query).tolist(), "gradient": ended["gradient"]}
