@@ -184,8 +184,6 @@ def main(run: Run) -> None:
     sizes = {name: getattr(options, name) for name in (*SHAPE, "train", "queries")}
     shared = {"sizes": sizes, "damping": options.damping, "seed": options.seed}
     shared |= {"threads": options.threads}
-    training = {"epochs": options.epochs, "steps": options.steps}
-    model = run.file(write_model, shared | training)
     methods, pythons = list(options.methods), {}
     if PEER in methods:
         python, version = interpreter("kronfluence", [sys.executable, *options.peer_python])
@@ -194,6 +192,8 @@ def main(run: Run) -> None:
             methods.remove(PEER)
         else:
             pythons[PEER] = python
+    training = {"epochs": options.epochs, "steps": options.steps}
+    model = run.file(write_model, shared | training)
     shared |= {"path": model["path"]}
     settings = shared | {"rtol": options.rtol, "memory": options.memory}
     found = run.each(

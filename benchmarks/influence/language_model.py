@@ -17,6 +17,8 @@ from benchmarks.harness.processes import Found
 BATCH, CHUNK = 64, 100
 """Sequences of a step of the first training, and those taken at a time by all that follows."""
 SHAPE = ("vocabulary", "length", "width", "layers")
+FIRST = 16.0
+"""The curvature along the first step, times the damping, as it is taken to be at most."""
 HEAD = 64
 """Width of a head of attention."""
 
@@ -117,10 +119,12 @@ def pretrain(model: nn.Module, ids: Tensor, epochs: int) -> None:
 def tune(
     model: nn.Module, ids: Tensor, start: np.ndarray, centre: np.ndarray, damping: float, steps: int
 ) -> dict[str, float]:
-    """Minimise ``mean loss + damping / 2 * norm(params - centre)**2`` from `start`, by L-BFGS."""
-    from scipy.optimize import minimize
+    """Minimise ``mean loss + damping / 2 * norm(params - centre)**2`` from `start`.
 
-    params = list(model.parameters())
+    By gradients, with the step lengths of Barzilai and Borwein: no search along a line, in which
+    the rounding of float32 would be lost.
+    """
+    x, params = start, list(model.parameters())
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         write(model, x)
@@ -134,10 +138,15 @@ def tune(
         gradient = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
         return value + damping / 2 * moved @ moved, gradient.numpy() + damping * moved
 
-    options = {"maxiter": steps, "maxfun": 3 * steps // 2, "maxcor": 8, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
-    write(model, found.x)
-    return {"objective": float(found.fun), "gradient": float(np.linalg.norm(found.jac))}
+    value, gradient = objective(x)
+    length = 1 / (FIRST * damping)
+    for _ in range(steps):
+        change = -length * gradient
+        x = x + change
+        value, latest = objective(x)
+        length = float(change @ change / (change @ (latest - gradient)))
+        gradient = latest
+    return {"objective": value, "gradient": float(np.linalg.norm(gradient))}
 
 
 def read(model: nn.Module) -> np.ndarray:
