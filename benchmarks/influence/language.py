@@ -12,14 +12,12 @@ for in the interpreters given by ``--peer-python``. Each runs in float32, in a p
 from __future__ import annotations
 
 import sys
-import tempfile
 import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from benchmarks.harness.experiment import (
     PEER_PYTHON,
@@ -43,7 +41,7 @@ from benchmarks.influence.language_model import (
     token_losses,
     write_model,
 )
-from benchmarks.influence.methods import Outcome, timed
+from benchmarks.influence.methods import Outcome, Problem, kronfluence_ekfac, timed
 
 
 def ours(
@@ -87,46 +85,9 @@ def ours(
     return timed(fit, scores), planned
 
 
-def kronfluence(model: GPT, train: Tensor, query: Tensor, damping: float) -> Outcome:
-    """Run kronfluence's EK-FAC, of the linear layers."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import ScoreArguments
-    from kronfluence.task import Task
-    from torch.utils.data import TensorDataset
-
-    class Language(Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            ids = batch[0]
-            logits = model(ids)[:, :-1].flatten(0, 1)
-            targets = ids[:, 1:].flatten()
-            if sample:
-                with torch.no_grad():
-                    targets = torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
-            return functional.cross_entropy(logits, targets, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    torch.manual_seed(0)  # it samples tokens from the global generator
-
-    def fit() -> Any:
-        task = Language()
-        prepared = prepare_model(model, task)
-        found = Analyzer("language", prepared, task, cpu=True, output_dir=folder, disable_tqdm=True)
-        found.fit_all_factors("ekfac", TensorDataset(train), per_device_batch_size=CHUNK)
-        return found
-
-    def scores(analyzer: Any) -> Tensor:
-        analyzer.compute_pairwise_scores(
-            *("scores", "ekfac", TensorDataset(query), TensorDataset(train)),
-            per_device_query_batch_size=len(query),
-            per_device_train_batch_size=CHUNK,
-            score_args=ScoreArguments(damping_factor=damping),
-        )
-        return analyzer.load_pairwise_scores("scores")["all_modules"]
-
-    with tempfile.TemporaryDirectory() as folder:
-        return timed(fit, scores)
+def next_tokens(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the logits of all tokens but the first, and these."""
+    return model(batch[0])[:, :-1].flatten(0, 1), batch[0][:, 1:].flatten()
 
 
 PEER = "kronfluence EK-FAC"
@@ -151,7 +112,8 @@ def measure(
     about: Found = {}
     with Peak() as peak:
         if library == "kronfluence":
-            outcome = kronfluence(model, train, query, damping)
+            problem = Problem(model, (train,), (query,), damping)
+            outcome = kronfluence_ekfac(problem, next_tokens, CHUNK)
         else:
             outcome, about = ours(model, train, query, damping, kind, rtol, memory)
     return about | {
@@ -171,7 +133,7 @@ def measure(
     Option("queries", 10, "sequences asked for", least=1),
     Option("epochs", 4, "of the first training", least=1),
     Option("damping", 20.0, "of the mean curvature, and strength of the penalty"),
-    Option("steps", 12, "of L-BFGS", least=1),
+    Option("steps", 12, "of gradients in tuning, half as many for a half", least=1),
     Option("halves", 16, "of the sequences, tuned to again", least=2),
     Option("rtol", 1e-3, "largest relative residual"),
     Option("memory", 10_000, "MiB for the right-hand sides of a solve", least=1),

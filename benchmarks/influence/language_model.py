@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -98,11 +97,6 @@ def parts(sizes: Found, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return every[: ends[0]], every[ends[0] : ends[1]], every[ends[1] :]
 
 
-def chunks(ids: Tensor) -> Iterable[Tensor]:
-    """Cut sequences into batches."""
-    return ids.split(CHUNK)
-
-
 def pretrain(model: nn.Module, ids: Tensor, epochs: int) -> None:
     """Train from the start by AdamW, with a learning rate that rises and falls."""
     count = epochs * math.ceil(len(ids) / BATCH)
@@ -130,7 +124,7 @@ def tune(
         write(model, x)
         model.zero_grad()
         value = 0.0
-        for batch in chunks(ids):
+        for batch in ids.split(CHUNK):
             loss = token_losses(model(batch), batch).sum() / len(ids)
             loss.backward()
             value += float(loss.detach())
@@ -163,7 +157,7 @@ def write(model: nn.Module, values: np.ndarray) -> None:
 def losses(model: nn.Module, ids: Tensor) -> np.ndarray:
     """Return the loss of each sequence."""
     with torch.no_grad():
-        return torch.cat([token_losses(model(x), x).sum(dim=1) for x in chunks(ids)]).numpy()
+        return torch.cat([token_losses(model(x), x).sum(dim=1) for x in ids.split(CHUNK)]).numpy()
 
 
 def write_model(
@@ -176,16 +170,11 @@ def write_model(
     model = GPT(*(sizes[name] for name in SHAPE))
     pretrain(model, rest, epochs)
     start = read(model)
-    before = {
-        "train": float(losses(model, train).mean()),
-        "query": float(losses(model, query).mean()),
-    }
+    given = {"train": train, "query": query}
+    before = {name: float(losses(model, ids).mean()) for name, ids in given.items()}
     ended = tune(model, train, start, start, damping, steps)
     np.savez(path, start=start, tuned=read(model))
-    after = {
-        "train": float(losses(model, train).mean()),
-        "query": float(losses(model, query).mean()),
-    }
+    after = {name: float(losses(model, ids).mean()) for name, ids in given.items()}
     return {"parameters": len(start), "others": len(rest), "before": before, "after": after} | ended
 
 

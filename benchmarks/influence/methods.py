@@ -29,8 +29,8 @@ class Problem(NamedTuple):
     """A trained network, its training set and the queries."""
 
     model: nn.Module
-    train: tuple[Tensor, Tensor]
-    query: tuple[Tensor, Tensor]
+    train: tuple[Tensor, ...]
+    query: tuple[Tensor, ...]
     damping: float = DAMPING
 
 
@@ -125,38 +125,48 @@ def dattri_cg(problem: Problem) -> Outcome:
     return timed(fit, lambda found: found.attribute(loader(problem.train), loader(problem.query)).T)
 
 
-def kronfluence_ekfac(problem: Problem) -> Outcome:
-    """Run kronfluence's EK-FAC."""
+def labelled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the logits of images, and their labels."""
+    return model(batch[0]), batch[1]
+
+
+def kronfluence_ekfac(
+    problem: Problem,
+    predicted: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] = labelled,
+    batch: int = 0,
+) -> Outcome:
+    """Run kronfluence's EK-FAC; `predicted` returns logits (rows, classes) and targets (rows,)."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import ScoreArguments
     from kronfluence.task import Task
 
     class Classification(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            output = model(batch[0])
-            target = batch[1]
+            logits, targets = predicted(model, batch)
             if sample:
                 with torch.no_grad():
-                    target = torch.multinomial(output.softmax(dim=1), 1)[:, 0]
-            return cross_entropy(output, target, reduction="sum")
+                    targets = torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+            return cross_entropy(logits, targets, reduction="sum")
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return cross_entropy(model(batch[0]), batch[1], reduction="sum")
+            return self.compute_train_loss(batch, model)
 
     torch.manual_seed(0)  # it samples the labels of its Fisher matrix from the global generator
     train, query = TensorDataset(*problem.train), TensorDataset(*problem.query)
+    size = batch or len(train)
 
     def fit() -> Any:
-        model, task = prepare_model(problem.model, Classification()), Classification()
-        found = Analyzer("digits", model, task, cpu=True, output_dir=folder, disable_tqdm=True)
-        found.fit_all_factors("ekfac", train, per_device_batch_size=len(train))
+        task = Classification()
+        model = prepare_model(problem.model, task)
+        found = Analyzer("influence", model, task, cpu=True, output_dir=folder, disable_tqdm=True)
+        found.fit_all_factors("ekfac", train, per_device_batch_size=size)
         return found
 
     def scores(analyzer: Any) -> Tensor:
         analyzer.compute_pairwise_scores(
             *("scores", "ekfac", query, train),
             per_device_query_batch_size=len(query),
-            per_device_train_batch_size=len(train),
+            per_device_train_batch_size=size,
             score_args=ScoreArguments(damping_factor=problem.damping),
         )
         return analyzer.load_pairwise_scores("scores")["all_modules"]

@@ -17,18 +17,27 @@ def eigh(A: Array) -> tuple[Array, Array]:
     """Return the eigenvalues of a symmetric matrix, smallest first, and its eigenvectors.
 
     LAPACK scales what is far from 1 itself, by no power of two: the last bits would depend on the
-    scale of `A`. Where it does not converge, as MKL in float32 for some matrices of low rank, it is
-    asked again in the widest dtype.
+    scale of `A`.
     """
-    scale, solve = matrix_scale(constant(A)), array_namespace(A).linalg.eigh
+    scale = matrix_scale(constant(A))
+    w, V = converged_eigh(A / scale)
+    return from_first(scale * w), from_first(V)
+
+
+def converged_eigh(A: Array) -> tuple[Array, Array]:
+    """Return the same for matrices of shape (..., n, n), as they are, by the library's own.
+
+    Where it does not converge, as MKL in float32 for some matrices of low rank, it is asked again
+    in the widest dtype.
+    """
+    solve, wide = array_namespace(A).linalg.eigh, wide_dtype(A)
     try:
-        w, V = solve(A / scale)
+        w, V = solve(A)
     except (RuntimeError, np.linalg.LinAlgError):  # the first is torch's
-        wide = wide_dtype(A)
         if A.dtype == wide:
             raise
-        w, V = (astype(x, A.dtype) for x in solve(astype(A / scale, wide)))
-    return from_first(scale * w), from_first(V)
+        w, V = (astype(x, A.dtype) for x in solve(astype(A, wide)))
+    return w, V
 
 
 def thin_qr(X: Array) -> tuple[Array, Array]:

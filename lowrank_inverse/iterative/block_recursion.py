@@ -42,6 +42,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
     R = start.r / scale
     norm, unit, running = column_norm(R), eps(R), start.reason == RUNNING
     target, going = work_test(start, target, unit * norm)
+    damped = is_traced(damping) or damping != 0  # read once: it may lie on an accelerator
 
     def preconditioned(R: Array, flag: Array, active: Array) -> tuple[Array, Array]:
         if preconditioner is None:
@@ -59,7 +60,7 @@ def block_sweep(system: System, start: Progress, scale: Array, target: Array) ->
         finite = xp.isfinite(dot(P, AP))
         if kept is not None and (is_traced(kept.count) or kept.count < num_kept):
             kept = with_pairs(kept, P, AP, finite)
-        Q = AP + damping * P if is_traced(damping) or damping != 0 else AP
+        Q = AP + damping * P if damped else AP
         del AP  # a block that nothing below needs
         K = symmetric_part(tall_dot(P, Q))
         sound = xp.all(xp.isfinite(K))

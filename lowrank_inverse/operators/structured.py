@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -113,19 +113,16 @@ class BlockDiagonalOperator(CombinedOperator):
 
     def __init__(self, blocks: tuple[OperatorLike, ...]) -> None:
         self.blocks = blocks
-        self._edges = [0, *accumulate(int(block.shape[0]) for block in blocks)]
-        n = self._edges[-1]
+        ends = accumulate((int(block.shape[0]) for block in blocks), initial=0)
+        self._rows = [slice(*pair) for pair in pairwise(ends)]
+        n = self._rows[-1].stop
         self.shape, self.dtype, self.like = (n, n), blocks[0].dtype, blocks[0].like
 
     def _operands(self) -> tuple[Any, ...]:
         return self.blocks
 
-    def _rows(self) -> list[tuple[OperatorLike, slice]]:
-        ends = zip(self._edges, self._edges[1:], strict=False)
-        return [(A, slice(*pair)) for A, pair in zip(self.blocks, ends, strict=True)]
-
     def _multiply(self, block: Array) -> Array:
-        parts = [A @ block[rows, ...] for A, rows in self._rows()]
+        parts = [A @ block[rows, ...] for A, rows in zip(self.blocks, self._rows, strict=True)]
         return array_namespace(block).concat(parts, axis=0)
 
     def _entries(self, indices: np.ndarray) -> Array:
@@ -137,7 +134,7 @@ class BlockDiagonalOperator(CombinedOperator):
         if is_traced(indices):
             return super().columns(indices)
         xp, parts = array_namespace(self.like), []
-        for A, rows in self._rows():
+        for A, rows in zip(self.blocks, self._rows, strict=True):
             inside = (rows.start <= indices) & (indices < rows.stop)
             zeros = like(np.zeros((rows.stop - rows.start, 1)), self.like)
             own = [A.columns(indices[inside] - rows.start)] if inside.any() else []

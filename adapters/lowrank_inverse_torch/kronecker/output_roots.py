@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowrank_inverse.arrays.decompositions import converged_eigh
 from lowrank_inverse_torch.curvature.gradient_graph import GradientGraph
 
 MOST_OUTPUTS = 64
@@ -76,8 +77,7 @@ def output_root(losses: Callable[[Tensor], Tensor], z: Tensor, generator: torch.
         )
     units = torch.eye(num, dtype=z.dtype, device=z.device)
     columns = [product(e.expand(size, num).reshape(z.shape)).reshape(size, num) for e in units]
-    H = torch.stack(columns, dim=-1).double()  # MKL fails for some of low rank in float32
-    eigenvalues, Q = (x.to(z.dtype) for x in torch.linalg.eigh(H))
+    eigenvalues, Q = converged_eigh(torch.stack(columns, dim=-1))
     S = Q * eigenvalues.clamp(min=0).sqrt()[:, None, :]
     return lambda e: (S @ e.reshape(size, num, 1)).reshape(z.shape)
 
