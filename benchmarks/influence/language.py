@@ -136,7 +136,7 @@ def measure(
     Option("steps", 12, "of gradients in tuning, half as many for a half", least=1),
     Option("halves", 16, "of the sequences, tuned to again", least=2),
     Option("rtol", 1e-3, "largest relative residual"),
-    Option("memory", 10_000, "MiB for the right-hand sides of a solve", least=1),
+    Option("memory", 12_500, "MiB to work with", least=1),
     Option("methods", list(METHODS), "what is compared", choices=list(METHODS)),
     *(THREADS, WORKERS, SEED),
     packages=("torch", "numpy"),

@@ -175,6 +175,66 @@ def kronfluence_ekfac(
         return timed(fit, scores)
 
 
+def captum_gradients(problem: Problem) -> Outcome:
+    """Run captum's TracIn on one checkpoint."""
+    from captum.influence import TracInCP
+
+    train = TensorDataset(*problem.train)
+
+    def fit() -> Any:
+        return TracInCP(
+            problem.model,
+            train,
+            checkpoints=["only"],
+            checkpoints_load_func=lambda model, path: 1.0,
+            loss_fn=torch.nn.CrossEntropyLoss(reduction="sum"),
+            batch_size=len(train),
+            sample_wise_grads_per_batch=True,
+        )
+
+    return timed(fit, lambda found: found.influence(problem.query))
+
+
+def trak(problem: Problem) -> Outcome:
+    """Run TRAK on one checkpoint with 2 048 random projections."""
+    from trak import TRAKer
+    from trak.projectors import BasicProjector, ProjectionType
+
+    size = sum(p.numel() for p in problem.model.parameters())
+    projector = BasicProjector(
+        *(size, min(2048, size), 0, ProjectionType.rademacher, torch.device("cpu")),
+        block_size=128,
+        dtype=torch.float32,
+    )
+    folder = tempfile.TemporaryDirectory()
+    state = problem.model.state_dict()
+
+    def fit() -> Any:
+        found = TRAKer(
+            model=problem.model,
+            task="image_classification",
+            train_set_size=len(problem.train[1]),
+            save_dir=folder.name,
+            device="cpu",
+            projector=projector,
+            use_half_precision=False,
+            load_from_save_dir=True,
+        )
+        found.load_checkpoint(state, model_id=0)
+        found.featurize(batch=problem.train, num_samples=len(problem.train[1]))
+        found.finalize_features()
+        return found
+
+    def scores(found: Any) -> Tensor:
+        num = len(problem.query[1])
+        found.start_scoring_checkpoint("all", state, model_id=0, num_targets=num)
+        found.score(batch=problem.query, num_samples=num)
+        return torch.tensor(np.array(found.finalize_scores("all"))).T
+
+    with folder:
+        return timed(fit, scores)
+
+
 REFERENCE = partial(ours, curvature="hessian", make=lambda li: li.NystromCG(rank=100, rtol=1e-10))
 
 

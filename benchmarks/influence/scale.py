@@ -123,7 +123,7 @@ def _labels(images: str) -> np.ndarray:
     Option("epochs", 5, "of the training", least=1),
     Option("damping", 1e-2, "of the mean curvature"),
     Option("rtol", 1e-2, "largest relative residual"),
-    Option("memory", 300, "MiB for the right-hand sides of a solve", least=1),
+    Option("memory", 1024, "MiB to work with, the library's default", least=1),
     packages=("torch", "numpy"),
 )
 def main(run: Run) -> None:

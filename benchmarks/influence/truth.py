@@ -78,6 +78,16 @@ def default(li: Any, lit: Any, *about: Any) -> Any:
     return None
 
 
+def rough(li: Any, lit: Any, *about: Any) -> Any:
+    """Return conjugate gradients that stop at a tenth of the residual."""
+    return li.CG(rtol=0.1)
+
+
+def one_step(li: Any, lit: Any, *about: Any) -> Any:
+    """Return the best combination of the directions that EK-FAC gives for all queries."""
+    return li.CG(max_steps=1, preconditioner=lit.KFAC(*about))
+
+
 def gradients(li: Any, lit: Any, *about: Any) -> Any:
     """Return the identity: TracIn at the last checkpoint."""
     return li.Identity()
@@ -95,72 +105,11 @@ def subsampled(li: Any, lit: Any, *about: Any, alone: bool = False) -> Any:
     return found if alone else li.CG(preconditioner=found)
 
 
-def captum_gradients(problem: Problem) -> Outcome:
-    """Run captum's TracIn on one checkpoint."""
-    from captum.influence import TracInCP
-    from torch.utils.data import TensorDataset
-
-    train = TensorDataset(*problem.train)
-
-    def fit() -> Any:
-        return TracInCP(
-            problem.model,
-            train,
-            checkpoints=["only"],
-            checkpoints_load_func=lambda model, path: 1.0,
-            loss_fn=torch.nn.CrossEntropyLoss(reduction="sum"),
-            batch_size=len(train),
-            sample_wise_grads_per_batch=True,
-        )
-
-    return timed(fit, lambda found: found.influence(problem.query))
-
-
-def trak(problem: Problem) -> Outcome:
-    """Run TRAK on one checkpoint with 2 048 random projections."""
-    import tempfile
-
-    from trak import TRAKer
-    from trak.projectors import BasicProjector, ProjectionType
-
-    size = sum(p.numel() for p in problem.model.parameters())
-    projector = BasicProjector(
-        *(size, min(2048, size), 0, ProjectionType.rademacher, torch.device("cpu")),
-        block_size=128,
-        dtype=torch.float32,
-    )
-    folder = tempfile.TemporaryDirectory()
-    state = problem.model.state_dict()
-
-    def fit() -> Any:
-        found = TRAKer(
-            model=problem.model,
-            task="image_classification",
-            train_set_size=len(problem.train[1]),
-            save_dir=folder.name,
-            device="cpu",
-            projector=projector,
-            use_half_precision=False,
-            load_from_save_dir=True,
-        )
-        found.load_checkpoint(state, model_id=0)
-        found.featurize(batch=problem.train, num_samples=len(problem.train[1]))
-        found.finalize_features()
-        return found
-
-    def scores(found: Any) -> Tensor:
-        num = len(problem.query[1])
-        found.start_scoring_checkpoint("all", state, model_id=0, num_targets=num)
-        found.score(batch=problem.query, num_samples=num)
-        return torch.tensor(np.array(found.finalize_scores("all"))).T
-
-    with folder:
-        return timed(fit, scores)
-
-
 METHODS: dict[str, Callable[[Problem], Outcome]] = {
     "lowrank-inverse default": partial(ours, make=default),
     "lowrank-inverse Hessian": partial(ours, make=default, curvature="hessian"),
+    "lowrank-inverse Hessian, rough": partial(ours, make=rough, curvature="hessian"),
+    "lowrank-inverse Hessian, 1 step": partial(ours, make=one_step, curvature="hessian"),
     "lowrank-inverse CG, subsampled": partial(ours, make=subsampled),
     "lowrank-inverse CG, EK-FAC": partial(ours, make=kfac),
     "lowrank-inverse CG, KFAC": partial(ours, make=partial(kfac, corrected=False)),
@@ -172,8 +121,8 @@ METHODS: dict[str, Callable[[Problem], Outcome]] = {
     "pyDVL EK-FAC": methods.METHODS["pyDVL EK-FAC"],
     "dattri CG": methods.METHODS["dattri CG"],
     "kronfluence EK-FAC": methods.METHODS["kronfluence EK-FAC"],
-    "captum TracIn": captum_gradients,
-    "traker TRAK": trak,
+    "captum TracIn": methods.captum_gradients,
+    "traker TRAK": methods.trak,
 }
 
 

@@ -85,7 +85,7 @@ class Examples:
                 "iterator, that may be exhausted: pass a list of its batches."
             )
         if self._kept is not None:
-            self._cut(batch_size or self._default_size(num_bytes))
+            self._cut(batch_size or default_size(self.num, num_bytes))
         self.num_bytes = num_bytes if self.is_kept else 0
 
     @property
@@ -183,10 +183,6 @@ class Examples:
         for start in range(0, size, limit):
             yield start, self.rows(batch, start, min(start + limit, size))
 
-    def _default_size(self, num_bytes: int) -> int:
-        fit = SMALL_BATCH * self.num // max(1, num_bytes)
-        return max(DEFAULT_BATCH_SIZE, min(fit, MOST_ROWS))
-
     def _cut(self, batch_size: int) -> None:
         """Cut what is kept into batches of one size, if it can be joined."""
         assert self._kept is not None
@@ -198,6 +194,39 @@ class Examples:
             whole = flat[0][1](joined)
             self._kept = [piece for _, piece in self._pieces(whole, batch_size)]
         self.sizes = [self.size(batch) for batch in self._kept]
+
+
+class Slices:
+    """Arrays with one row for each example, as batches of at most `size` of them."""
+
+    def __init__(self, data: Any, flatten: Flatten, size: int) -> None:
+        self._leaves, self._rebuild = flatten(data)
+        self._size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read from the start."""
+        for start in range(0, len(self._leaves[0]), self._size):
+            yield self._rebuild([leaf[start : start + self._size, ...] for leaf in self._leaves])
+
+
+def in_batches(
+    data: Any, flatten: Flatten, batch_size: int | None, memory_budget: int
+) -> Iterable[Any]:
+    """Return arrays as one batch, or slice by slice where they hold more than the budget.
+
+    So no pass has a graph over all of them, and those in a file are read a slice at a time.
+    """
+    leaves, _ = flatten(data)
+    if all(map(_has_rows, leaves)) and len({len(leaf) for leaf in leaves}) == 1:
+        num_bytes = sum(map(_num_bytes, leaves))
+        if num_bytes > memory_budget:
+            return Slices(data, flatten, batch_size or default_size(len(leaves[0]), num_bytes))
+    return [data]
+
+
+def default_size(num: int, num_bytes: int) -> int:
+    """Return the size of a batch for `num` examples of so many bytes together."""
+    return max(DEFAULT_BATCH_SIZE, min(SMALL_BATCH * num // max(1, num_bytes), MOST_ROWS))
 
 
 def _joined(batches: list[list[Any]]) -> list[Array] | None:

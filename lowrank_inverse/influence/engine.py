@@ -11,11 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, Data, OperatorLike, Scalar, SolveFunction, Solver
-from lowrank_inverse.arrays.checks import (
-    all_finite,
-    check_count,
-    check_rng,
-)
+from lowrank_inverse.arrays.checks import all_finite, check_count, check_rng
 from lowrank_inverse.arrays.conversion import to_host
 from lowrank_inverse.arrays.linalg import column_norm
 from lowrank_inverse.arrays.spread import rows_beside
@@ -31,15 +27,18 @@ from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.influence.loss_checks import check_gradients, check_unchanged, measure_losses
 from lowrank_inverse.influence.plan import (
     BLOCKS,
+    DATA_SHARE,
     JVP_LEAST,
     JVP_MOST,
+    SOLVE_SHARE,
     TRIALS,
     Plan,
+    ProductCosts,
     UnitCosts,
     dense_pays,
     make_plan,
-    measured,
     most_pairs,
+    product_costs,
     reason,
     unit_costs,
 )
@@ -108,7 +107,7 @@ class Workings:
         if curvature == "hessian" and backend.has_outputs and isinstance(solver, NystromCG):
             self._source = backend.operator(self._train, "ggn")
         self._unit_costs: UnitCosts | None = None
-        self._product: tuple[float, int] | None = None  # seconds and bytes of one
+        self._product: ProductCosts | None = None
         self._solution: tuple[np.ndarray | None, np.ndarray | None, str] | None = None
         damping = getattr(solver, "damping", 0.0) if damping is None else damping
         self._set_damping(damping, None)
@@ -147,7 +146,8 @@ class Workings:
         backend = self._backend if backend is None else backend
 
         def read() -> Examples:
-            examples = backend.examples(data, name, self._batch_size, self._memory_budget)
+            budget = self._memory_budget // DATA_SHARE
+            examples = backend.examples(data, name, self._batch_size, budget)
             measure_losses(backend, examples)
             return examples
 
@@ -170,7 +170,8 @@ class Workings:
 
     def _width(self) -> int:
         """Right-hand sides solved for at a time."""
-        return max(1, self._memory_budget // (BLOCKS * self._backend.n * self._itemsize))
+        each = SOLVE_SHARE * BLOCKS * self._backend.n * self._itemsize
+        return max(1, self._memory_budget // each)
 
     def _recycle(self) -> int:
         """Ritz pairs to keep of earlier solves."""
@@ -211,10 +212,8 @@ class Workings:
     def _plan(self, num_solves: int, num_scores: int) -> Plan:
         n, solver, costs = self._backend.n, self._solver_for(num_solves), self._costs()
         if self._product is None:
-            probe = rows_beside(self._backend.vector(), self._backend.like)
-            seconds = measured(lambda: self._operator @ probe)
             num_bytes = self._backend.product_bytes(self._train.get(0), self._curvature)
-            self._product = seconds, num_bytes
+            self._product = product_costs(self._backend, self._operator, num_bytes)
         width = min(self._width(), num_solves)
         return make_plan(
             solver,

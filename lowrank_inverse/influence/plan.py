@@ -9,9 +9,11 @@ from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
-from lowrank_inverse._typing import Data
+from lowrank_inverse._typing import Array, Data, OperatorLike
 from lowrank_inverse.arrays.conversion import like, to_host
+from lowrank_inverse.arrays.spread import rows_beside
 from lowrank_inverse.influence.backend import Backend
 from lowrank_inverse.influence.dataset import Examples
 from lowrank_inverse.solvers.direct import Exact
@@ -30,6 +32,8 @@ PAIR_BLOCKS = 6
 """Vectors and products of the pairs, of the directions that are joined with them, and the sums."""
 DIRECTION_BLOCKS = 2
 """Vectors and products of the directions alone, where one solve is all there is."""
+DATA_SHARE, PAIRS_SHARE, SOLVE_SHARE = 4, 4, 2
+"""Parts of the memory budget for kept batches, for columns or pairs, for right-hand sides."""
 BLOCKS = 14
 """Vectors of n numbers a right-hand side, as counted: it, conjugate gradients, and products."""
 JVP_LEAST, JVP_MOST = 4, 24
@@ -115,6 +119,27 @@ class Plan(NamedTuple):
         )
 
 
+class ProductCosts(NamedTuple):
+    """What a product with the curvature takes, measured.
+
+    Attributes
+    ----------
+    single, further : float
+        Seconds for one vector, and for each other one in a block with it: what is done once for
+        each batch, such as its graph, a block shares.
+    num_bytes : int
+        Beside the vectors.
+    """
+
+    single: float
+    further: float
+    num_bytes: int
+
+    def seconds(self, num_products: int, num_blocks: int) -> float:
+        """Return the seconds for products in so many blocks."""
+        return num_blocks * (self.single - self.further) + num_products * self.further
+
+
 def measured(run: Callable[[], Any]) -> float:
     """Time a call, the second one where the first may have compiled something."""
     for _ in range(2):
@@ -124,6 +149,18 @@ def measured(run: Callable[[], Any]) -> float:
         if seconds > LONG:
             break
     return seconds
+
+
+def product_costs(backend: Backend, operator: OperatorLike, num_bytes: int) -> ProductCosts:
+    """Measure products with one vector and with two."""
+
+    def timed(block: Array) -> float:
+        block = rows_beside(block, backend.like)
+        return measured(lambda: operator @ block)
+
+    v = backend.vector()
+    single, both = timed(v), timed(array_namespace(v).stack([v, v], axis=1))
+    return ProductCosts(single, min(max(both - single, 0.0), single), num_bytes)
 
 
 def unit_costs(backend: Backend, examples: Examples, num_gradients: int) -> UnitCosts:
@@ -155,7 +192,7 @@ def short(solver: Any) -> str:
 
 def dense_pays(solver: Any, n: int, num_solves: int, itemsize: int, budget: int) -> bool:
     """Whether all n columns cost less than conjugate gradients, and fit."""
-    fits = n <= DENSE_MOST and COPIES[Exact] * n * n * itemsize <= budget
+    fits = n <= DENSE_MOST and COPIES[Exact] * n * n * itemsize <= budget // PAIRS_SHARE
     return fits and n < num_columns(solver, n) + num_solves * TYPICAL_STEPS
 
 
@@ -175,10 +212,9 @@ def most_pairs(n: int, num_train: int, itemsize: int, budget: int) -> int:
     """Count the Ritz pairs of earlier solves that are worth keeping.
 
     To join k of them takes ``6 n k**2`` operations, a product ``6 n num_train`` or more: so many
-    that it costs no more than `JOINING` products, and with the directions of a solve a quarter of
-    the budget.
+    that it costs no more than `JOINING` products, and that they fit into their part of the budget.
     """
-    fitting = budget // (4 * PAIR_BLOCKS * n * itemsize)
+    fitting = budget // (PAIRS_SHARE * PAIR_BLOCKS * n * itemsize)
     return min(n, MOST_PAIRS, isqrt(JOINING * num_train), fitting)
 
 
@@ -206,13 +242,10 @@ def make_plan(
     width: int,
     num_scores: int,
     recycle: int,
-    product: tuple[float, int],
+    product: ProductCosts,
     costs: UnitCosts,
 ) -> Plan:
-    """Return the plan for `num_solves` right-hand sides, `width` at a time.
-
-    `product` is the time of one, and its bytes beside the vectors.
-    """
+    """Return the plan for `num_solves` right-hand sides, `width` at a time."""
     columns = num_columns(solver, n)
     told = getattr(solver, "max_steps", None) or getattr(solver, "num_terms", None)
     steps, assumes_steps = 2 + (told or TYPICAL_STEPS), told is None
@@ -238,13 +271,13 @@ def make_plan(
             "data": train.num_bytes,
             "columns": (copies * held + pairs) * n * itemsize,
             "solve": BLOCKS * width * n * itemsize,
-            "batch": product[1],
+            "batch": product.num_bytes,
             "scores": num_scores * itemsize,
         },
         seconds={
-            "product": product[0],
-            "columns": columns * product[0],
-            "solve": steps * num_solves * product[0],
+            "product": product.single,
+            "columns": product.seconds(columns, columns > 0),
+            "solve": product.seconds(steps * num_solves, steps * groups),
             "scores": groups * train.num * costs.scores(width, jvp=jvp),
         },
     )

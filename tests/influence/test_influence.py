@@ -19,7 +19,7 @@ from lowrank_inverse.influence.damped_solver import (
     from_record,
     to_record,
 )
-from lowrank_inverse.influence.dataset import Examples
+from lowrank_inverse.influence.dataset import Examples, in_batches
 from lowrank_inverse.influence.results import merged, top
 from tests import problems
 
@@ -67,6 +67,21 @@ def test_small_examples_make_larger_batches():
     budget = {"memory_budget": 2**30}
     assert examples([(np.ones((1300, 256), np.float32),)], **budget).sizes == [1024, 276]  # a MiB
     assert examples([(np.ones((600, 1024), np.float32),)], **budget).sizes == [512, 88]
+
+
+def test_arrays_beyond_the_budget_are_read_slice_by_slice():
+    x = np.arange(3000.0).reshape(1500, 2)
+    data = x, x[:, 0]
+    whole = in_batches(data, flatten, None, x.nbytes + x[:, 0].nbytes)
+    assert [batch[0].shape for batch in whole] == [(1500, 2)]
+    for size, sizes in ((None, [1500]), (700, [700, 700, 100])):
+        slices = in_batches(data, flatten, size, 2**10)
+        parts = list(examples(slices, batch_size=size, memory_budget=2**10).parts())
+        assert [len(batch[0]) for _, batch in parts] == sizes
+        assert np.array_equal(np.concatenate([batch[0] for _, batch in parts]), x)
+        assert all(np.shares_memory(batch[0], x) for _, batch in parts)
+    for uneven in ((x, x[:3, 0]), (x, "a name"), (x, np.array(1.0))):
+        assert list(in_batches(uneven, flatten, None, 1)) == [uneven]
 
 
 def test_batches_that_cannot_be_joined_stay_as_they_are():

@@ -11,7 +11,10 @@ import lowrank_inverse as li
 from lowrank_inverse.influence.damped_solver import KeptColumns
 from lowrank_inverse.influence.plan import (
     BLOCKS,
+    COPIES,
     PAIR_BLOCKS,
+    PAIRS_SHARE,
+    ProductCosts,
     UnitCosts,
     dense_pays,
     make_plan,
@@ -28,7 +31,9 @@ MIB = 2**20
 def test_all_columns_pay_for_many_right_hand_sides_of_a_small_model():
     assert dense_pays(li.NystromCG(rank=50), 171, 400, 4, 1024 * MIB)
     assert not dense_pays(li.NystromCG(rank=50), 171, 1, 4, 1024 * MIB)
-    assert not dense_pays(li.NystromCG(rank=50), 171, 400, 4, 4 * 171**2 * 4 - 1)
+    least = PAIRS_SHARE * COPIES[li.Exact] * 171**2 * 4
+    assert dense_pays(li.NystromCG(rank=50), 171, 400, 4, least)
+    assert not dense_pays(li.NystromCG(rank=50), 171, 400, 4, least - 1)
     assert not dense_pays(li.NystromCG(rank=50), 10_000, 10**6, 4, 2**40)
 
 
@@ -53,7 +58,8 @@ def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, colum
     train = SimpleNamespace(num=100, num_bytes=5)
     sizes = {"num_solves": 10, "width": 4, "num_scores": 1000}
     recycle = 3 if isinstance(solver, li.CG) else 0
-    units = {"product": (0.5, 7), "costs": UnitCosts(1.0, 2.0, 4.0), "jvp": True, "why": "so"}
+    product = ProductCosts(0.5, 0.5, 7)  # a block has nothing in common
+    units = {"product": product, "costs": UnitCosts(1.0, 2.0, 4.0), "jvp": True, "why": "so"}
     plan = make_plan(solver, 30, 8, train=train, recycle=recycle, **units, **sizes)
     assert plan.num_products == products
     assert plan.num_passes == passes
@@ -70,6 +76,13 @@ def test_a_plan_counts_products_passes_and_bytes(solver, products, passes, colum
     assert plan.seconds["scores"] == 3 * 100 * (1 + 4 * 2)  # three groups of at most four
     first = f"10 right-hand sides of 30 parameters, 4 at a time, by {short(solver)}: so;\n"
     assert str(plan).startswith(first)
+
+
+def test_a_block_of_products_shares_what_is_done_once():
+    costs = ProductCosts(single=5.0, further=2.0, num_bytes=0)
+    assert costs.seconds(1, 1) == 5
+    assert costs.seconds(12, 3) == 3 * (5 + 2 + 2 + 2)
+    assert costs.seconds(0, 0) == 0
 
 
 def test_the_faster_way_to_scores_is_known_from_unit_costs():

@@ -71,7 +71,7 @@ class JaxBackend:
     def examples(self, data: Data, name: str, batch_size: int | None, budget: int) -> Examples:
         """Return a pytree of arrays, a list of batches or an iterable of them as examples."""
         examples = Examples(
-            as_batches(data, name, batch_size),
+            as_batches(data, name, batch_size, budget),
             name=name,
             flatten=flatten,
             batch_size=batch_size,

@@ -13,7 +13,7 @@ from array_api_compat import is_torch_array
 from lowrank_inverse._typing import Batch, Data
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.conversion import is_array, to_host
-from lowrank_inverse.influence.dataset import DEFAULT_BATCH_SIZE
+from lowrank_inverse.influence.dataset import DEFAULT_BATCH_SIZE, in_batches
 
 
 class Converted:
@@ -49,7 +49,7 @@ class Stacked:
             yield jax.tree_util.tree_map(lambda *parts: np.stack(list(map(to_host, parts))), *rows)
 
 
-def as_batches(data: Data, name: str, batch_size: int | None) -> Iterable[Any]:
+def as_batches(data: Data, name: str, batch_size: int | None, memory_budget: int) -> Iterable[Any]:
     """Return a pytree of arrays, a list of batches or of examples, or an iterable as batches.
 
     A loader or data set of torch is read in its order.
@@ -61,10 +61,10 @@ def as_batches(data: Data, name: str, batch_size: int | None) -> Iterable[Any]:
     """
     if isinstance(data, Iterator):
         return data
-    return Converted(_batches(data, name, batch_size or DEFAULT_BATCH_SIZE), name)
+    return Converted(_batches(data, name, batch_size, memory_budget), name)
 
 
-def _batches(data: Data, name: str, batch_size: int) -> Iterable[Any]:
+def _batches(data: Data, name: str, batch_size: int | None, memory_budget: int) -> Iterable[Any]:
     torch_data = sys.modules.get("torch.utils.data")
     if torch_data is not None and isinstance(data, torch_data.DataLoader):
         from lowrank_inverse_torch.influence.data import in_order
@@ -73,7 +73,7 @@ def _batches(data: Data, name: str, batch_size: int) -> Iterable[Any]:
     data = _plain(data)
     leaves = jax.tree_util.tree_leaves(data)
     if not isinstance(data, list) and leaves and all(map(is_array, leaves)):  # one batch
-        return [data]
+        return in_batches(data, flatten, batch_size, memory_budget)
     has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if isinstance(data, (str, dict, tuple)) or not (has_items or isinstance(data, Iterable)):
         raise TypeError(
@@ -81,7 +81,7 @@ def _batches(data: Data, name: str, batch_size: int) -> Iterable[Any]:
             f"batches or of examples, or an iterable of batches; got {describe(data)}."
         )
     if has_items and len(data) > 0 and (not isinstance(data, list) or _is_example(data[0])):
-        return Stacked(data, batch_size)
+        return Stacked(data, batch_size or DEFAULT_BATCH_SIZE)
     return data
 
 

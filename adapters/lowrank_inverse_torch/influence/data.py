@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from lowrank_inverse._typing import Data, PyTree
-from lowrank_inverse.influence.dataset import DEFAULT_BATCH_SIZE, Examples
+from lowrank_inverse.influence.dataset import DEFAULT_BATCH_SIZE, Examples, in_batches
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -80,7 +80,7 @@ def as_examples(
     ValueError
         A loader with a sampler that gives no order to number the examples by.
     """
-    batches = _batches(data, name, batch_size)
+    batches = _batches(data, name, batch_size, memory_budget)
     return Examples(
         batches if isinstance(batches, Iterator) else Moved(batches, like, widen),
         name=name,
@@ -90,11 +90,11 @@ def as_examples(
     )
 
 
-def _batches(data: Data, name: str, batch_size: int | None) -> Iterable[Any]:
+def _batches(data: Data, name: str, batch_size: int | None, memory_budget: int) -> Iterable[Any]:
     if isinstance(data, DataLoader):
         return in_order(data, name)
     if isinstance(data, (tuple, Mapping)):
-        return [data]
+        return in_batches(data, flatten, batch_size, memory_budget)
     if _is_dataset(data):
         _check_length(data, name)
         return DataLoader(data, batch_size=batch_size or DEFAULT_BATCH_SIZE, collate_fn=_stacked)

@@ -70,9 +70,9 @@ class InfluenceFunction(InfluenceBase):
     rng : int or numpy.random.Generator, optional
         Seed of the sampled columns.
     memory_budget : int
-        Bytes for batches kept in memory, as much again for the right-hand sides of a solve, and a
-        quarter of it for the pairs of the default solver. Other batches are read again for each
-        product.
+        Bytes to work with, besides the columns that a solver is asked to hold: half of them for the
+        right-hand sides of a solve, a quarter for the pairs of the default solver, and a quarter
+        for batches kept in memory. A larger training set is read again for each block of products.
     progress : bool
         Show progress bars, which need tqdm, and print the plan before each computation.
     mesh : DeviceMesh, optional

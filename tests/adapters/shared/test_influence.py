@@ -165,6 +165,16 @@ def test_a_small_memory_budget_gives_the_same_scores(framework, memory_budget):
     assert np.array_equal(best.indices, np.argsort(-expected(), axis=1)[:, :3])
 
 
+def test_arrays_beyond_the_budget_are_cut_without_being_kept(framework):
+    problem = Problem(framework)
+    xp = array_namespace(problem.train[0])
+    many = tuple(xp.concat([part] * 40, axis=0) for part in problem.train)  # the same mean
+    influence = problem.influence(many, memory_budget=1, batch_size=200)
+    assert influence._train.sizes == [200, 200, 160] and influence._train.num_bytes == 0
+    scores = influence.scores(problem.query)
+    assert_close(scores, np.tile(expected(), (1, 40)))
+
+
 @slow_in_jax
 def test_other_examples_than_the_training_set_can_be_scored(framework):
     problem = Problem(framework)
