@@ -27,6 +27,14 @@ def use_threads(count: int) -> None:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 
 
+def return_freed_memory() -> None:
+    """Let the processes that follow give back large arrays as they are freed, with glibc.
+
+    Its threshold for that rises to 32 MiB by itself. What lies below stays part of the process.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+
+
 def apart(
     target: str, settings: Found, *, python: str | None = None, timeout: float | None = None
 ) -> Any:

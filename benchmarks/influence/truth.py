@@ -6,8 +6,9 @@ minimum). The linear datamodelling score (LDS) is the rank correlation of the su
 a half with the loss after training on it; that for leaving one out compares the change of the loss
 with the score of the image. All in float64; each method runs in float32, on one thread, in a
 process of its own, with the weight decay for damping. Ours with the Hessian, whose eigenvalues go
-down to minus the weight decay where training ends, takes twice that. Other libraries are looked for
-in the interpreters given by ``--peer-python``.
+down to minus the weight decay where training ends, takes twice that; "rough" stops at a tenth of
+the residual, and "1 step" takes the best combination of the directions that EK-FAC gives for all
+queries. Other libraries are looked for in the interpreters given by ``--peer-python``.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def measure(path: str, name: str, method: str) -> Found:
     Option("networks", list(NETWORKS), "what is trained", choices=list(NETWORKS)),
     Option("methods", list(METHODS), "what is compared", choices=list(METHODS)),
     Option("train", 500, "training images", least=4),
-    Option("halves", 40, "trainings on random halves", least=2),
+    Option("halves", 120, "trainings on random halves", least=2),
     Option("removals", 40, "trainings without one image", least=2),
     SEED,
     packages=("torch", "numpy"),
@@ -224,8 +225,10 @@ def main(run: Run) -> None:
 
 def draw(run: Run, found: dict[tuple[str, str], Found]) -> None:
     """Draw the LDS of each method against its seconds, a panel for each network."""
+    from matplotlib import colormaps
+
     names = list(dict.fromkeys(name for name, _ in found))
-    order = list(METHODS)
+    order, colors = list(METHODS), colormaps["tab20"]
     figure, axes = run.figure(1, len(names), 3.2 * len(names) + 2.6, 3.6)
     for axis, name in zip(axes[0], names, strict=True):
         for (of, method), one in found.items():
@@ -234,7 +237,7 @@ def draw(run: Run, found: dict[tuple[str, str], Found]) -> None:
                 own = method.startswith("lowrank-inverse")
                 axis.plot(
                     *(one["seconds"], one["lds"], "o" if own else "s"),
-                    color=f"C{k}" if k < 10 else f"C{k - 10}",
+                    color=colors(k),
                     fillstyle="full" if own else "none",
                     label=method.replace("lowrank-inverse", "ours:"),
                 )

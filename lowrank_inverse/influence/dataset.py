@@ -186,13 +186,14 @@ class Examples:
     def _cut(self, batch_size: int) -> None:
         """Cut what is kept into batches of one size, if it can be joined."""
         assert self._kept is not None
-        flat = [self._flatten(batch) for batch in self._kept if self.size(batch) > 0]
-        joined = _joined([leaves for leaves, _ in flat])
-        if joined is None:
-            self._kept = [rebuild(leaves) for leaves, rebuild in flat]
+        kept = [batch for batch in self._kept if self.size(batch) > 0]
+        rebuild = self._flatten(kept[0])[1]
+        leaves = [self._flatten(batch)[0] for batch in kept]
+        if _can_be_joined(leaves):
+            self._kept, kept = [], []  # so that each is gone when its rows are copied
+            self._kept = [rebuild(piece) for piece in _recut(leaves, batch_size)]
         else:
-            whole = flat[0][1](joined)
-            self._kept = [piece for _, piece in self._pieces(whole, batch_size)]
+            self._kept = kept
         self.sizes = [self.size(batch) for batch in self._kept]
 
 
@@ -229,15 +230,33 @@ def default_size(num: int, num_bytes: int) -> int:
     return max(DEFAULT_BATCH_SIZE, min(SMALL_BATCH * num // max(1, num_bytes), MOST_ROWS))
 
 
-def _joined(batches: list[list[Any]]) -> list[Array] | None:
-    """Join the leaves of batches row by row; None where that cannot be."""
+def _can_be_joined(batches: list[list[Any]]) -> bool:
+    """Whether each leaf has rows, of one kind in all batches."""
     kinds = {
         tuple((x.dtype, tuple(x.shape[1:])) if _has_rows(x) else None for x in b) for b in batches
     }
-    if len(kinds) != 1 or None in next(iter(kinds)):
-        return None
-    if len(batches) == 1:
-        return batches[0]
+    return len(kinds) == 1 and None not in next(iter(kinds))
+
+
+def _recut(batches: list[list[Array]], size: int) -> Iterator[list[Array]]:
+    """Yield the rows of batches, `size` at a time, and empty the list: views of a single one."""
+    is_single = len(batches) == 1
+    held: list[list[Array]] = []
+    num = 0
+    batches.reverse()
+    while batches:
+        leaves = batches.pop()
+        start, stop = 0, len(leaves[0])
+        while start < stop:
+            end = min(stop, start + size - num)
+            held.append([leaf[start:end, ...] for leaf in leaves])
+            num, start = num + end - start, end
+            if num == size or (start == stop and not batches):
+                yield held[0] if is_single else _joined(held)
+                held, num = [], 0
+
+
+def _joined(batches: list[list[Array]]) -> list[Array]:
     return [
         array_namespace(leaves[0]).concat(leaves, axis=0) for leaves in zip(*batches, strict=True)
     ]
