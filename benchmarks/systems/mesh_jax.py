@@ -8,6 +8,7 @@ text with the numbers of the largest one. A loop's collectives are in it once.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -48,6 +49,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
 def measure(devices: int, solver: str, hidden: int, rank: int) -> dict[str, Any]:
     """Compile a hypergradient for a mesh, run it, and count."""
+    os.environ["NPROC"] = "32"  # threads of XLA: with one a device, a sum may wait for ever
     jax.config.update("jax_num_cpu_devices", devices)
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(0)

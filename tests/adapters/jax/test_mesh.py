@@ -20,6 +20,8 @@ if not hasattr(jax.sharding, "AxisType"):
 
 ROOT = Path(__file__).parents[3]
 ROUNDING = 1e-12
+THREADS = {"NPROC": "32"}
+"""Of XLA: with one for each of eight devices, sums over them may wait for a thread for ever."""
 
 
 def run(*names: str, devices: int = 8, timeout: float = 600, **environment: str) -> Any:
@@ -33,6 +35,7 @@ def run(*names: str, devices: int = 8, timeout: float = 600, **environment: str)
         env={
             **os.environ,
             "XLA_FLAGS": flags,
+            **THREADS,
             "PYTHONPATH": os.pathsep.join(sys.path),
             **environment,
         },
@@ -168,6 +171,7 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": flags,
+            **THREADS,
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters"), *sys.path]),
         },
     )
