@@ -33,7 +33,7 @@ PAIR_BLOCKS = 6
 DIRECTION_BLOCKS = 2
 """Vectors and products of the directions alone, where one solve is all there is."""
 DATA_SHARE, PAIRS_SHARE, SOLVE_SHARE = 4, 4, 2
-"""Parts of the memory budget for kept batches, for columns or pairs, for right-hand sides."""
+"""One part in so many of the memory budget: for kept batches, for pairs, for right-hand sides."""
 BLOCKS = 14
 """Vectors of n numbers a right-hand side, as counted: it, conjugate gradients, and products."""
 JVP_LEAST, JVP_MOST = 4, 24
