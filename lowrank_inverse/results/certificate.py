@@ -111,11 +111,12 @@ def certify(
     unit_r = r / scale
     quadratic = dot(unit_r, inverse @ unit_r)
     # N has eigenvalues in (0, 1 / damping]; its own rounding is a share of that. H_k, made of
-    # rounded products, may exceed A by delta: then N damping / (damping - delta) bounds.
+    # rounded products, may exceed A by delta, the same share of the norm of A: then
+    # N damping / (damping - delta) bounds.
     quadratic = xp.where(quadratic > 0, quadratic, xp.zeros_like(quadratic))
     rounding = unit + ROUNDING_UNITS * _rounding(inverse, b)
     quadratic = quadratic + rounding * dot(unit_r, unit_r) / damping
-    share = 1 - unit * norm_of_A / damping
+    share = 1 - rounding * norm_of_A / damping
     quadratic = quadratic / xp.where(share > 0, share, xp.ones_like(share))
     largest = dot(unit_r, unit_r) / damping
     quadratic = xp.where((share > 0) & (quadratic < largest), quadratic, largest)
@@ -125,10 +126,12 @@ def certify(
 
 
 def _rounding(inverse: Any, b: Array) -> Any:
-    """Return the rounding of N, as a share of ``1 / damping``, from its small pivots.
+    """Return the rounding of N and of H_k, as a share of their norms, from the small pivots.
 
-    ``C.T v`` is multiplied by ``w^(-1/2)``, for each eigenvalue w of W that was kept; and in the
-    streamed form it is known to the precision of a product alone.
+    For each eigenvalue w of W that was kept, with the eigenvector v, ``C v`` is multiplied by
+    ``w^(-1/2)``. As ``norm(C v)**2 <= w norm(A)``, its rounding moves H_k by a multiple of ``eps
+    norm(A) (norm(A) / w)^(1/2)``. In the streamed form ``C v`` is known to the precision of a
+    product alone.
     """
     approx = getattr(inverse, "approx", inverse)
     w = getattr(approx, "core_eigenvalues", None)

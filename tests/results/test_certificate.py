@@ -99,6 +99,19 @@ def test_bounds_hold_for_solutions_as_good_as_the_precision_allows(dtype):
     assert violations == []
 
 
+@pytest.mark.parametrize("seed", [18170, 21869, 27776])
+def test_the_bound_is_not_below_the_error_by_the_rounding_of_small_pivots(seed):
+    """The columns span A, so that the bound is the error: these are the worst of 60 000."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(10, 41))
+    rank = int(rng.integers(1, n + 1))
+    A = exactly_psd(rng, n, rank)
+    count = int(rng.integers(max(1, rank - 4), min(n, rank + 4) + 1))
+    chosen = rng.choice(n, count, replace=False)
+    damping = 2.0 ** rng.integers(-12, 7)
+    check_bounds_hold((A, chosen, damping, rng.standard_normal(n), rng), "random", "float64")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
