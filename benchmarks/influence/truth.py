@@ -84,20 +84,22 @@ def rough(li: Any, lit: Any, *about: Any) -> Any:
     return li.CG(rtol=0.1)
 
 
-def one_step(li: Any, lit: Any, *about: Any) -> Any:
-    """Return the best combination of the directions that EK-FAC gives for all queries."""
-    return li.CG(max_steps=1, preconditioner=lit.KFAC(*about))
-
-
 def gradients(li: Any, lit: Any, *about: Any) -> Any:
     """Return the identity: TracIn at the last checkpoint."""
     return li.Identity()
 
 
-def kfac(li: Any, lit: Any, *about: Any, corrected: bool = True, alone: bool = False) -> Any:
+def kfac(
+    li: Any,
+    lit: Any,
+    *about: Any,
+    corrected: bool = True,
+    alone: bool = False,
+    max_steps: int | None = None,
+) -> Any:
     """Return EK-FAC or KFAC, alone or as a preconditioner."""
     found = lit.KFAC(*about, eigenvalue_correction=corrected)
-    return found if alone else li.CG(preconditioner=found)
+    return found if alone else li.CG(preconditioner=found, max_steps=max_steps)
 
 
 def subsampled(li: Any, lit: Any, *about: Any, alone: bool = False) -> Any:
@@ -110,7 +112,9 @@ METHODS: dict[str, Callable[[Problem], Outcome]] = {
     "lowrank-inverse default": partial(ours, make=default),
     "lowrank-inverse Hessian": partial(ours, make=default, curvature="hessian"),
     "lowrank-inverse Hessian, rough": partial(ours, make=rough, curvature="hessian"),
-    "lowrank-inverse Hessian, 1 step": partial(ours, make=one_step, curvature="hessian"),
+    "lowrank-inverse Hessian, 1 step": partial(
+        ours, make=partial(kfac, max_steps=1), curvature="hessian"
+    ),
     "lowrank-inverse CG, subsampled": partial(ours, make=subsampled),
     "lowrank-inverse CG, EK-FAC": partial(ours, make=kfac),
     "lowrank-inverse CG, KFAC": partial(ours, make=partial(kfac, corrected=False)),

@@ -206,8 +206,7 @@ class Slices:
 
     def __iter__(self) -> Iterator[Any]:
         """Read from the start."""
-        for start in range(0, len(self._leaves[0]), self._size):
-            yield self._rebuild([leaf[start : start + self._size, ...] for leaf in self._leaves])
+        return map(self._rebuild, _recut([self._leaves], self._size))
 
 
 def in_batches(
@@ -239,7 +238,10 @@ def _can_be_joined(batches: list[list[Any]]) -> bool:
 
 
 def _recut(batches: list[list[Array]], size: int) -> Iterator[list[Array]]:
-    """Yield the rows of batches, `size` at a time, and empty the list: views of a single one."""
+    """Yield the rows of batches, `size` at a time, and empty the list.
+
+    They are views of a single batch, and copies of several, each of which can go when it is read.
+    """
     is_single = len(batches) == 1
     held: list[list[Array]] = []
     num = 0
