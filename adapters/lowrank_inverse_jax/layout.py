@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_inverse._typing import PyTree
@@ -108,11 +107,14 @@ class Layout:
         return vector
 
     def alike(self, array: jax.Array, leaf: Any) -> jax.Array:
-        """Lay a part of a vector as the leaf of the user's that is traced."""
+        """Lay a part of a vector as the leaf of the user's that is traced.
+
+        XLA lays the operands of an elementwise operation alike: here one that it cannot see
+        through, to choose between them.
+        """
         if self.mesh is None or not is_traced(leaf):
             return array
-        like: jax.Array = shard_alike(leaf, array)[1]
-        return like
+        return jnp.where(jax.lax.optimization_barrier(jnp.asarray(False)), leaf, array)
 
     def folder(self, folder: str | PathLike[str] | None) -> str | PathLike[str] | None:
         """Return a folder for what this process writes, in `folder` if there are several."""
