@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lowrank_inverse._typing import PyTree
 from lowrank_inverse.arrays.checks import describe
 from lowrank_inverse.arrays.conversion import is_traced
+from lowrank_inverse.arrays.devices import constrained
 
 __all__ = ["Layout"]
 
@@ -145,9 +146,7 @@ class Layout:
             )
 
 
-@partial(jax.jit, static_argnums=1)
-def _laid(x: Any, sharding: NamedSharding) -> Any:
-    return jax.lax.with_sharding_constraint(x, sharding)
+_laid = jax.jit(constrained, static_argnums=1)
 
 
 def _split(vector: jax.Array, shapes: Sequence[Any]) -> list[jax.Array]:
@@ -159,7 +158,7 @@ def _split(vector: jax.Array, shapes: Sequence[Any]) -> list[jax.Array]:
 @partial(jax.jit, static_argnums=(1, 2))
 def _split_on(vector: Any, shapes: Any, where: Any) -> Any:
     arrays = zip(_split(vector, shapes), where, strict=True)
-    return [x if s is None else jax.lax.with_sharding_constraint(x, s) for x, s in arrays]
+    return [x if s is None else constrained(x, s) for x, s in arrays]
 
 
 def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -168,7 +167,7 @@ def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
 
 @partial(jax.jit, static_argnums=1)
 def _joined_on(arrays: Any, sharding: NamedSharding) -> Any:
-    return jax.lax.with_sharding_constraint(_joined(arrays), sharding)
+    return constrained(_joined(arrays), sharding)
 
 
 def _is_bound(leaf: Any) -> bool:

@@ -53,7 +53,23 @@ def cut(y: Array, axis: int, x: Array) -> Array:
     jax = sys.modules["jax"]
     mesh = jax.typeof(x).sharding.mesh if is_traced(x) else x.sharding.mesh
     spec = jax.sharding.PartitionSpec(*[None] * axis, mesh.axis_names)
-    return jax.lax.with_sharding_constraint(y, jax.sharding.NamedSharding(mesh, spec))
+    return constrained(y, jax.sharding.NamedSharding(mesh, spec))
+
+
+def constrained(x: Array, sharding: Any) -> Array:
+    """Lay an array so within a compiled program.
+
+    Where the devices do not divide it, it could neither enter nor leave the program so: there XLA
+    chooses how it does.
+    """
+    jax = sys.modules["jax"]
+    lay, spec = jax.lax.with_sharding_constraint, jax.sharding.PartitionSpec
+    try:
+        sharding.shard_shape(x.shape)
+    except ValueError:
+        free = jax.sharding.NamedSharding(sharding.mesh, spec(*[spec.UNCONSTRAINED] * x.ndim))
+        return lay(lay(lay(x, free), sharding), free)
+    return lay(x, sharding)
 
 
 def map_rows(step: Callable[[Array], Array], n: int, size: int, x: Array) -> Array:

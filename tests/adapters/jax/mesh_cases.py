@@ -228,6 +228,23 @@ def uneven(names: Any = ("NystromCG",)) -> Any:
     return record
 
 
+def indivisible() -> Any:
+    """Products of every number of rows, eager and compiled, as the last thing of a program."""
+    mesh, record = mesh_of(), {}
+    where = NamedSharding(mesh, PartitionSpec())
+    for n in (6, 10, 12):
+        w, v = jax.device_put(1 + np.arange(n) / n, where), jnp.ones(n)
+
+        def both(w: Any, v: Any) -> Any:
+            H = lij.HessianOperator(lambda w: (w**4).sum(), w, mesh=mesh)
+            return H @ v, H.columns([0, 5])
+
+        H = np.diag(12 * (1 + np.arange(n) / n) ** 2)
+        found = [*both(w, v), *jax.jit(both)(w, v)]
+        record[n] = [error(x, wanted) for x, wanted in zip(found, 2 * [H.sum(1), H[:, [0, 5]]])]
+    return record
+
+
 def influence(curvatures: Any = ("ggn",)) -> Any:
     """Scores, the largest of them, and self-influence, of examples in any number."""
     problem, record = Problem(8, 3, mesh_of(), examples=21), {}
@@ -350,7 +367,7 @@ def refusals() -> Any:
 def kernels() -> Any:
     """A kernel matrix whose points are cut by rows, even and not: products, and its columns."""
     mesh, record = mesh_of(), {}
-    for n in (256, 251):
+    for n in (256, 252, 251):
         rows = (mesh.axis_names,) if n % 8 == 0 else ()
         where = NamedSharding(mesh, PartitionSpec(*rows))
         X = np.sin(np.arange(3.0 * n)).reshape(n, 3)

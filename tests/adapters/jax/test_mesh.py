@@ -52,7 +52,7 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def found() -> Any:
-    return run("operators", "hypergradients", "kernels", "refusals")
+    return run("operators", "hypergradients", "indivisible", "kernels", "refusals")
 
 
 def test_products_and_columns_on_a_mesh_are_those_of_one_device_and_cut_by_rows(found):
@@ -83,9 +83,15 @@ def test_a_compiled_hypergradient_on_a_mesh_gathers_no_more_than_a_weight_matrix
         assert case["memory"] <= 6
 
 
+def test_rows_that_some_of_the_devices_divide_may_leave_a_program(found):
+    for errors in found["indivisible"].values():
+        assert max(errors) < ROUNDING
+
+
 def test_a_kernel_matrix_of_points_cut_by_rows_sends_a_block_at_a_time(found):
-    even, uneven = (found["kernels"][n] for n in ("256", "251"))
-    assert max(*even["errors"], *uneven["errors"]) < ROUNDING
+    even = found["kernels"]["256"]
+    for case in found["kernels"].values():
+        assert max(case["errors"]) < ROUNDING
     assert even["held"] == 1 / 8
     assert even["sent"] <= 64  # of the 512 numbers of a product
 
