@@ -31,6 +31,7 @@ hypothesis.settings.load_profile("repeatable")
 EAGER = ["numpy", "array_api_strict", "torch", "jax"]
 EAGER_JAX = pytest.param("jax", marks=pytest.mark.slow)  # compiles operation by operation
 ON_DEVICE = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cuda")]
+EMULATED = pytest.param("emulated", marks=pytest.mark.slow)  # torch on a device that is not there
 JAX_ON_DEVICE = pytest.param("jax_gpu", marks=pytest.mark.gpu)  # needs JAX_PLATFORMS=cuda,cpu
 COMPILED: dict[tuple[Callable[..., Any], str, bool], Callable[..., Any]] = {}
 
@@ -111,7 +112,7 @@ class Backend:
 
     def seen(self, x: Any) -> np.ndarray:
         """Return in float64 what this library sees of `x`: rounded to its dtype."""
-        return np.asarray(x).astype(self.dtype).astype(np.float64)
+        return np.asarray(host(x)).astype(self.dtype).astype(np.float64)
 
     def run(self, function: Callable[..., Any], *arrays: Any) -> Any:
         """Return ``function(*arrays)`` as NumPy arrays, compiled where the backend says so.
@@ -143,6 +144,8 @@ def host(x: Any) -> Any:
         return x
     if type(x).__module__.startswith("torch"):
         return x.detach().cpu().numpy()
+    if hasattr(x, "held"):
+        return x.held.detach().numpy()
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
@@ -189,7 +192,17 @@ def open_backend(name: str, dtype: str, *, wide: bool | None = None) -> Iterator
         yield Backend(name, np, dtype, np.array)
     elif name == "array_api_strict":
         xp = pytest.importorskip("array_api_strict")
-        yield Backend(name, xp, dtype, xp.asarray)
+        # As an accelerator: no operation mixes devices, and nothing but `get`, as CuPy calls it,
+        # brings an array to the host.
+        here, away = xp.Device("CPU_DEVICE"), xp.Device("device1")
+        type(xp.ones(1)).get = lambda self: np.asarray(self.to_device(here))
+        yield Backend(name, xp, dtype, lambda x: xp.asarray(x, device=away))
+    elif name == "emulated":
+        torch = pytest.importorskip("torch")
+        from tests.adapters.torch.accelerator import Away, Transfers
+
+        with Transfers():
+            yield Backend(name, torch, dtype, lambda x: Away(torch.tensor(x)))
     elif name in ("torch", "cuda"):
         torch = pytest.importorskip("torch")
         torch.set_num_threads(1)
@@ -215,21 +228,21 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[*EAGER[:-1], "jax_jit", EAGER_JAX, *ON_DEVICE, JAX_ON_DEVICE])
+@pytest.fixture(params=[*EAGER[:-1], "jax_jit", EAGER_JAX, EMULATED, *ON_DEVICE, JAX_ON_DEVICE])
 def backend(request: pytest.FixtureRequest, dtype: str) -> Iterator[Backend]:
     """Every library; jax with the function under test in ``jax.jit``, and, slow, without."""
     with open_backend(request.param, dtype) as opened:
         yield opened
 
 
-@pytest.fixture(params=[*EAGER[:-1], EAGER_JAX, *ON_DEVICE])
+@pytest.fixture(params=[*EAGER[:-1], EAGER_JAX, EMULATED, *ON_DEVICE])
 def library(request: pytest.FixtureRequest, dtype: str) -> Iterator[Backend]:
     """Every library, not compiled; jax, slow: for what needs concrete arrays and much work."""
     with open_backend(request.param, dtype) as opened:
         yield opened
 
 
-@pytest.fixture(params=[*EAGER, *ON_DEVICE])
+@pytest.fixture(params=[*EAGER, EMULATED, *ON_DEVICE])
 def eager(request: pytest.FixtureRequest, dtype: str) -> Iterator[Backend]:
     """Every library, not compiled: for errors and what is quick."""
     with open_backend(request.param, dtype) as opened:

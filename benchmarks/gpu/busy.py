@@ -46,7 +46,7 @@ def profile(method: str, device: str, small: bool) -> Found:
     call = torch_methods.ours(problem, 10.0, 0.01, 2 if small else 10)[method]
     call()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with torch.profiler.profile(activities=kinds) as recorded:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as recorded:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
