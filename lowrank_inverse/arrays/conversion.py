@@ -11,6 +11,7 @@ from array_api_compat import (
     array_namespace,
     device,
     is_array_api_obj,
+    is_cupy_array,
     is_jax_array,
     is_torch_array,
 )
@@ -87,6 +88,28 @@ def concrete(x: Any) -> Any:
     if xp.isdtype(x.dtype, "integral"):
         return int(x)
     return float(x) if xp.isdtype(x.dtype, "real floating") else x
+
+
+class _Raising:
+    """CuPy's linear algebra, which by default returns what a failure left in memory."""
+
+    def __init__(self, functions: Any) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        function, errstate = getattr(self._functions, name), sys.modules["cupyx"].errstate
+
+        def run(*arrays: Array) -> Any:
+            with errstate(linalg="raise"):
+                return function(*arrays)
+
+        return run
+
+
+def algebra(x: Array) -> Any:
+    """Return the decompositions and solutions of the library of `x`, which raise if they fail."""
+    functions = array_namespace(x).linalg
+    return _Raising(functions) if is_cupy_array(x) else functions
 
 
 def without_graph(x: Array) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
-from lowrank_inverse.arrays.conversion import astype, wide_dtype
+from lowrank_inverse.arrays.conversion import algebra, astype, wide_dtype
 from lowrank_inverse.arrays.devices import tall_qr
 from lowrank_inverse.arrays.graph import constant
 from lowrank_inverse.arrays.scale import matrix_scale
@@ -30,7 +30,7 @@ def converged_eigh(A: Array) -> tuple[Array, Array]:
     Where it does not converge, as MKL in float32 for some matrices of low rank, it is asked again
     in the widest dtype.
     """
-    solve, wide = array_namespace(A).linalg.eigh, wide_dtype(A)
+    solve, wide = algebra(A).eigh, wide_dtype(A)
     try:
         w, V = solve(A)
     except (RuntimeError, np.linalg.LinAlgError):  # the first is torch's
@@ -49,10 +49,10 @@ def thin_qr(X: Array) -> tuple[Array, Array]:
     if not is_spread(X):
         return tall_qr(X)
     xp, k = array_namespace(X), X.shape[1]
-    Q, R = xp.linalg.qr(local(X))
+    Q, R = algebra(X).qr(local(X))
     rank = R.shape[0]  # less than k where a process has fewer rows
     R = xp.concat([R, R.new_zeros((k - rank, k))], axis=0)
-    rotation, R = (from_first(x) for x in xp.linalg.qr(stacked_rows(R, X)))
+    rotation, R = (from_first(x) for x in algebra(X).qr(stacked_rows(R, X)))
     start = X.device_mesh.get_local_rank() * k
     return spread_rows(Q @ local(rotation)[start : start + rank, :], X, X.shape[0]), R
 
@@ -60,5 +60,5 @@ def thin_qr(X: Array) -> tuple[Array, Array]:
 def thin_svd(X: Array) -> tuple[Array, Array, Array]:
     """Return U, shape (n, k), s and V of ``X = U diag(s) V.T`` for a tall `X`."""
     Q, R = thin_qr(X)
-    U, s, Vh = (from_first(x) for x in array_namespace(R).linalg.svd(R))
+    U, s, Vh = (from_first(x) for x in algebra(R).svd(R))
     return Q @ U, s, Vh.T

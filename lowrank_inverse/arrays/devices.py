@@ -10,7 +10,7 @@ from array_api_compat import array_namespace, is_jax_array
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.control_flow import map_traced
-from lowrank_inverse.arrays.conversion import is_traced
+from lowrank_inverse.arrays.conversion import algebra, is_traced
 
 
 def num_devices(x: Any) -> int:
@@ -37,11 +37,11 @@ def tall_qr(X: Array) -> tuple[Array, Array]:
     (n, k), parts = X.shape, num_devices(X)
     rows = -(-n // parts)
     if parts == 1 or rows < k:
-        return xp.linalg.qr(X)
+        return algebra(X).qr(X)
     # XLA pads each device's rows where they are; to concatenate, it would gather all of them.
     blocks = xp.pad(X, ((0, parts * rows - n), (0, 0)))
-    Q, R = xp.linalg.qr(xp.reshape(blocks, (parts, rows, k)))
-    top, R = xp.linalg.qr(xp.reshape(R, (parts * k, k)))
+    Q, R = algebra(X).qr(xp.reshape(blocks, (parts, rows, k)))
+    top, R = algebra(X).qr(xp.reshape(R, (parts * k, k)))
     Q = Q @ xp.reshape(top, (parts, k, k))
     return xp.reshape(Q, (parts * rows, k))[:n, :], R
 

@@ -17,6 +17,7 @@ from array_api_compat import (
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.conversion import (
+    algebra,
     astype,
     carries_gradient,
     concrete,
@@ -213,7 +214,7 @@ def cholesky(A: Array) -> Array | None:
         return None if bool(failed) else L
     xp = array_namespace(A)
     try:
-        L = xp.linalg.cholesky(A)
+        L = algebra(A).cholesky(A)
     except np.linalg.LinAlgError:
         return None
     return L if bool(xp.all(xp.isfinite(xp.linalg.diagonal(L)))) else None
@@ -230,7 +231,7 @@ def cholesky_solve(L: Array, b: Array) -> Array:
         return sys.modules["torch"].cholesky_solve(block, L).reshape(b.shape)
     if is_jax_array(L):
         return sys.modules["jax"].scipy.linalg.cho_solve((L, True), b)
-    solve = array_namespace(L).linalg.solve  # the standard has no triangular one
+    solve = algebra(L).solve  # the standard has no triangular one
     return solve(L.T, solve(L, b))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
-from lowrank_inverse.arrays.conversion import astype, concrete, like
+from lowrank_inverse.arrays.conversion import algebra, astype, concrete, like
 from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.graph import constant, with_derivatives_of
 from lowrank_inverse.arrays.linalg import row_blocks, symmetric_part
@@ -118,10 +118,9 @@ def differentiable_whitening(T: Array, W: Array) -> Array:
     """
 
     def smooth() -> Array:
-        xp = array_namespace(T)
         inner = T.T @ W @ T
         identity = like(np.eye(T.shape[1]), T)
-        L = xp.linalg.cholesky(identity + inner - constant(inner))
-        return T @ xp.linalg.inv(L).T
+        L = algebra(inner).cholesky(identity + inner - constant(inner))
+        return T @ algebra(L).inv(L).T
 
     return with_derivatives_of(T, smooth, W)

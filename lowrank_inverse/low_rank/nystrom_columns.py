@@ -10,7 +10,7 @@ from array_api_compat import array_namespace
 from lowrank_inverse._typing import RNG, Array, Indices, OperatorLike, Sampling, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_indices, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import astype, eps, like, take, wide_dtype
+from lowrank_inverse.arrays.conversion import algebra, astype, eps, like, take, wide_dtype
 from lowrank_inverse.arrays.linalg import symmetric_part
 from lowrank_inverse.low_rank.approximation import NystromApproximation
 from lowrank_inverse.low_rank.column_sampling import check_sampling, resolve_sampling
@@ -208,7 +208,7 @@ def _bordered_eigenvalues(C: Array, indices: Indices, row: int, entry: float) ->
     border = astype(take(C, np.array([row])), wide)
     corner = like(np.array([[entry]]), C, wide)
     top, bottom = xp.concat([W, border.T], axis=1), xp.concat([border, corner], axis=1)
-    return xp.linalg.eigvalsh(xp.concat([top, bottom], axis=0))
+    return algebra(top).eigvalsh(xp.concat([top, bottom], axis=0))
 
 
 def check_rank(rank: Any, most: int | None = None) -> None:

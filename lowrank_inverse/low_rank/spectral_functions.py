@@ -12,6 +12,7 @@ from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_damping, check_finite
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
+    algebra,
     astype,
     concrete,
     eps,
@@ -68,7 +69,7 @@ class SpectralFunctions(ProductOnly):
         xp = array_namespace(g)
         rest = self.shape[0] - self.num_columns
         value = self._function(
-            xp.sum(xp.log(g + damping)), lambda G, M: xp.linalg.slogdet(M)[1], damping
+            xp.sum(xp.log(g + damping)), lambda G, M: algebra(M).slogdet(M)[1], damping
         )
         return plain(value + rest * xp.log(damping))
 
@@ -78,7 +79,7 @@ class SpectralFunctions(ProductOnly):
         xp = array_namespace(g)
         rest = self.shape[0] - self.num_columns
         value = self._function(
-            xp.sum(1 / (g + damping)), lambda G, M: xp.linalg.trace(xp.linalg.inv(M)), damping
+            xp.sum(1 / (g + damping)), lambda G, M: xp.linalg.trace(algebra(M).inv(M)), damping
         )
         return plain(value + rest / damping)
 
@@ -92,7 +93,7 @@ class SpectralFunctions(ProductOnly):
         xp = array_namespace(g)
         value = self._function(
             xp.sum(g / (g + damping)),
-            lambda G, M: xp.linalg.trace(xp.linalg.solve(M, G)),
+            lambda G, M: xp.linalg.trace(algebra(M).solve(M, G)),
             damping,
         )
         return plain(value)

@@ -9,7 +9,7 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_damping
-from lowrank_inverse.arrays.conversion import astype, like, scalar_like, wide_dtype
+from lowrank_inverse.arrays.conversion import algebra, astype, like, scalar_like, wide_dtype
 from lowrank_inverse.arrays.graph import is_recorded, with_derivatives_of
 from lowrank_inverse.arrays.linalg import symmetric_part, tall_dot, tall_times
 from lowrank_inverse.operators.base import Operator
@@ -50,14 +50,13 @@ class ChunkedWoodburyInverse(WoodburyInverse):
         super().__init__(approx, damping)
         self.chunk_size = chunk_size = check_count("chunk_size", chunk_size)
         self._updates: list[tuple[Array, Array]] = []
-        xp = array_namespace(approx.columns)
         k = approx.num_columns
         for start in range(0, k, chunk_size):
             stop = min(start + chunk_size, k)
             L = tall_times(approx.columns, approx.whitening[:, start:stop], approx.dtype)
             HL = self._multiply(L)
             inner = symmetric_part(tall_dot(L, HL)) + like(np.eye(stop - start), L, wide_dtype(L))
-            self._updates.append((HL, xp.linalg.inv(inner)))
+            self._updates.append((HL, algebra(inner).inv(inner)))
 
     def _about(self) -> dict[str, Any]:
         return super()._about() | {"chunk_size": self.chunk_size}
@@ -135,7 +134,7 @@ def over(coefficients: Array, divisors: Array, damped: Array | None = None) -> A
 
     def smooth() -> Array:
         rest = (1 - kept) * like(np.eye(kept.shape[0]), damped)
-        solved = xp.linalg.solve(kept[:, None] * damped * kept + rest, coefficients)
+        solved = algebra(rest).solve(kept[:, None] * damped * kept + rest, coefficients)
         return rows_times(kept, solved)
 
     return with_derivatives_of(value, smooth, damped, coefficients)

@@ -12,6 +12,7 @@ from lowrank_inverse._typing import RNG, Array, OperatorLike, Scalar
 from lowrank_inverse.arrays.checks import check_count, check_rng, check_scalar
 from lowrank_inverse.arrays.control_flow import quietly
 from lowrank_inverse.arrays.conversion import (
+    algebra,
     astype,
     concrete,
     is_traced,
@@ -267,10 +268,10 @@ def _factor(A: OperatorLike, damping: Scalar) -> LogDeterminant:
     xp = array_namespace(M)
     M = M + scalar_like(damping, M) * like(np.eye(n), M)
     traced = is_traced(M)
-    L = xp.linalg.cholesky(constant(M)) if traced else cholesky(constant(M))
+    L = algebra(M).cholesky(constant(M)) if traced else cholesky(constant(M))
     if L is None:
         return LogDeterminant(math.nan, 0.0, False, 0, n, _Factored(None))
     value = 2 * xp.sum(xp.log(xp.linalg.diagonal(L)))
     converged = concrete(xp.isfinite(value))
-    value = with_derivatives_of(value, lambda: xp.linalg.slogdet(M)[1], M)
+    value = with_derivatives_of(value, lambda: algebra(M).slogdet(M)[1], M)
     return LogDeterminant(plain(value), 0.0, converged, 0, n, _Factored(L))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lowrank_inverse.arrays import conversion
 from lowrank_inverse.arrays.conversion import scatter, take
 from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.linalg import (
     BLOCK_NUMBERS,
     MAX_BLOCKS,
     add_to,
+    cholesky,
     column_norm,
     copy_where,
     row_blocks,
@@ -178,3 +183,26 @@ def test_a_matrix_of_zeros_or_none_that_is_finite_has_the_scale_one(eager, size)
     A = eager.asarray(size * np.ones((3, 3)))
     expected = 1.0 if size != 1e-45 or eager.dtype == "float32" else 2.0 ** np.floor(np.log2(size))
     assert host(matrix_scale(A)) == expected
+
+
+def test_a_matrix_has_a_cholesky_factor_if_it_is_positive_definite(eager):
+    A = symmetric(np.linspace(0.5, 2, 12))
+    L = host(cholesky(eager.asarray(A)))
+    assert relative_error(L @ L.T, A) < 100 * eager.eps
+    for lowest in (-1.0, -1e-3):
+        assert cholesky(eager.asarray(symmetric(np.linspace(lowest, 2, 12)))) is None
+
+
+def test_cupy_is_asked_to_raise_where_a_decomposition_fails(monkeypatch):
+    asked = []
+
+    def errstate(**settings):
+        return contextlib.nullcontext(asked.append(settings))
+
+    monkeypatch.setattr(conversion, "is_cupy_array", lambda x: True)
+    monkeypatch.setitem(sys.modules, "cupyx", SimpleNamespace(errstate=errstate))
+    assert cholesky(symmetric(np.linspace(-1, 2, 12))) is None
+    assert asked == [{"linalg": "raise"}]
+    w, _ = eigh(symmetric(np.linspace(-1, 2, 12)))
+    assert w[0] == pytest.approx(-1)
+    assert len(asked) == 2

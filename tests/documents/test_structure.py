@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import lowrank_inverse as li
@@ -40,6 +42,12 @@ def test_frameworks_are_looked_up_in_one_place():
             text = path.read_text(encoding="utf-8")
             assert 'sys.modules["jax"]' not in text, path
             assert 'sys.modules.get("torch")' not in text, path
+
+
+def test_decompositions_are_asked_for_where_they_raise():
+    asked = re.compile(r"(?<!np)\.linalg\.(cholesky|eigh|eigvalsh|qr|svd|solve|inv|slogdet)\(")
+    for path in structure.modules("lowrank_inverse"):
+        assert not asked.search(path.read_text(encoding="utf-8")), f"{path}: algebra(x) has it"
 
 
 def test_a_call_enters_few_files():

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import RNG, Array, OperatorLike
 from lowrank_inverse.arrays.checks import check_count
 from lowrank_inverse.arrays.control_flow import quietly
-from lowrank_inverse.arrays.conversion import take
+from lowrank_inverse.arrays.conversion import algebra, take
 from lowrank_inverse.arrays.graph import is_recorded, substituted
 from lowrank_inverse.low_rank.core import differentiable_whitening
 from lowrank_inverse.low_rank.pivoting.factorization import Pivoting
@@ -124,7 +123,7 @@ def pivoted_cholesky(
     columns, F = pivoting.columns, pivoting.factor
     if is_recorded(columns) and columns.shape[1] > 0:
         pivots = pivoting.pivots
-        T = array_namespace(F).linalg.inv(take(F, pivots)).T
+        T = algebra(F).inv(take(F, pivots)).T
         F = substituted(F, columns @ differentiable_whitening(T, take(columns, pivots)))
     return PivotedCholesky(
         pivoting.pivots,
