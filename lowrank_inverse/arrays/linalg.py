@@ -31,7 +31,7 @@ from lowrank_inverse.arrays.conversion import (
 from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.devices import num_devices
 from lowrank_inverse.arrays.scale import column_scale
-from lowrank_inverse.arrays.spread import is_spread, local, reduced, spread_rows, summed
+from lowrank_inverse.arrays.spread import everywhere, is_spread, local, reduced, spread_rows, summed
 
 BLOCK_NUMBERS = 2**18
 MAX_BLOCKS = 32
@@ -205,10 +205,14 @@ def tall_times(X: Array, small: Array, dtype: Any = None) -> Array:
 def cholesky(A: Array) -> Array | None:
     """Return the lower Cholesky factor of `A`, or None if it is not positive definite.
 
-    Libraries differ in how they say so; and while jax traces, nobody knows.
+    Libraries differ in how they say so; and while jax traces, nobody knows. Where `A` lies whole
+    on each process, so does the factor.
     """
     if is_traced(A):
         return None
+    if is_spread(A):
+        part = cholesky(local(A))
+        return None if part is None else everywhere(part, A)
     if is_torch_array(A):
         L, failed = sys.modules["torch"].linalg.cholesky_ex(A)
         return None if bool(failed) else L
@@ -226,6 +230,8 @@ def cholesky_solve(L: Array, b: Array) -> Array:
         from scipy.linalg import cho_solve
 
         return cho_solve((L, True), b, check_finite=False)
+    if is_spread(L):
+        return everywhere(cholesky_solve(local(L), local(b)), L)
     if is_torch_array(L):
         block = b if b.ndim == 2 else b[:, None]
         return sys.modules["torch"].cholesky_solve(block, L).reshape(b.shape)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 
@@ -61,6 +62,16 @@ def summed(part: Array, x: Array) -> Array:
 def everywhere(values: Array, x: Array) -> Array:
     """Return plain `values`, equal on all processes, as an array on the mesh of `x`."""
     return _placed(values, x, "Replicate")
+
+
+def flipped(x: Array, axis: int = 0) -> Array:
+    """Return `x`, which lies whole on each process, in reverse order along an axis.
+
+    A DTensor cannot do so itself before version 2.12 of torch.
+    """
+    if not is_spread(x):
+        return array_namespace(x).flip(x, axis=axis)
+    return everywhere(local(reduced(x)).flip(axis), x)
 
 
 def from_first(values: Array) -> Array:

@@ -18,6 +18,7 @@ from lowrank_inverse.arrays.linalg import (
     tall_dot,
     tall_times,
 )
+from lowrank_inverse.arrays.spread import flipped
 from lowrank_inverse.iterative.preconditioning import apply_preconditioner
 from lowrank_inverse.iterative.recursion import (
     RUNNING,
@@ -151,7 +152,7 @@ def _orthonormal(X: Array) -> Array:
     for _ in range(2):  # once leaves the square of the condition number
         G = symmetric_part(tall_dot(X, X))
         T = gram_whitening(xp.where(xp.isfinite(G), G, xp.zeros_like(G)), eps(X))
-        T = xp.flip(T, axis=1)  # what is left out comes last
+        T = flipped(T, axis=1)  # what is left out comes last
         if not is_traced(T):
             T = T[:, : max(1, int(xp.sum(astype(xp.any(T != 0, axis=0), xp.int32))))]
         X = tall_times(X, T, X.dtype)

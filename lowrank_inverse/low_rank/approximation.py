@@ -28,6 +28,7 @@ from lowrank_inverse.arrays.graph import (
     with_derivatives_of,
 )
 from lowrank_inverse.arrays.linalg import relative_asymmetry, symmetric_part, tall_dot, tall_times
+from lowrank_inverse.arrays.spread import flipped
 from lowrank_inverse.low_rank.core import (
     INDEFINITE_PIVOT_RTOL,
     differentiable_whitening,
@@ -194,9 +195,8 @@ class NystromApproximation(SpectralFunctions):
 
     def _core_spectrum(self) -> tuple[Array, Array]:
         """Return eigenvalues and eigenvectors of W, largest first."""
-        xp = array_namespace(self.core)
         w, V = eigh(astype(self.core, wide_dtype(self.core)))
-        return xp.flip(w), xp.flip(V, axis=1)
+        return flipped(w), flipped(V, axis=1)
 
     def project(self, block: Array) -> Array:
         """Return ``(F Z).T @ block``, shape (k,) or (k, m), in the wide dtype.
@@ -210,7 +210,8 @@ class NystromApproximation(SpectralFunctions):
         if self.vectors is None:
             return projected
         g, G, xp = constant(self.eigenvalues), self._gram, array_namespace(projected)
-        value = rows_times(xp.sign(g), projected)
+        sign = astype(g > 0, g.dtype) - astype(g < 0, g.dtype)
+        value = rows_times(sign, projected)
         if G is None:
             return value
         safe = xp.where(g == 0, xp.ones_like(g), xp.abs(g))

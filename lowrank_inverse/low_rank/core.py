@@ -12,7 +12,7 @@ from lowrank_inverse.arrays.conversion import algebra, astype, concrete, like
 from lowrank_inverse.arrays.decompositions import eigh
 from lowrank_inverse.arrays.graph import constant, with_derivatives_of
 from lowrank_inverse.arrays.linalg import row_blocks, symmetric_part
-from lowrank_inverse.arrays.spread import is_spread, local, reduced, summed
+from lowrank_inverse.arrays.spread import flipped, is_spread, local, reduced, summed
 
 INDEFINITE_PIVOT_RTOL = 1e-4
 
@@ -89,7 +89,7 @@ def spectrum(gram: Array) -> tuple[Array, Array]:
     xp = array_namespace(gram)
     g, Z = eigh(symmetric_part(gram))
     g = xp.where(g > 0, g, xp.zeros_like(g))
-    return xp.flip(g), xp.flip(Z, axis=1)
+    return flipped(g), flipped(Z, axis=1)
 
 
 def whitened_gram(C: Array, T: Array) -> Array:
