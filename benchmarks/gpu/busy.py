@@ -17,7 +17,11 @@ from benchmarks.harness.timing import in_turn
 from benchmarks.speed import measure, torch_methods
 
 LINES, WIDTH = 12, 50
-BY_DEVICE = {"cpu": "self_cpu_time_total", "cuda": "self_device_time_total"}
+BY_DEVICE = {
+    "cpu": (DeviceType.CPU, "self_cpu_time_total"),
+    "cuda": (DeviceType.CUDA, "self_device_time_total"),
+}
+"""Where a network's kernels run, and the field with their time."""
 
 
 def run(path: str, about: Found, small: bool) -> None:
@@ -50,9 +54,11 @@ def profile(method: str, device: str, small: bool) -> Found:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
+    there, of_itself = BY_DEVICE[device]
     kernels = [
-        {"name": e.key[:WIDTH], "calls": e.count, "ms": getattr(e, BY_DEVICE[device]) / 1e3}
+        {"name": e.key[:WIDTH], "calls": e.count, "ms": getattr(e, of_itself) / 1e3}
         for e in recorded.key_averages()
+        if e.device_type == there
     ]
     events = [e.time_range for e in recorded.events() if e.device_type == DeviceType.CUDA]
     return {

@@ -10,8 +10,9 @@ from benchmarks.gpu.part import Part
 from benchmarks.harness.processes import ROOT, Found
 
 FIRST = ["adapters/torch/test_transfers.py", "adapters/shared/test_devices.py", "adapters/torch"]
-CORE = ["iterative", "low_rank", "solvers", "operators", "bilevel", "results", "influence"]
-WORKERS = 8
+CORE = ["arrays", "low_rank", "iterative", "solvers", "operators", "spectral", "estimators"]
+CORE += ["bilevel", "results", "influence"]
+WORKERS = 12
 
 
 def run(path: str, about: Found, small: bool) -> None:
@@ -20,7 +21,9 @@ def run(path: str, about: Found, small: bool) -> None:
 
     os.environ |= {"JAX_PLATFORMS": "cpu" if small else "cuda,cpu"}
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    os.environ |= {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}  # it takes longer than the tests
     part = Part(path, about, small)
+    part.records.clear()  # they are counted anew
     folders = [str(ROOT / "tests" / name) for name in (FIRST[:1] if small else FIRST + CORE)]
     options = ["-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", "--no-header"]
     if not small and importlib.util.find_spec("xdist") is not None:

@@ -5,9 +5,11 @@ What is called by the interpreter of a peer imports nothing that the peer may no
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,25 +46,35 @@ def apart(
     """
     paths = [str(ROOT), str(ROOT / "adapters"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    process = subprocess.Popen(
+        [python or sys.executable, "-m", "benchmarks.harness.processes"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+    )
     try:
-        process = subprocess.run(
-            [python or sys.executable, "-m", "benchmarks.harness.processes"],
-            input=json.dumps([target, settings]),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-            timeout=timeout,
-            check=False,
-        )
+        out, err = process.communicate(json.dumps([target, settings]), timeout)
     except subprocess.TimeoutExpired:
         return {"failed": f"more than {timeout:g} s"}
+    finally:
+        _end(process)
     if process.returncode < 0:
         return {"failed": f"ended by signal {-process.returncode}, for want of memory perhaps"}
     if process.returncode > 0:
-        lines = process.stderr.strip().splitlines() or ["no message"]
+        lines = err.strip().splitlines() or ["no message"]
         return {"failed": lines[-1][:300]}
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process that leads a session, and those that it started, which might go on alone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def interpreter(package: str, candidates: Sequence[str]) -> tuple[str | None, str]:

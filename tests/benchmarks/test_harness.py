@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,15 @@ def test_a_measurement_has_a_process_of_its_own_and_says_what_went_wrong():
     }
     assert processes.apart("os:getcwd", {}) == str(processes.ROOT)
     assert processes.apart("time:sleep", {}, timeout=0.01) == {"failed": "more than 0.01 s"}
+
+
+def test_what_a_process_started_ends_with_it_when_its_time_is_over(tmp_path):
+    late = tmp_path / "late"
+    settings = {"args": ["sh", "-c", f"sleep 2; touch {late}"]}
+    found = processes.apart("subprocess:run", settings, timeout=1)
+    assert found == {"failed": "more than 1 s"}
+    time.sleep(2)
+    assert not late.exists()
 
 
 def test_the_interpreter_of_a_package_is_the_first_that_has_it(monkeypatch):
