@@ -5,6 +5,7 @@ PYTHON ?= python3
 BACKEND ?= torch
 
 VENV := .venv
+EXTRAS := all,dev
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
@@ -15,6 +16,8 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
 # The core's tests, without those of adapters, documents and benchmarks.
 KERNELS ?= Prescott Sandybridge
+JAX_TESTS := $(addprefix tests/,adapters/jax adapters/shared arrays operators results iterative \
+	low_rank solvers spectral properties)
 CORE_TESTS := $(addprefix tests/,arrays operators results iterative low_rank solvers bilevel \
 	influence properties)
 
@@ -23,7 +26,7 @@ export PIP_NO_INPUT := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kernels check format docs install clean
+.PHONY: help demo test test-slow test-kernels test-jax check format docs install clean
 
 help:
 	@echo "make demo       data hyper-cleaning with every solver side by side, and the"
@@ -33,6 +36,8 @@ help:
 	@echo "make test-slow  the tests left out of make test"
 	@echo "make test-kernels  the core's quick tests under other kernels of OpenBLAS and PyTorch"
 	@echo "                (KERNELS='Prescott Sandybridge'; x86 only)"
+	@echo "make test-jax   the quick tests of JAX: with VENV=.venv-jax EXTRAS=jax,dev PYTHON=python3.12"
+	@echo "                those of its newest version, without PyTorch"
 	@echo "make check      ruff, mypy and the documentation build"
 	@echo "make format     let ruff mend and format the sources"
 	@echo "make docs       build the documentation into ./site"
@@ -55,6 +60,9 @@ test-kernels: $(STAMP)
 	for kernel in $(KERNELS); do \
 		OPENBLAS_CORETYPE=$$kernel ATEN_CPU_CAPABILITY=default $(PYTEST) -k "not jax" $(CORE_TESTS) || exit 1; \
 	done
+
+test-jax: $(STAMP)
+	$(PYTEST) -k jax $(JAX_TESTS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .
@@ -80,7 +88,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@touch $(UNFINISHED)
 	@echo "Installing the package and its tools into $(VENV); the first time takes minutes"
-	@$(PY) -m pip install -qq -c constraints.txt -e ".[all,dev]"
+	@$(PY) -m pip install -qq -c constraints.txt -e ".[$(EXTRAS)]"
 	@mv $(UNFINISHED) $(STAMP)
 
 clean:
