@@ -6,6 +6,7 @@ BACKEND ?= torch
 
 VENV := .venv
 EXTRAS := all,dev
+CONSTRAINTS := constraints.txt
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
@@ -81,14 +82,14 @@ install: $(STAMP)
 
 # An install that was cut short leaves $(UNFINISHED) behind and is begun anew;
 # an environment that is whole is only brought up to date.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@if [ -e $(UNFINISHED) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
 		echo "Creating $(VENV)"; \
 		$(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@touch $(UNFINISHED)
 	@echo "Installing the package and its tools into $(VENV); the first time takes minutes"
-	@$(PY) -m pip install -qq -c constraints.txt -e ".[$(EXTRAS)]"
+	@$(PY) -m pip install -qq -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@mv $(UNFINISHED) $(STAMP)
 
 clean:

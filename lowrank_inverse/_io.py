@@ -100,7 +100,7 @@ def _encoded(place: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
     # Sums depend on the order in memory in their last digit, and safetensors knows one alone.
     transposed = value.flags.f_contiguous and not value.flags.c_contiguous
     key = f"array{len(arrays)}"
-    arrays[key] = np.array(value.T if transposed else value, order="C", copy=None)
+    arrays[key] = np.asarray(value.T if transposed else value, order="C")
     return {"array": key, "transposed": transposed}
 
 

@@ -127,7 +127,9 @@ def to_host(x: Any) -> np.ndarray:
         x = gathered(x.float() if str(x.dtype) == "torch.bfloat16" else x)
         x = without_graph(x.cpu())
         if sys.modules["torch"]._C._functorch.peek_interpreter_stack() is not None:
-            return np.from_dlpack(x)  # Tensor.numpy would wrap it again
+            functorch = sys.modules["torch._functorch.pyfunctorch"]
+            with functorch.temporarily_clear_interpreter_stack():  # which would wrap it again
+                return x.numpy()
     if is_jax_array(x) and not x.is_fully_addressable and not x.is_fully_replicated:
         jax: Any = sys.modules["jax"]  # parts lie with other processes: fetch them
         mesh = getattr(x.sharding, "mesh", None)

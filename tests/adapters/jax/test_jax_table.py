@@ -140,12 +140,14 @@ def odd_leaves(solver: Any) -> None:
     assert out.ihvp["empty"].shape == (0, 2)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Layer:
     """Parameters as a dataclass."""
 
     w: Any
+
+
+jax.tree_util.register_dataclass(Layer, data_fields=["w"], meta_fields=[])
 
 
 def dataclass(solver: Any) -> None:

@@ -791,6 +791,14 @@ def test_sharded_parameters_are_refused_by_name():
         torch.distributed.destroy_process_group()
 
 
+def test_a_mesh_needs_a_version_of_torch_that_is_named(monkeypatch):
+    pytest.importorskip("torch.distributed.device_mesh")
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
+    w = torch.ones(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"`mesh` needs PyTorch 2\.11 or newer.* got 2\.10\.0"):
+        HessianOperator(lambda: (w**2).sum(), [w], mesh=object())
+
+
 def test_ranks_that_see_a_part_of_the_data_each_are_warned_of(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
