@@ -17,8 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
 # The core's tests, without those of adapters, documents and benchmarks.
 KERNELS ?= Prescott Sandybridge
-JAX_TESTS := $(addprefix tests/,adapters/jax adapters/shared arrays operators results iterative \
-	low_rank solvers spectral properties)
+JAX_TESTS := $(addprefix tests/,adapters/jax adapters/shared properties solvers)
 CORE_TESTS := $(addprefix tests/,arrays operators results iterative low_rank solvers bilevel \
 	influence properties)
 
