@@ -210,11 +210,10 @@ class NystromApproximation(SpectralFunctions):
         if self.vectors is None:
             return projected
         g, G, xp = constant(self.eigenvalues), self._gram, array_namespace(projected)
-        sign = astype(g > 0, g.dtype) - astype(g < 0, g.dtype)
-        value = rows_times(sign, projected)
+        safe = xp.where(g == 0, xp.ones_like(g), xp.abs(g))
+        value = rows_times(g / safe, projected)
         if G is None:
             return value
-        safe = xp.where(g == 0, xp.ones_like(g), xp.abs(g))
         return with_derivatives_of(value, lambda: self._taken(G / safe @ projected, value), G)
 
     def expand(self, coefficients: Array) -> Array:
