@@ -19,9 +19,12 @@ def run(path: str, about: Found, small: bool) -> None:
     """Run them; a process more for each, up to `WORKERS`, where pytest-xdist is installed."""
     import pytest
 
-    os.environ |= {"JAX_PLATFORMS": "cpu" if small else "cuda,cpu"}
-    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    os.environ |= {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}  # it takes longer than the tests
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu" if small else "cuda,cpu",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0",  # tuning takes longer than the tests
+    }
     part = Part(path, about, small)
     part.records.clear()  # they are counted anew
     folders = [str(ROOT / "tests" / name) for name in (FIRST[:1] if small else FIRST + CORE)]

@@ -67,7 +67,7 @@ def everywhere(values: Array, x: Array) -> Array:
 def flipped(x: Array, axis: int = 0) -> Array:
     """Return `x`, which lies whole on each process, in reverse order along an axis.
 
-    A DTensor cannot do so itself before version 2.12 of torch.
+    A DTensor of torch 2.11 cannot do so itself.
     """
     if not is_spread(x):
         return array_namespace(x).flip(x, axis=axis)

@@ -10,7 +10,8 @@ from array_api_compat import array_namespace
 
 from lowrank_inverse._typing import Array
 from lowrank_inverse.arrays.control_flow import while_loop
-from lowrank_inverse.arrays.conversion import algebra, astype, eps, like, like_device, wide_dtype
+from lowrank_inverse.arrays.conversion import astype, eps, like, like_device, wide_dtype
+from lowrank_inverse.arrays.decompositions import converged_eigh
 from lowrank_inverse.arrays.linalg import column_norm, set_rows
 
 
@@ -139,7 +140,7 @@ def log_quadrature(
     size = max_steps if traced else int(found.step)
     basis = found.basis[:size, :, :]
     T = _tridiagonal(found.diagonal[:size, :], found.beside[:size, :], found.step)
-    theta, V = algebra(T).eigh(T)
+    theta, V = converged_eigh(T)
     positive = theta > 0
     safe = xp.where(positive, theta, xp.ones_like(theta))
     weights = V[:, 0, :]

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.distributed import tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from lowrank_inverse_torch.parameters import Parameters
 
@@ -98,16 +98,16 @@ class Processes:
 
     # What has n rows.
 
-    def laid(self, vector: Tensor) -> tensor.DTensor:
+    def laid(self, vector: Tensor) -> DTensor:
         """Return the spread form of a plain vector or block that each process has."""
         return self.spread(vector[self.rows.start : self.rows.stop])
 
-    def spread(self, rows: Tensor) -> tensor.DTensor:
+    def spread(self, rows: Tensor) -> DTensor:
         """Return the spread vector or block of which this process has `rows`."""
         shape = torch.Size((self.n, *rows.shape[1:]))
         stride = (1,) if len(shape) == 1 else (shape[1], 1)
-        return tensor.DTensor.from_local(
-            rows, self.mesh, [tensor.Shard(0)], run_check=False, shape=shape, stride=stride
+        return DTensor.from_local(
+            rows, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )
 
     def own_sum(self, vector: Tensor | None, error: Exception | None = None) -> Tensor:
@@ -138,7 +138,7 @@ class Processes:
         A DTensor among `like` is spread itself, such as one weight for each example: a process
         keeps what it has. An `error` is raised as in `own_sum`.
         """
-        common = [i for i, one in enumerate(like) if not isinstance(one, tensor.DTensor)]
+        common = [i for i, one in enumerate(like) if not isinstance(one, DTensor)]
         given = [float(values[i] is not None) for i in common] if error is None else []
         flags = torch.zeros(len(common) + 1, dtype=like[0].dtype, device=self.device)
         flags[-1] = float(error is not None)
@@ -217,11 +217,11 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
     """Return a number that changes with the bits of the tensors, at one pass over them."""
     total = torch.zeros((), dtype=torch.int64)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for i, one in enumerate(tensors):
-        bits = one.detach().contiguous().view(kinds[one.element_size()]).long()
+    for i, tensor in enumerate(tensors):
+        bits = tensor.detach().contiguous().view(kinds[tensor.element_size()]).long()
         # Wrapping around, as whole numbers do. The square tells two changes from their sum.
         own = bits.sum() + 3 * (bits * bits).sum()
-        total = 31 * total + (i + 1) * own.cpu() + one.numel()
+        total = 31 * total + (i + 1) * own.cpu() + tensor.numel()
     return int(total)
 
 
@@ -239,7 +239,7 @@ def _plain(value: Any) -> Any:
         told = [(f.name, _plain(getattr(value, f.name))) for f in fields(value)]
         return type(value).__qualname__, told
     if isinstance(value, Tensor):
-        return None if isinstance(value, tensor.DTensor) else fingerprint([value])
+        return None if isinstance(value, DTensor) else fingerprint([value])
     if isinstance(value, (str, int, float, type(None), np.number, torch.dtype, torch.Size)):
         return value
     if isinstance(value, (list, tuple)):

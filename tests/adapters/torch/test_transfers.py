@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 import lowrank_inverse as li
 import lowrank_inverse_torch as lit
 from tests.adapters.torch.accelerator import Away, Transfers
+from tests.conftest import host
 from tests.problems import matrix
 
 N, FEATURES, HIDDEN, CLASSES, EXAMPLES = 60, 4, 3, 3, 12
@@ -32,10 +33,6 @@ def send(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     return lambda x: x.cuda()
-
-
-def fetched(x: Tensor) -> np.ndarray:
-    return (x.held if isinstance(x, Away) else x.cpu()).detach().numpy()
 
 
 def system(send: Any, width: int | None = None) -> tuple[Any, Tensor]:
@@ -100,7 +97,7 @@ def test_every_solver_stays_on_the_device_and_answers_as_on_the_host(send, solve
     assert found.value.device == b.device
     A, b = system(lambda x: x, width)
     expected = li.solve(A, b, solver=solver)
-    np.testing.assert_allclose(fetched(found.value), expected.value.numpy(), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(host(found.value), expected.value.numpy(), rtol=1e-6, atol=1e-8)
 
 
 class Problem:
@@ -137,7 +134,7 @@ def test_hypergradients_stay_on_the_device_and_are_those_of_the_host(send, solve
     found, transfers = counted(lambda: problem.hypergradient(solver, chunk_size=3))
     assert not transfers.copies and not transfers.waits
     expected = Problem(lambda x: x).hypergradient(solver, chunk_size=3).grads
-    np.testing.assert_allclose(fetched(found.grads), expected.numpy(), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(host(found.grads), expected.numpy(), rtol=1e-6, atol=1e-9)
 
 
 def test_a_state_adds_no_copies_and_a_step_of_cg_one_read(send):
@@ -163,11 +160,11 @@ def test_influence_brings_back_scores_and_losses_and_nothing_else(send, place):
         f = lit.InfluenceFunction(problem.model, loss, train, damping=0.5, rng=0)
         return f.scores(train)
 
-    host = Problem(lambda x: x)
-    train = (problem.x, problem.y) if place == "device" else (host.x, host.y)
+    plain = Problem(lambda x: x)
+    train = (problem.x, problem.y) if place == "device" else (plain.x, plain.y)
     found, transfers = counted(lambda: scores(problem, train))
     sizes = {int(np.prod(shape)) for shape in transfers.copies}
     assert sizes <= {1, EXAMPLES, EXAMPLES**2}
     assert not transfers.waits
-    expected = scores(host, (host.x, host.y))
-    np.testing.assert_allclose(fetched(found), expected.numpy(), rtol=1e-6, atol=1e-9)
+    expected = scores(plain, (plain.x, plain.y))
+    np.testing.assert_allclose(host(found), expected.numpy(), rtol=1e-6, atol=1e-9)
